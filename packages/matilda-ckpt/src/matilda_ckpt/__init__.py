@@ -1,0 +1,3 @@
+"""Atomic, verified, crash-safe checkpoints with bit-for-bit resume."""
+
+__all__: list[str] = []
