@@ -1,3 +1,23 @@
 """Decoder-only transformers for small language models, in plain PyTorch."""
 
-__all__: list[str] = []
+from matilda_model.cache import KVCache
+from matilda_model.config import ModelConfig
+from matilda_model.flops import count_matmul_params, count_params, flops_per_token
+from matilda_model.generate import generate, sample, stream_tokens
+from matilda_model.loss import LossOutput, linear_cross_entropy
+from matilda_model.model import Block, Transformer
+
+__all__ = [
+    "Block",
+    "KVCache",
+    "LossOutput",
+    "ModelConfig",
+    "Transformer",
+    "count_matmul_params",
+    "count_params",
+    "flops_per_token",
+    "generate",
+    "linear_cross_entropy",
+    "sample",
+    "stream_tokens",
+]

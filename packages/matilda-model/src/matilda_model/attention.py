@@ -1,0 +1,96 @@
+"""Grouped-query causal attention with QK-norm and RoPE, and the choice of its kernel.
+
+Shape suffixes: B batch, T sequence, S cached sequence, D model, H query heads, K key/value heads,
+E head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from matilda_model.cache import LayerCache
+from matilda_model.config import ModelConfig
+from matilda_model.layers import Linear, RMSNorm, apply_rope
+
+_SDPA_ORDER = {
+    # cuDNN first: 276 against 180 TFLOP/s (flash) at head dim 64, T=2048, forward + backward, H100
+    "auto": [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ],
+    "cudnn": [SDPBackend.CUDNN_ATTENTION],
+    "flash": [SDPBackend.FLASH_ATTENTION],
+    "math": [SDPBackend.MATH],
+}
+
+
+def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, backend: str) -> Tensor:
+    """Causal softmax attention, scale `1/sqrt(E)`; [B, H, T, E] in the dtype of the inputs."""
+    gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
+    if backend == "auto" and q_BHTE.device.type == "cpu":
+        # torch's own choice on a CPU is the flash kernel; a context manager a layer costs more
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+        )
+    with sdpa_kernel(_SDPA_ORDER[backend], set_priority=True):
+        return F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+        )
+
+
+class Attention(nn.Module):
+    """Causal self-attention: `q`, `k`, `v`, `o` projections, QK-norm, RoPE, grouped queries."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        e = config.resolved_head_dim
+        self.head_dim = e
+        self.backend = config.attention
+        self.q = Linear(config.d_model, config.n_heads * e)
+        self.k = Linear(config.d_model, config.n_kv_heads * e)
+        self.v = Linear(config.d_model, config.n_kv_heads * e)
+        self.o = Linear(config.n_heads * e, config.d_model)
+        self.q_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
+        q_BHTE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin).transpose(1, 2)
+        k_BKTE = _norm_and_rotate(k_BTKE, self.k_norm, cos, sin).transpose(1, 2)
+        v_BKTE = v_BTKE.transpose(1, 2)
+        if cache is None:
+            y_BHTE = causal_attention(q_BHTE, k_BKTE, v_BKTE, self.backend)
+        else:
+            y_BHTE = cache.attend(q_BHTE, k_BKTE, v_BKTE)
+        out: Tensor = self.o(y_BHTE.transpose(1, 2).flatten(2))
+        return out
+
+    def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        heads = (-1, self.head_dim)
+        q, k, v = self.q.weight, self.k.weight, self.v.weight
+        if x_BTD.dtype == q.dtype:
+            return (
+                F.linear(x_BTD, q).unflatten(-1, heads),
+                F.linear(x_BTD, k).unflatten(-1, heads),
+                F.linear(x_BTD, v).unflatten(-1, heads),
+            )
+        # the weights are cast anyway, so joining them is free and one wide matmul runs faster
+        qkv = F.linear(x_BTD, torch.cat((q, k, v)).to(x_BTD.dtype)).unflatten(-1, heads)
+        n_q, n_kv = q.shape[0] // self.head_dim, k.shape[0] // self.head_dim
+        q_BTHE, k_BTKE, v_BTKE = qkv.split((n_q, n_kv, n_kv), dim=-2)
+        return q_BTHE, k_BTKE, v_BTKE
+
+
+def _norm_and_rotate(x_BTHE: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:
+    """QK-norm and RoPE in float32, one rounding at the end: a single pass when compiled."""
+    x = x_BTHE.float()
+    if norm is not None:
+        x = norm(x)
+    return apply_rope(x, cos, sin).to(x_BTHE.dtype)

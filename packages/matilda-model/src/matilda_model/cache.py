@@ -1,0 +1,104 @@
+"""Keys and values of past tokens, for generation; rows of a batch may have unequal lengths.
+
+Prompts are padded on the right. Causality keeps padding out of the prefill, and each later token
+is written at its own row's length, over the padding.
+
+Shape suffixes: B batch, T new tokens, S cached sequence, H query heads, K key/value heads,
+E head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from matilda_model.config import ModelConfig
+
+
+class LayerCache:
+    """One layer's keys and values, [B, K, S, E], and how a query attends to them."""
+
+    def __init__(self, owner: KVCache, k_BKSE: Tensor, v_BKSE: Tensor) -> None:
+        self.owner = owner
+        self.k_BKSE = k_BKSE
+        self.v_BKSE = v_BKSE
+
+    def attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+        """Store the new keys and values, then attend to everything up to each new token."""
+        gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
+        n_new = q_BHTE.shape[2]
+        if self.owner.filled == 0:
+            self.k_BKSE[:, :, :n_new] = k_BKTE
+            self.v_BKSE[:, :, :n_new] = v_BKTE
+            return F.scaled_dot_product_attention(
+                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+            )
+        index = self.owner.positions_B[:, None, None, None].expand(-1, k_BKTE.shape[1], 1, -1)
+        index = index.expand(-1, -1, -1, k_BKTE.shape[3])
+        self.k_BKSE.scatter_(2, index, k_BKTE)
+        self.v_BKSE.scatter_(2, index, v_BKTE)
+        used = self.owner.filled + 1
+        return F.scaled_dot_product_attention(
+            q_BHTE,
+            self.k_BKSE[:, :, :used],
+            self.v_BKSE[:, :, :used],
+            attn_mask=self.owner.mask_B11S[..., :used],
+            enable_gqa=gqa,
+        )
+
+
+class KVCache:
+    """The caches of all layers and the length of each row.
+
+    Pass it to `Transformer.forward(ids, cache=...)`: first the padded prompts [B, T], then one
+    token per row [B, 1] at a time.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        capacity: int,
+        *,
+        device: torch.device | str,
+        dtype: torch.dtype,
+    ) -> None:
+        shape = (batch, config.n_kv_heads, capacity, config.resolved_head_dim)
+        self.capacity = capacity
+        self.filled = 0  # longest row; a Python number, so that no step waits for the device
+        self.positions_B = torch.zeros(batch, dtype=torch.int64, device=device)
+        self.mask_B11S = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
+        self._slots = torch.arange(capacity, device=device)
+        self.layers = [
+            LayerCache(
+                self,
+                torch.zeros(shape, device=device, dtype=dtype),
+                torch.zeros(shape, device=device, dtype=dtype),
+            )
+            for _ in range(config.n_layers)
+        ]
+
+    def next_positions(self, n_new: int) -> Tensor:
+        """Positions of the next `n_new` tokens of every row; also sets what they may attend to."""
+        if self.filled + n_new > self.capacity:
+            raise ValueError(
+                f"the cache holds {self.capacity!r} tokens and {self.filled + n_new!r} are asked "
+                "for: make it with a larger `capacity`"
+            )
+        if self.filled == 0:
+            return self._slots[:n_new].expand(self.positions_B.shape[0], -1)
+        if n_new != 1:
+            raise ValueError(
+                f"after the prompt a cache takes one token per row at a time, not {n_new!r}"
+            )
+        self.mask_B11S = (self._slots <= self.positions_B[:, None])[:, None, None, :]
+        return self.positions_B[:, None]
+
+    def advance(self, n_new: int, lengths_B: Tensor | None = None) -> None:
+        """Count `n_new` tokens as cached; `lengths_B` gives the true lengths of padded prompts."""
+        self.filled += n_new
+        if lengths_B is None:
+            self.positions_B = self.positions_B + n_new
+        else:
+            self.positions_B = lengths_B.to(self.positions_B)

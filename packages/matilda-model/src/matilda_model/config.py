@@ -1,0 +1,157 @@
+"""The one description of a model: validated where it is defined."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "math")
+LOSS_BACKENDS = ("auto", "plain", "chunked", "liger")
+MLP_KINDS = ("swiglu", "relu2")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Shape, numerics and kernel choices of a `Transformer`.
+
+    The defaults are the 114M model (`configs/base_124m.json`). A wrong value raises `ValueError`
+    when the config is made, never later.
+    """
+
+    vocab_size: int = 50304
+    """Rows of the embedding. Pad the tokenizer's size to a multiple of 64 or 128: GEMMs like it."""
+
+    d_model: int = 768
+    """Width of the residual stream."""
+
+    n_layers: int = 12
+    """Number of blocks (attention + MLP)."""
+
+    n_heads: int = 12
+    """Query heads."""
+
+    n_kv_heads: int = 4
+    """Key/value heads: `n_heads` for multi-head, 1 for multi-query, between for grouped-query."""
+
+    head_dim: int | None = None
+    """Width of a head, even. None: `d_model // n_heads`."""
+
+    max_seq_len: int = 1024
+    """Longest sequence, tokens: the size of the RoPE table and the limit of generation."""
+
+    mlp: str = "swiglu"
+    """`"swiglu"` (three matrices, Shazeer 2020) or `"relu2"` (two, ReLU squared, So et al. 2021)."""
+
+    mlp_ratio: float = 8 / 3
+    """Hidden width over `d_model` when `d_ff` is None; 4.0 is usual for `"relu2"`."""
+
+    d_ff: int | None = None
+    """Hidden width of the MLP. None: `round(mlp_ratio * d_model)`."""
+
+    rope_theta: float = 10000.0
+    """Base of the rotary frequencies (Su et al. 2021)."""
+
+    norm_eps: float = 1e-6
+    """Added to the mean square in every RMSNorm."""
+
+    qk_norm: bool = True
+    """RMSNorm of every query and key head, with a learned weight of `head_dim` (Qwen3's form)."""
+
+    tie_embeddings: bool = True
+    """One matrix for the embedding and the output head."""
+
+    logit_softcap: float | None = None
+    """Logits become `cap * tanh(logits / cap)` (Gemma 2). None: off."""
+
+    z_loss: float = 0.0
+    """Coefficient of `logsumexp(logits)**2`, added to the cross-entropy of each token (PaLM)."""
+
+    init_std: float = 0.02
+    """Standard deviation of hidden matrices; those that write to the residual stream get
+    `init_std / sqrt(2 * n_layers)` (GPT-2)."""
+
+    embed_init_std: float | None = None
+    """Standard deviation of the embedding and the head. None: `0.2 / sqrt(d_model)`, which starts
+    the loss within 1 % of ln(vocab_size) at every width."""
+
+    attention: str = "auto"
+    """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
+    `"math"`."""
+
+    loss: str = "auto"
+    """Loss back end: `"auto"` (fastest measured for the device), `"plain"`, `"chunked"`,
+    `"liger"`. See `linear_cross_entropy`."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
+            _check_positive_int(name, getattr(self, name))
+        for name in ("head_dim", "d_ff"):
+            if getattr(self, name) is not None:
+                _check_positive_int(name, getattr(self, name))
+        for name in ("mlp_ratio", "rope_theta", "norm_eps", "init_std"):
+            _check_number(name, getattr(self, name), low=0.0, open_low=True)
+        _check_number("z_loss", self.z_loss, low=0.0)
+        for name in ("logit_softcap", "embed_init_std"):
+            if getattr(self, name) is not None:
+                _check_number(name, getattr(self, name), low=0.0, open_low=True)
+        for name in ("qk_norm", "tie_embeddings"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"`{name}` must be true or false, not {getattr(self, name)!r}")
+        _check_choice("mlp", self.mlp, MLP_KINDS)
+        _check_choice("attention", self.attention, ATTENTION_BACKENDS)
+        _check_choice("loss", self.loss, LOSS_BACKENDS)
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"`n_heads` {self.n_heads!r} is not a multiple of `n_kv_heads` "
+                f"{self.n_kv_heads!r}: each key/value head serves a whole group of query heads"
+            )
+        if self.head_dim is None and self.d_model % self.n_heads:
+            raise ValueError(
+                f"`d_model` {self.d_model!r} is not a multiple of `n_heads` {self.n_heads!r}: "
+                "change one of them or set `head_dim`"
+            )
+        if self.resolved_head_dim % 2:
+            raise ValueError(
+                f"the head dimension {self.resolved_head_dim!r} is odd: RoPE rotates pairs, "
+                "set an even `head_dim`"
+            )
+
+    @property
+    def resolved_head_dim(self) -> int:
+        """Width of one head."""
+        return self.d_model // self.n_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def resolved_d_ff(self) -> int:
+        """Hidden width of the MLP."""
+        return round(self.mlp_ratio * self.d_model) if self.d_ff is None else self.d_ff
+
+    @property
+    def resolved_embed_init_std(self) -> float:
+        """Standard deviation of the embedding's initial values."""
+        if self.embed_init_std is not None:
+            return self.embed_init_std
+        return 0.2 / float(self.d_model) ** 0.5
+
+    @property
+    def n_params(self) -> int:
+        """Number of trainable parameters; a tied matrix counts once."""
+        from matilda_model.flops import count_params
+
+        return count_params(self)
+
+
+def _check_positive_int(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"`{name}` must be a positive integer, not {value!r}")
+
+
+def _check_number(name: str, value: object, *, low: float, open_low: bool = False) -> None:
+    ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not (ok and low <= value < float("inf")) or (open_low and value == low):  # type: ignore[operator]
+        bound = f"greater than {low:g}" if open_low else f"at least {low:g}"
+        raise ValueError(f"`{name}` must be a finite number {bound}, not {value!r}")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, not {value!r}")

@@ -1,0 +1,96 @@
+"""The small parts: a casting linear layer, RMSNorm, rotary positions, the two MLPs.
+
+Master weights are float32; each layer computes in the dtype of its input, so the dtype of the
+residual stream decides and autocast is not needed.
+
+Shape suffixes: B batch, T sequence, D model, H heads, E head dim, F feed-forward.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from matilda_model.config import ModelConfig
+
+
+class Linear(nn.Module):
+    """`x @ weight.T` without bias, in the dtype of `x`; the weight stays float32."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), in float32.
+
+    Input and output have the same dtype; reduction, scaling and the learned weight are float32.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight, self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+def rope_table(
+    seq_len: int, head_dim: int, theta: float, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of position times frequency: two float32 tensors [seq_len, head_dim / 2].
+
+    Frequency i is `theta ** (-2 i / head_dim)` (Su et al. 2021); computed in float64.
+    """
+    exponent = torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim
+    position = torch.arange(seq_len, dtype=torch.float64, device=device)
+    angle = position[:, None] * (theta**-exponent)[None, :]
+    return angle.cos().float(), angle.sin().float()
+
+
+def apply_rope(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate pairs (i, i + E/2) of every head by its position's angle: the Llama/Qwen layout.
+
+    `cos` and `sin` broadcast against [B, T, H, E/2]; the result has their precision.
+    """
+    first, second = x_BTHE.chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+
+class SwiGLU(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Linear(config.d_model, config.resolved_d_ff)
+        self.up = Linear(config.d_model, config.resolved_d_ff)
+        self.down = Linear(config.resolved_d_ff, config.d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return out
+
+
+class ReLU2(nn.Module):
+    """`down(relu(up(x)) ** 2)` (So et al. 2021, Primer)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.up = Linear(config.d_model, config.resolved_d_ff)
+        self.down = Linear(config.resolved_d_ff, config.d_model)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(F.relu(self.up(x_BTD)).square())
+        return out

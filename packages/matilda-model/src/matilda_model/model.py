@@ -1,0 +1,142 @@
+"""The transformer: embedding, blocks, final norm, head and loss.
+
+Shape suffixes: B batch, T sequence, D model, H query heads, E head dim, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import overload
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from matilda_model.attention import Attention
+from matilda_model.cache import KVCache, LayerCache
+from matilda_model.config import ModelConfig
+from matilda_model.layers import Linear, ReLU2, RMSNorm, SwiGLU, rope_table
+from matilda_model.loss import LossOutput, linear_cross_entropy, softcap_logits
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: attention, then MLP."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config)
+        self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
+        self.mlp: nn.Module = SwiGLU(config) if config.mlp == "swiglu" else ReLU2(config)
+
+    def forward(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos, sin, cache)
+        out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        return out
+
+
+class Transformer(nn.Module):
+    """Decoder-only language model.
+
+    Parameters are float32 master weights on torch's default device. Activations have
+    `compute_dtype` (float32 until set: `model.compute_dtype = torch.bfloat16`); norms, RoPE,
+    logits and loss are float32 whatever it is. Initial values come from torch's default generator,
+    so `torch.manual_seed` fixes them; on the meta device call `init_weights` after `to_empty`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype = torch.float32
+        self.embed = nn.Embedding(
+            config.vocab_size,
+            config.d_model,
+            _weight=torch.empty(config.vocab_size, config.d_model),
+        )
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.norm = RMSNorm(config.d_model, config.norm_eps)
+        self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        half = config.resolved_head_dim // 2
+        self.register_buffer("cos", torch.empty(config.max_seq_len, half), persistent=False)
+        self.register_buffer("sin", torch.empty(config.max_seq_len, half), persistent=False)
+        if self.embed.weight.device.type != "meta":
+            self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Set every parameter and the RoPE table; draws from `generator` or the default one."""
+        config = self.config
+        for name, parameter in self.named_parameters():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+                continue
+            std = config.init_std
+            if name in ("embed.weight", "head.weight"):
+                std = config.resolved_embed_init_std
+            elif name.endswith(("attn.o.weight", "mlp.down.weight")):
+                std = config.init_std / math.sqrt(2 * config.n_layers)
+            parameter.normal_(0.0, std, generator=generator)
+        cos, sin = rope_table(
+            config.max_seq_len, config.resolved_head_dim, config.rope_theta, self.cos.device
+        )
+        self.cos.copy_(cos)
+        self.sin.copy_(sin)
+
+    @overload
+    def forward(
+        self, input_ids_BT: Tensor, targets_BT: None = None, *, cache: KVCache | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(self, input_ids_BT: Tensor, targets_BT: Tensor) -> LossOutput: ...
+
+    def forward(
+        self,
+        input_ids_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+    ) -> Tensor | LossOutput:
+        """Logits [B, T, V] in float32 after the soft-cap or, with targets, the mean loss.
+
+        `input_ids_BT` and `targets_BT` are int64 of one shape; targets are already shifted (target
+        t is the token after input t) and -1 is ignored (except by the `"liger"` back end). With a
+        `cache` the ids continue it; see `KVCache`.
+        """
+        h_BTD = self.hidden(input_ids_BT, cache=cache)
+        weight_VD = self.embed.weight if self.head is None else self.head.weight
+        if targets_BT is None:
+            logits = F.linear(h_BTD, weight_VD.to(h_BTD.dtype)).float()
+            return softcap_logits(logits, self.config.logit_softcap)
+        return linear_cross_entropy(
+            h_BTD.flatten(0, 1),
+            weight_VD,
+            targets_BT.flatten(),
+            softcap=self.config.logit_softcap,
+            z_loss=self.config.z_loss,
+            backend=self.config.loss,
+        )
+
+    def hidden(self, input_ids_BT: Tensor, *, cache: KVCache | None = None) -> Tensor:
+        """Final normed hidden states [B, T, D] in `compute_dtype`."""
+        n_tokens = input_ids_BT.shape[1]
+        if n_tokens > self.config.max_seq_len:
+            raise ValueError(
+                f"a sequence of {n_tokens!r} tokens exceeds `max_seq_len` "
+                f"{self.config.max_seq_len!r}: shorten it or make the model with a larger one"
+            )
+        if cache is None:
+            cos, sin = self.cos[:n_tokens, None, :], self.sin[:n_tokens, None, :]
+        else:
+            positions_BT = cache.positions_BT(n_tokens)
+            cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
+        x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
+        for index, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, cos, sin, None if cache is None else cache.layers[index])
+        out: Tensor = self.norm(x_BTD)
+        return out
