@@ -1,0 +1,69 @@
+"""The AdamW step of groups with `algorithm="adamw"`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw as torch_adamw
+
+_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+
+
+def init_adamw_state(state: dict[str, Any], param: Tensor) -> None:
+    """Fills `state` with `step` (fp32, on the parameter's device) and the fp32 moments."""
+    state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+    for key in ("exp_avg", "exp_avg_sq"):
+        state[key] = torch.zeros_like(
+            param, dtype=torch.float32, memory_format=torch.preserve_format
+        )
+
+
+def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> None:
+    """One decoupled-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101) of `group`.
+
+    fp32 parameters go through torch's own fused kernel, so they equal
+    `torch.optim.AdamW(fused=True)` bit for bit. 16-bit parameters are updated in fp32 from fp32
+    moments and rounded once.
+    """
+    active = [p for p in group["params"] if p.grad is not None]
+    native = [p for p in active if p.dtype == torch.float32 and p.device.type in _FUSED_DEVICES]
+    if native:
+        _torch_step(native, [p.grad for p in native], group, states)
+    rest = [p for p in active if not (p.dtype == torch.float32 and p.device.type in _FUSED_DEVICES)]
+    if rest:
+        masters = [p.detach().float() for p in rest]
+        grads = [p.grad.float() for p in rest]
+        _torch_step(masters, grads, group, states, owners=rest)
+        for p, master in zip(rest, masters, strict=True):
+            p.copy_(master)
+
+
+def _torch_step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    group: dict[str, Any],
+    states: dict[Tensor, dict[str, Any]],
+    owners: list[Tensor] | None = None,
+) -> None:
+    rows = [states[p] for p in (owners or params)]
+    beta1, beta2 = group["betas"]
+    fused = params[0].device.type in _FUSED_DEVICES
+    torch_adamw(
+        params,
+        grads,
+        [row["exp_avg"] for row in rows],
+        [row["exp_avg_sq"] for row in rows],
+        [],
+        [row["step"] for row in rows],
+        fused=fused,
+        foreach=False,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,140 @@
+"""What each parameter of a model is, by the module that owns it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+_TELL = (
+    'say which by `overrides={{r"{pattern}": "muon"}}` or `"adamw"` (regular expressions on names)'
+)
+
+
+class Owner(NamedTuple):
+    """One place where a parameter is registered."""
+
+    module_name: str
+    module: nn.Module
+    leaf: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """What is done with one parameter, and why."""
+
+    role: str
+    """"hidden" (Muon), "embedding", "head", "matrix" (AdamW with decay) or "vector" (no decay)."""
+    reason: str
+    """For people, in the audit table."""
+    heads: int | None = None
+    """Equal blocks of rows of a fused weight."""
+    stacked: bool = False
+    """Whether the leading dimension is a batch of matrices."""
+
+
+def owners_of(model: nn.Module) -> dict[int, list[Owner]]:
+    """id(parameter) → every place that registers it: ties are seen whatever their order."""
+    found: dict[int, list[Owner]] = {}
+    for module_name, module in model.named_modules(remove_duplicate=False):
+        for leaf, param in module._parameters.items():
+            if param is not None:
+                found.setdefault(id(param), []).append(Owner(module_name, module, leaf))
+    return found
+
+
+def vocabulary_sizes(model: nn.Module) -> frozenset[int]:
+    """The row counts of the model's embeddings; a Linear that wide is taken for a head."""
+    return frozenset(
+        int(module.num_embeddings)  # type: ignore[arg-type]
+        for module in model.modules()
+        if _is_embedding(module)
+    )
+
+
+def classify(
+    name: str,
+    param: nn.Parameter,
+    owners: list[Owner],
+    *,
+    vocabularies: frozenset[int],
+    output_ids: frozenset[int],
+    min_dim: int,
+) -> Verdict | None:
+    """The verdict on one parameter, or None where only a person can tell."""
+    if any(_is_embedding(owner.module) for owner in owners):
+        tied = sum(1 for o in owners if not _is_embedding(o.module))
+        return Verdict(role="embedding", reason="embedding, tied" if tied else "embedding")
+    if param.ndim < 2:
+        return Verdict(role="vector", reason="fewer than two dimensions")
+    if any(_is_norm(owner.module) for owner in owners):
+        return Verdict(role="vector", reason="normalisation")
+    if id(param) in output_ids:
+        return Verdict(role="head", reason="output head")
+    owner = owners[0]
+    module, leaf = owner.module, owner.leaf
+    if _is_linear(module) and leaf == "weight":
+        if param.ndim == 2 and param.shape[0] in vocabularies:
+            return Verdict(role="head", reason="as many rows as the vocabulary")
+        component = owner.module_name.rsplit(".", 1)[-1].lower()
+        if component == "router" or (component == "gate" and param.shape[0] < param.shape[1]):
+            return Verdict(role="matrix", reason="router or gate")
+        return _by_size(param, min_dim, "linear")
+    if isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
+        if module.transposed:
+            return Verdict(role="matrix", reason="transposed convolution")
+        if module.groups > 1 and module.groups == module.in_channels:
+            return Verdict(role="matrix", reason="depthwise convolution")
+        heads = module.groups if module.groups > 1 else None
+        rows = param.shape[0] // module.groups
+        if min(rows, param.shape[1:].numel()) < min_dim:
+            return Verdict(role="matrix", reason=f"smaller than {min_dim}")
+        return Verdict(role="hidden", reason="convolution, flattened", heads=heads)
+    if isinstance(module, nn.MultiheadAttention):
+        heads = 3 if leaf == "in_proj_weight" else None
+        return _by_size(param, min_dim, "attention projection", heads=heads)
+    if isinstance(module, nn.RNNBase):
+        heads = {"LSTM": 4, "GRU": 3}.get(module.mode)
+        return _by_size(param, min_dim, "recurrent gates", heads=heads)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and leaf == "weight":
+        return _by_size(param, min_dim, "linear (Conv1D)")
+    return None
+
+
+def question(names: list[str]) -> str:
+    """The error for parameters that `classify` cannot place."""
+    shown = ", ".join(f"`{name}`" for name in names[:8])
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    return f"cannot tell whether {shown}{more} should be updated by Muon; " + _TELL.format(
+        pattern=names[0].replace(".", r"\.")
+    )
+
+
+def _by_size(
+    param: nn.Parameter, min_dim: int, reason: str, heads: int | None = None
+) -> Verdict | None:
+    if param.ndim != 2:
+        return None
+    if min(param.shape[0] // (heads or 1), param.shape[1]) < min_dim:
+        return Verdict(role="matrix", reason=f"smaller than {min_dim}")
+    return Verdict(role="hidden", reason=reason, heads=heads)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding | nn.EmbeddingBag) or isinstance(
+        getattr(module, "num_embeddings", None), int
+    )
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or (
+        isinstance(getattr(module, "in_features", None), int)
+        and isinstance(getattr(module, "out_features", None), int)
+    )
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Norm") or isinstance(
+        module, nn.LayerNorm | nn.GroupNorm | nn.RMSNorm
+    )

@@ -1,0 +1,268 @@
+"""`Muon`: orthogonalised momentum for hidden matrices and AdamW for the rest, in one optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+from matilda_optim.adamw import adamw_step, init_adamw_state
+from matilda_optim.blocks import (
+    ClassKey,
+    block_spec,
+    blocks_of,
+    check_blocks,
+    class_key,
+)
+from matilda_optim.coefficients import KELLER, resolve_coefficients
+from matilda_optim.learning_rate import check_adjust_lr_fn, lr_ratio
+from matilda_optim.orthogonalize import default_ns_dtype, newton_schulz, normalize_
+from matilda_optim.state import align_state_dict, restore_in_place
+
+_NS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+class Muon(Optimizer):
+    """Muon for matrices, AdamW for everything else, behind one `state_dict`.
+
+    A drop-in for `torch.optim.Muon`: the positional arguments, group keys and state key
+    (`momentum_buffer`) are the same, and its checkpoints load. Groups with `algorithm="adamw"` are
+    updated by AdamW. `param_groups(model, …)` builds both kinds from a model.
+
+    One Muon step on a matrix W with gradient G (Jordan et al. 2024):
+    `M ← β·M + (1-β)·G`, `U = β·M + (1-β)·G` (Nesterov) or `M`,
+    `W ← (1 - lr·weight_decay)·W - lr·ratio(shape)·orthogonalize(U)`.
+
+    State is created here, one fp32 tensor per parameter (`momentum_buffer`; `exp_avg`,
+    `exp_avg_sq` and `step` for AdamW), whatever the parameter's dtype. `.grad` is only read. A
+    parameter whose gradient is None is left alone. Equal inputs give equal bits, in any process and
+    after any resume.
+
+    Args:
+        params: parameters, named parameters or groups.
+        lr: learning rate; a float or a one-element tensor.
+        weight_decay: decoupled; the decay of one step is `lr·weight_decay`.
+        momentum: β above, in [0, 1).
+        nesterov: look ahead as above.
+        ns_coefficients: a preset's name (`"polar_express"`, `"keller"`, …), one (a, b, c) or one
+            per step. The default is torch's; `param_groups` sets `"polar_express"`.
+        eps: of AdamW groups that set no own `eps`, see `adam_eps`; for Muon it is accepted for
+            compatibility only: the normalisation is scale invariant and needs none.
+        ns_steps: Newton–Schulz iterations.
+        adjust_lr_fn: None or "original", "match_rms_adamw", "spectral_unclamped"; see `lr_ratio`.
+        betas: of AdamW groups.
+        adam_eps: of AdamW groups that do not set `eps`.
+        ns_dtype: "float16", "bfloat16" or "float32" for the iterations; None is fp16 on CUDA and
+            fp32 on CPU.
+        maximize: ascend instead.
+
+    Group keys beside these: `algorithm` ("muon" or "adamw"), `name`, `param_names`, and for fused
+    weights `split` (rows of each block), `heads` (equal blocks of rows) or `stacked` (leading
+    dimension is a batch of matrices).
+
+    Raises:
+        ValueError: an option or a parameter's shape that Muon cannot use, naming it.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        nesterov: bool = True,
+        ns_coefficients: str | Sequence[float] | Sequence[Sequence[float]] = KELLER,
+        eps: float = 1e-7,
+        ns_steps: int = 5,
+        adjust_lr_fn: str | None = None,
+        *,
+        betas: tuple[float, float] = (0.9, 0.95),
+        adam_eps: float = 1e-8,
+        ns_dtype: str | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "ns_coefficients": ns_coefficients,
+            "eps": eps,
+            "ns_steps": ns_steps,
+            "adjust_lr_fn": adjust_lr_fn,
+            "algorithm": "muon",
+            "betas": tuple(betas),
+            "ns_dtype": ns_dtype,
+            "maximize": maximize,
+        }
+        self._adam_eps = adam_eps
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Adds a group, checks it and creates its state."""
+        if isinstance(param_group, dict) and param_group.get("algorithm") == "adamw":
+            param_group.setdefault("eps", self._adam_eps)
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            _check_group(group)
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for param in group["params"]:
+            self._init_state(group, param)
+
+    def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if group["algorithm"] == "adamw":
+            init_adamw_state(state, param)
+        else:
+            state["momentum_buffer"] = torch.zeros_like(
+                param, dtype=torch.float32, memory_format=torch.preserve_format
+            )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Loads a state of this class or of `torch.optim.Muon`, in place and bit for bit.
+
+        When both sides have `param_names`, parameters are matched by name, in any order and
+        grouping of names that forms the same groups. State tensors keep their addresses and fp32.
+
+        Raises:
+            ValueError: other parameters or groups than this optimizer's, naming the difference.
+        """
+        before = dict(self.state)
+        aligned = align_state_dict(self.param_groups, state_dict)
+        super().load_state_dict(aligned)
+        restore_in_place(self, before, aligned)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every parameter that has a gradient; returns the closure's loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        muon_groups = [group for group in self.param_groups if group["algorithm"] == "muon"]
+        for group in self.param_groups:
+            if group["algorithm"] == "adamw":
+                adamw_step(group, self.state)
+        if muon_groups:
+            _muon_step(muon_groups, self.state)
+        return loss
+
+
+def _check_group(group: dict[str, Any]) -> None:
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"`lr` given as a tensor needs one element, got shape {tuple(lr.shape)!r}")
+    if not isinstance(lr, Tensor) and not lr >= 0.0:
+        raise ValueError(f"`lr` must be at least 0, got {lr!r}")
+    if not group["weight_decay"] >= 0.0:
+        raise ValueError(f"`weight_decay` must be at least 0, got {group['weight_decay']!r}")
+    if group["algorithm"] not in ("muon", "adamw"):
+        raise ValueError(f'`algorithm` must be "muon" or "adamw", got {group["algorithm"]!r}')
+    names = group.get("param_names")
+    if names is not None and len(names) != len(group["params"]):
+        raise ValueError(
+            f"`param_names` has {len(names)} names for {len(group['params'])} parameters"
+        )
+    for i, p in enumerate(group["params"]):
+        if p.is_complex():
+            raise ValueError(f"parameter {names[i] if names else i!r} is complex; Muon needs real")
+    if group["algorithm"] == "adamw":
+        beta1, beta2 = group["betas"]
+        if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
+            raise ValueError(f"`betas` must lie in [0, 1), got {group['betas']!r}")
+        return
+    if not 0.0 <= group["momentum"] < 1.0:
+        raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']!r}")
+    check_adjust_lr_fn(group["adjust_lr_fn"])
+    resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+    if group["ns_dtype"] is not None and group["ns_dtype"] not in _NS_DTYPES:
+        raise ValueError(
+            f"`ns_dtype` must be None or one of {', '.join(map(repr, _NS_DTYPES))}, "
+            f"got {group['ns_dtype']!r}"
+        )
+    for i, p in enumerate(group["params"]):
+        check_blocks(p.shape, block_spec(group), names[i] if names else f"parameter {i}")
+
+
+def _muon_step(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
+    updates: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
+    classes: dict[ClassKey, list[tuple[Tensor, float]]] = {}
+    for group in groups:
+        params = [p for p in group["params"] if p.grad is not None]
+        if not params:
+            continue
+        directions = _momentum_step(group, params, states)
+        updates.append((group, params, directions))
+        spec = block_spec(group)
+        quintics = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+        for direction in directions:
+            if direction.numel() == 0:
+                continue
+            dtype = _NS_DTYPES.get(group["ns_dtype"] or "") or default_ns_dtype(direction.device)
+            for block in blocks_of(direction, spec):
+                key = class_key(block, dtype, quintics)
+                ratio = lr_ratio(group["adjust_lr_fn"], *block.shape)
+                classes.setdefault(key, []).append((block, ratio))
+    for key, members in classes.items():
+        _orthogonalize_class(key, members)
+    for group, params, directions in updates:
+        _apply(group, params, directions)
+
+
+def _momentum_step(
+    group: dict[str, Any], params: list[Tensor], states: dict[Tensor, dict[str, Any]]
+) -> list[Tensor]:
+    """Advances the momentum and returns the fp32 directions, fresh contiguous tensors."""
+    beta = group["momentum"]
+    grads = [p.grad.float() for p in params if p.grad is not None]
+    if group["maximize"]:
+        grads = list(torch._foreach_neg(grads))
+    buffers = [states[p]["momentum_buffer"] for p in params]
+    torch._foreach_lerp_(buffers, grads, 1 - beta)
+    if group["nesterov"]:
+        directions = list(torch._foreach_lerp(grads, buffers, beta))
+        return [d.contiguous() for d in directions]
+    return [b.clone(memory_format=torch.contiguous_format) for b in buffers]
+
+
+def _orthogonalize_class(key: ClassKey, members: list[tuple[Tensor, float]]) -> None:
+    """Replaces each member block by ratio × its orthogonalisation, as one batch."""
+    wide = [block if block.shape[0] <= block.shape[1] else block.mT for block, _ in members]
+    x_BMN = torch.stack(wide)
+    normalize_(x_BMN)
+    out_BMN = newton_schulz(x_BMN.to(key.ns_dtype), key.quintics)
+    for view, (_, ratio), out_MN in zip(wide, members, out_BMN.unbind(0), strict=True):
+        torch.mul(out_MN.float(), ratio, out=view)
+
+
+def _apply(group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
+    lr, decay = group["lr"], group["weight_decay"]
+    masters = [p if p.dtype == torch.float32 else p.float() for p in params]
+    if decay != 0:
+        torch._foreach_mul_(masters, 1 - lr * decay)
+    if isinstance(lr, Tensor):
+        torch._foreach_mul_(directions, lr)
+        torch._foreach_sub_(masters, directions)
+    else:
+        torch._foreach_add_(masters, directions, alpha=-lr)
+    for p, master in zip(params, masters, strict=True):
+        if master is not p:
+            p.copy_(master)

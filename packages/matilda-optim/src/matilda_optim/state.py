@@ -1,0 +1,79 @@
+"""Loading optimizer state: matched by parameter name, copied in place, kept in fp32."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer
+
+
+def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
+    """`state_dict` with its groups and parameters in the order of `groups`.
+
+    Without names on both sides the order is trusted, as torch does. Integer keys that a JSON
+    format has turned into strings are accepted.
+
+    Raises:
+        ValueError: another set of names, or names grouped differently.
+    """
+    state = {
+        int(k) if isinstance(k, str) and k.isdigit() else k: v
+        for k, v in state_dict["state"].items()
+    }
+    saved = [dict(group) for group in state_dict["param_groups"]]
+    aligned = {**state_dict, "state": state, "param_groups": saved}
+    if not all(g.get("param_names") for g in groups if g["params"]):
+        return aligned
+    if not all(g.get("param_names") for g in saved if g["params"]):
+        return aligned
+    ours = {name for g in groups for name in g.get("param_names", ())}
+    theirs = {name for g in saved for name in g.get("param_names", ())}
+    if ours != theirs:
+        raise ValueError(
+            "the state is of other parameters: "
+            f"missing {sorted(ours - theirs)[:5]!r}, unexpected {sorted(theirs - ours)[:5]!r}"
+        )
+    by_names = {frozenset(g.get("param_names", ())): g for g in saved}
+    ordered = []
+    for group in groups:
+        names = group.get("param_names", [])
+        match = by_names.get(frozenset(names))
+        if match is None:
+            raise ValueError(
+                f"the state groups its parameters differently: no saved group holds exactly those "
+                f"of group {group.get('name', names[:3])!r}; build the groups as they were saved"
+            )
+        ids = dict(zip(match["param_names"], match["params"], strict=True))
+        ordered.append({**match, "params": [ids[n] for n in names], "param_names": list(names)})
+    aligned["param_groups"] = ordered
+    return aligned
+
+
+def restore_in_place(
+    optimizer: Optimizer, before: dict[Any, dict[str, Any]], state_dict: dict[str, Any]
+) -> None:
+    """Copies the saved tensors into those that existed before the load.
+
+    torch casts floating state to the parameter's dtype while loading; reading the original again
+    keeps fp32 state of 16-bit parameters, and addresses stay valid for captured graphs.
+    """
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+        for param, saved_id in zip(group["params"], saved["params"], strict=True):
+            values = state_dict["state"].get(saved_id, {})
+            own = before[param]
+            for key, target in own.items():
+                if key not in values:
+                    target.zero_()
+                    continue
+                value = values[key]
+                if not isinstance(value, Tensor):
+                    value = torch.as_tensor(value)
+                if value.shape != target.shape:
+                    raise ValueError(
+                        f"saved `{key}` has shape {tuple(value.shape)!r}, "
+                        f"this parameter needs {tuple(target.shape)!r}"
+                    )
+                target.copy_(value)
+            optimizer.state[param] = own
