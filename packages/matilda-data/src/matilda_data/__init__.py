@@ -1,3 +1,27 @@
 """Text to verified uint16 token shards, and resumable, elastic streams over them."""
 
-__all__: list[str] = []
+from matilda_data.dataset import TokenDataset, open_dataset
+from matilda_data.errors import DataError
+from matilda_data.manifest import Manifest, ShardEntry, SourceEntry
+from matilda_data.prepare import Progress, TextSource, prepare_text
+from matilda_data.stream import BinStream, batch_sha256
+from matilda_data.tokenizer import Tokenizer, load_tokenizer
+from matilda_data.verify import VerifyReport, verify
+
+__all__ = [
+    "BinStream",
+    "DataError",
+    "Manifest",
+    "Progress",
+    "ShardEntry",
+    "SourceEntry",
+    "TextSource",
+    "TokenDataset",
+    "Tokenizer",
+    "VerifyReport",
+    "batch_sha256",
+    "load_tokenizer",
+    "open_dataset",
+    "prepare_text",
+    "verify",
+]
