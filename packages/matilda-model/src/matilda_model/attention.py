@@ -73,18 +73,18 @@ class Attention(nn.Module):
         return out
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = (-1, self.head_dim)
+        heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q, k, v = self.q.weight, self.k.weight, self.v.weight
         if x_BTD.dtype == q.dtype:
             return (
-                F.linear(x_BTD, q).unflatten(-1, heads),
-                F.linear(x_BTD, k).unflatten(-1, heads),
-                F.linear(x_BTD, v).unflatten(-1, heads),
+                F.linear(x_BTD, q).view(heads),
+                F.linear(x_BTD, k).view(heads),
+                F.linear(x_BTD, v).view(heads),
             )
         # the weights are cast anyway, so joining them is free and one wide matmul runs faster
-        qkv = F.linear(x_BTD, torch.cat((q, k, v)).to(x_BTD.dtype)).unflatten(-1, heads)
+        qkv = F.linear(x_BTD, torch.cat((q, k, v)).to(x_BTD.dtype)).view(heads)
         n_q, n_kv = q.shape[0] // self.head_dim, k.shape[0] // self.head_dim
-        q_BTHE, k_BTKE, v_BTKE = qkv.split((n_q, n_kv, n_kv), dim=-2)
+        q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, [n_q, n_kv, n_kv], dim=-2)
         return q_BTHE, k_BTKE, v_BTKE
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "math")
@@ -39,7 +40,7 @@ class ModelConfig:
     """Longest sequence, tokens: the size of the RoPE table and the limit of generation."""
 
     mlp: str = "swiglu"
-    """`"swiglu"` (three matrices, Shazeer 2020) or `"relu2"` (two, ReLU squared, So et al. 2021)."""
+    """`"swiglu"` (three matrices; Shazeer 2020) or `"relu2"` (two; So et al. 2021)."""
 
     mlp_ratio: float = 8 / 3
     """Hidden width over `d_model` when `d_ff` is None; 4.0 is usual for `"relu2"`."""
@@ -130,7 +131,7 @@ class ModelConfig:
         """Standard deviation of the embedding's initial values."""
         if self.embed_init_std is not None:
             return self.embed_init_std
-        return 0.2 / float(self.d_model) ** 0.5
+        return 0.2 / math.sqrt(self.d_model)
 
     @property
     def n_params(self) -> int:

@@ -6,7 +6,7 @@ Shape suffixes: B batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
-from typing import overload
+from typing import cast, overload
 
 import torch
 from torch import Tensor
@@ -121,12 +121,12 @@ def stream_tokens(
 def _as_prompts(
     prompt_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
 ) -> tuple[list[list[int]], bool]:
-    values = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else list(prompt_ids)
-    single = not values or not isinstance(values[0], (list, tuple, Sequence))
-    prompts = [values] if single else [list(row) for row in values]
-    if any(not row for row in prompts):
+    values = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids
+    single = not any(isinstance(value, Sequence) for value in values)
+    rows = cast("list[Sequence[int]]", [values] if single else values)
+    if any(len(row) == 0 for row in rows):
         raise ValueError("`prompt_ids` is empty: give at least one token, such as end-of-text")
-    return [[int(token) for token in row] for row in prompts], single
+    return [[int(token) for token in row] for row in rows], single
 
 
 def _steps(

@@ -14,7 +14,7 @@ from torch import Tensor
 from matilda_model.loss import LossOutput
 
 
-@torch.compiler.disable
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def liger_linear_cross_entropy(
     h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None, z_loss: float
 ) -> LossOutput:

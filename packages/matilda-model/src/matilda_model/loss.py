@@ -65,7 +65,8 @@ def linear_cross_entropy(
     if backend == "liger":
         from matilda_model.liger import liger_linear_cross_entropy
 
-        return liger_linear_cross_entropy(h_ND, weight_VD, targets_N, softcap, z_loss)
+        out: LossOutput = liger_linear_cross_entropy(h_ND, weight_VD, targets_N, softcap, z_loss)
+        return out
     raise ValueError(f"`backend` must be auto, plain, chunked or liger, not {backend!r}")
 
 
@@ -107,9 +108,9 @@ class _ChunkedLoss(torch.autograd.Function):
         dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_grad else None
         dh_chunks = []
         for h, targets, valid in zip(
-            h_ND.split(_CHUNK_TOKENS),
-            targets_N.split(_CHUNK_TOKENS),
-            valid_N.split(_CHUNK_TOKENS),
+            torch.split(h_ND, _CHUNK_TOKENS),
+            torch.split(targets_N, _CHUNK_TOKENS),
+            torch.split(valid_N, _CHUNK_TOKENS),
             strict=True,
         ):
             z = softcap_logits((h @ w_VD.T).float(), softcap)

@@ -53,11 +53,8 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype = torch.float32
-        self.embed = nn.Embedding(
-            config.vocab_size,
-            config.d_model,
-            _weight=torch.empty(config.vocab_size, config.d_model),
-        )
+        table = torch.empty(config.vocab_size, config.d_model)
+        self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
@@ -133,7 +130,7 @@ class Transformer(nn.Module):
         if cache is None:
             cos, sin = self.cos[:n_tokens, None, :], self.sin[:n_tokens, None, :]
         else:
-            positions_BT = cache.positions_BT(n_tokens)
+            positions_BT = cache.next_positions(n_tokens)
             cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
         x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
         for index, block in enumerate(self.blocks):

@@ -1,0 +1,211 @@
+"""Properties of the model a user relies on: counts, causality, learning, determinism."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from matilda_model import ModelConfig, Transformer, count_params, flops_per_token
+
+V1 = ModelConfig()
+HERO = ModelConfig(
+    n_layers=18, max_seq_len=2048, mlp="relu2", mlp_ratio=4.0, logit_softcap=30.0, z_loss=1e-4
+)
+REFERENCE_350M = ModelConfig(
+    n_layers=32, d_model=960, n_heads=15, n_kv_heads=5, d_ff=2560, max_seq_len=2048
+)
+TINY = ModelConfig(vocab_size=128, d_model=64, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=64)
+TINY_HERO = dataclasses.replace(TINY, mlp="relu2", mlp_ratio=4.0, logit_softcap=30.0, z_loss=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [(V1, 114_151_680), (HERO, 151_910_400), (REFERENCE_350M, 362_931_136)],
+    ids=["base_124m", "base_152m_v2", "base_350m"],
+)
+def test_parameter_counts_are_exact(config: ModelConfig, expected: int) -> None:
+    with torch.device("meta"):
+        model = Transformer(config)
+    assert sum(p.numel() for p in model.parameters()) == expected
+    assert count_params(config) == config.n_params == expected
+
+
+@pytest.mark.parametrize("change", [{"tie_embeddings": False}, {"qk_norm": False}, {"head_dim": 8}])
+def test_count_params_follows_every_option(change: dict[str, object]) -> None:
+    config = dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
+    assert count_params(config) == sum(p.numel() for p in Transformer(config).parameters())
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_HERO], ids=["swiglu", "relu2"])
+def test_no_future_token_leaks_into_the_past(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    ids = torch.randint(0, 128, (2, 32))
+    changed = ids.clone()
+    changed[:, 20] = (ids[:, 20] + 1) % 128
+    before, after = model(ids), model(changed)
+    assert torch.equal(before[:, :20], after[:, :20])
+    assert not torch.equal(before[:, 20:], after[:, 20:])
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_HERO, HERO], ids=["tiny", "tiny_hero", "hero"])
+def test_initial_loss_is_within_one_percent_of_ln_vocab(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    ids = torch.randint(0, config.vocab_size, (4, 33))
+    with torch.no_grad():
+        out = model(ids[:, :-1], ids[:, 1:])
+    assert abs(out.ce.item() / math.log(config.vocab_size) - 1) < 0.01
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_HERO], ids=["swiglu", "relu2"])
+def test_one_batch_is_overfit(config: ModelConfig) -> None:
+    torch.manual_seed(0)
+    model = Transformer(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    ids = torch.randint(0, 128, (4, 33))
+    for _ in range(120):
+        out = model(ids[:, :-1], ids[:, 1:])
+        optimizer.zero_grad()
+        out.loss.backward()
+        optimizer.step()
+    assert out.ce.item() < 0.05
+
+
+@pytest.mark.parametrize("loss", ["plain", "chunked"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_gradients_reach_every_parameter(loss: str, tie: bool) -> None:
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(TINY_HERO, loss=loss, tie_embeddings=tie))
+    ids = torch.arange(129).remainder(128)[None].expand(2, -1)
+    ids = torch.cat((ids[:, :64], ids[:, 64:128]), dim=0)
+    model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None, name
+        assert parameter.grad.dtype == torch.float32, name
+        assert torch.isfinite(parameter.grad).all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+def test_the_seed_fixes_the_weights_and_the_default_generator_is_the_source() -> None:
+    def weights(seed: int) -> dict[str, torch.Tensor]:
+        torch.manual_seed(seed)
+        return {k: v.clone() for k, v in Transformer(TINY).state_dict().items()}
+
+    first, second, other = weights(1), weights(1), weights(2)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    assert not torch.equal(first["embed.weight"], other["embed.weight"])
+
+    model = Transformer(TINY)
+    model.init_weights(torch.Generator().manual_seed(1))
+    again = Transformer(TINY)
+    again.init_weights(torch.Generator().manual_seed(1))
+    assert torch.equal(model.embed.weight, again.embed.weight)
+
+
+def test_a_model_built_on_meta_is_initialised_after_to_empty() -> None:
+    with torch.device("meta"):
+        model = Transformer(TINY)
+    model.to_empty(device="cpu")
+    torch.manual_seed(3)
+    model.init_weights()
+    torch.manual_seed(3)
+    expected = Transformer(TINY)
+    ids = torch.randint(0, 128, (1, 16))
+    assert torch.equal(model(ids), expected(ids))
+
+
+def test_training_on_a_cpu_is_bitwise_repeatable() -> None:
+    def gradients() -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        model = Transformer(TINY_HERO)
+        ids = torch.randint(0, 128, (4, 33))
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+        return [p.grad for p in model.parameters() if p.grad is not None]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(), gradients(), strict=True))
+
+
+def test_accumulated_gradients_equal_those_of_the_big_batch() -> None:
+    torch.manual_seed(0)
+    model = Transformer(TINY_HERO)
+    ids = torch.randint(0, 128, (8, 33))
+    model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    big = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    for part in ids.split(2):
+        (model(part[:, :-1], part[:, 1:]).loss / 4).backward()
+    small = [p.grad for p in model.parameters() if p.grad is not None]
+    for a, b in zip(big, small, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("config", [TINY, TINY_HERO], ids=["swiglu", "relu2"])
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_flops_per_token_equal_torch_own_count(config: ModelConfig, tie: bool) -> None:
+    # the math back end computes the whole square, twice that in backward: the PaLM convention
+    config = dataclasses.replace(config, attention="math", loss="plain", tie_embeddings=tie)
+    model = Transformer(config)
+    ids = torch.randint(0, 128, (2, 49))
+    with FlopCounterMode(display=False) as counter:
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    assert counter.get_total_flops() == flops_per_token(config, 48, causal=False) * 2 * 48
+
+
+def test_causal_flops_halve_the_attention_term_only() -> None:
+    attention = 12 * 18 * 768 * 2048
+    full = flops_per_token(HERO, 2048, causal=False)
+    assert full - flops_per_token(HERO, 2048, causal=True) == attention // 2
+    assert full == 6 * (151_910_400 - 18 * (2 * 768 + 128) - 768) + attention
+
+
+def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
+    torch.manual_seed(0)
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(graph)
+        return graph.forward
+
+    ids = torch.randint(0, 128, (2, 33))
+    for loss in ("plain", "chunked"):
+        graphs.clear()
+        model = Transformer(dataclasses.replace(TINY_HERO, loss=loss))
+        expected = model(ids[:, :-1], ids[:, 1:]).loss
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=backend)
+        out = compiled(ids[:, :-1], ids[:, 1:])
+        assert len(graphs) == 1
+        torch.testing.assert_close(out.loss, expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"n_heads": 5}, "`n_heads` 5 is not a multiple of `n_kv_heads`"),
+        ({"d_model": 66}, "`d_model` 66 is not a multiple"),
+        ({"head_dim": 7}, "head dimension 7 is odd"),
+        ({"mlp": "gelu"}, "`mlp` must be one of swiglu, relu2, not 'gelu'"),
+        ({"attention": "fast"}, "`attention` must be one of"),
+        ({"loss": "x"}, "`loss` must be one of"),
+        ({"vocab_size": 0}, "`vocab_size` must be a positive integer, not 0"),
+        ({"n_layers": 2.0}, "`n_layers` must be a positive integer, not 2.0"),
+        ({"z_loss": -1.0}, "`z_loss` must be a finite number at least 0, not -1.0"),
+        ({"logit_softcap": 0.0}, "`logit_softcap` must be a finite number greater than 0"),
+        ({"norm_eps": math.nan}, "`norm_eps` must be a finite number"),
+        ({"qk_norm": 1}, "`qk_norm` must be true or false"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_wrong_config_is_refused_in_one_sentence(change: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
+    assert message in str(caught.value)
+
+
+def test_a_sequence_longer_than_max_seq_len_is_refused() -> None:
+    with pytest.raises(ValueError, match="65 tokens exceeds `max_seq_len` 64"):
+        Transformer(TINY)(torch.zeros(1, 65, dtype=torch.int64))

@@ -1,0 +1,143 @@
+"""Cached decoding equals the full forward pass; sampling does what its arguments say."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from matilda_model import KVCache, ModelConfig, Transformer, generate, sample, stream_tokens
+
+CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48)
+
+
+def model(**change: object) -> Transformer:
+    torch.manual_seed(0)
+    made = Transformer(dataclasses.replace(CONFIG, **change))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return made
+
+
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
+def test_cached_decoding_equals_the_full_forward(n_kv_heads: int) -> None:
+    net = model(n_kv_heads=n_kv_heads)
+    ids = torch.randint(0, 64, (3, 20))
+    cache = KVCache(net.config, 3, 20, device="cpu", dtype=torch.float32)
+    with torch.no_grad():
+        full = net(ids)
+        parts = [net(ids[:, :7], cache=cache)]
+        cache.advance(7)
+        for t in range(7, 20):
+            parts.append(net(ids[:, t : t + 1], cache=cache))
+            cache.advance(1)
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_greedy_generation_equals_argmax_of_the_full_forward() -> None:
+    net = model()
+    ids = [5, 9, 2]
+    got = generate(net, ids, max_new_tokens=20, temperature=0)
+    expected = list(ids)
+    for _ in range(20):
+        expected.append(int(net(torch.tensor([expected]))[0, -1].argmax()))
+    assert got == expected[3:]
+
+
+def test_a_batch_of_unequal_prompts_equals_each_prompt_alone() -> None:
+    net = model()
+    prompts = [[1, 2, 3, 4, 5, 6, 7], [9], [8, 8, 8]]
+    together = generate(net, prompts, max_new_tokens=15, temperature=0)
+    alone = [generate(net, prompt, max_new_tokens=15, temperature=0) for prompt in prompts]
+    assert together == alone
+
+
+def test_the_seed_fixes_the_sample() -> None:
+    net = model()
+
+    def draw(seed: int) -> list[int]:
+        generator = torch.Generator().manual_seed(seed)
+        return generate(net, [1, 2], max_new_tokens=20, generator=generator)
+
+    assert draw(1) == draw(1)
+    assert draw(1) != draw(2)
+
+
+def test_generation_leaves_the_default_generator_alone_when_given_its_own() -> None:
+    net = model()
+    before = torch.random.get_rng_state()
+    generate(net, [1], max_new_tokens=3, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+def test_padding_rows_of_the_vocabulary_are_never_produced() -> None:
+    net = model()
+    with torch.no_grad():
+        net.embed.weight[50:] = 10.0 * net.embed.weight[50:].abs().max()  # make padding likely
+    for temperature in (0.0, 5.0):
+        rows = generate(net, [[1], [2]], max_new_tokens=40, temperature=temperature, vocab_limit=50)
+        assert max(max(row) for row in rows) < 50
+
+
+def test_stop_ids_end_their_row_only_and_are_not_returned() -> None:
+    net = model()
+    first = generate(net, [1, 2], max_new_tokens=12, temperature=0)
+    stop = first[4]
+    end = first.index(stop)
+    assert generate(net, [1, 2], max_new_tokens=12, temperature=0, stop_ids=[stop]) == first[:end]
+    rows = generate(net, [[1, 2], [7]], max_new_tokens=12, temperature=0, stop_ids=[stop])
+    assert rows[0] == first[:end]
+    other = generate(net, [7], max_new_tokens=12, temperature=0, stop_ids=[stop])
+    assert rows[1] == other
+
+
+def test_streaming_yields_the_same_tokens_and_keeps_grad_mode() -> None:
+    net = model()
+    expected = generate(net, [3], max_new_tokens=10, temperature=0)
+    got = []
+    for token in stream_tokens(net, [3], max_new_tokens=10, temperature=0):
+        assert torch.is_grad_enabled()
+        got.append(token)
+    assert got == expected
+
+
+def test_top_k_and_top_p_restrict_the_draw() -> None:
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, -1)
+    torch.manual_seed(0)
+    assert set(sample(logits, top_k=2).tolist()) == {0, 1}
+    assert set(sample(logits, top_p=0.9).tolist()) == {0, 1, 2}
+    assert set(sample(logits, top_p=0.01).tolist()) == {0}
+    assert set(sample(logits, temperature=0).tolist()) == {0}
+    frequency = (sample(logits, top_k=2) == 0).double().mean().item()
+    assert abs(frequency - 0.5 / 0.8) < 0.04
+    hot = (sample(logits, temperature=2.0) == 0).double().mean().item()
+    weights = [p**0.5 for p in (0.5, 0.3, 0.15, 0.05)]
+    assert abs(hot - weights[0] / sum(weights)) < 0.04
+
+
+def test_generation_works_in_bfloat16() -> None:
+    net = model()
+    net.compute_dtype = torch.bfloat16
+    assert len(generate(net, [1], max_new_tokens=5, temperature=0)) == 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompt_ids": []}, "`prompt_ids` is empty"),
+        ({"prompt_ids": [[1], []]}, "`prompt_ids` is empty"),
+        ({"prompt_ids": [64]}, "ids outside 0..63"),
+        ({"prompt_ids": [55], "vocab_limit": 50}, "ids outside 0..49"),
+        ({"max_new_tokens": 48}, "exceed the model's `max_seq_len` 48"),
+        ({"temperature": -1.0}, "`temperature` must be at least 0"),
+        ({"top_k": 0}, "`top_k` must be at least 1"),
+        ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\]"),
+        ({"vocab_limit": 65}, "`vocab_limit` must be in 1..64"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    call: dict[str, object] = {"prompt_ids": [1], "max_new_tokens": 4} | arguments
+    with pytest.raises(ValueError, match=message):
+        generate(model(), **call)  # type: ignore[call-overload]
