@@ -124,7 +124,7 @@ _ORDER = ["hidden", "matrix", "embedding", "head", "vector"]
 
 
 def describe_groups(groups: Sequence[Mapping[str, Any]]) -> str:
-    """An audit table: algorithm, lr, decay and count of each group, every parameter with a reason."""
+    """An audit table: each group's algorithm, lr, decay and count, each parameter's reason."""
     lines = []
     total = sum(p.numel() for g in groups for p in g["params"])
     for group in groups:

@@ -32,7 +32,7 @@ def normalize_(x_BMN: Tensor) -> Tensor:
     norm_B = torch.linalg.vector_norm(row_BM, dim=-1, dtype=torch.float64)
     inverse_B = torch.where(norm_B == 0, norm_B, norm_B.reciprocal())
     x_BMN.mul_(inverse_B.to(x_BMN.dtype)[:, None, None])
-    return norm_B * torch.exp2(exponent_B.double())
+    return torch.mul(norm_B, torch.exp2(exponent_B.double()))
 
 
 def newton_schulz(x_BMN: Tensor, quintics: Sequence[Quintic]) -> Tensor:

@@ -25,8 +25,10 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
     saved = [dict(group) for group in state_dict["param_groups"]]
     aligned = {**state_dict, "state": state, "param_groups": saved}
     if not all(g.get("param_names") for g in groups if g["params"]):
+        _check_algorithms(groups, saved)
         return aligned
     if not all(g.get("param_names") for g in saved if g["params"]):
+        _check_algorithms(groups, saved)
         return aligned
     ours = {name for g in groups for name in g.get("param_names", ())}
     theirs = {name for g in saved for name in g.get("param_names", ())}
@@ -47,8 +49,20 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
             )
         ids = dict(zip(match["param_names"], match["params"], strict=True))
         ordered.append({**match, "params": [ids[n] for n in names], "param_names": list(names)})
+    _check_algorithms(groups, ordered)
     aligned["param_groups"] = ordered
     return aligned
+
+
+def _check_algorithms(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
+    """A group's state fits only its own algorithm; torch.optim.Muon's groups do not name theirs."""
+    for i, (group, other) in enumerate(zip(groups, saved, strict=False)):
+        theirs = other.get("algorithm", "muon")
+        if theirs != group["algorithm"]:
+            raise ValueError(
+                f"group {group.get('name', i)!r} is updated by {group['algorithm']!r}, "
+                f"but the state holds it as {theirs!r}; build the groups as they were saved"
+            )
 
 
 def restore_in_place(

@@ -1,0 +1,156 @@
+"""Sorting a model's parameters into groups."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from matilda_optim import Muon, describe_groups, param_groups
+
+
+class Language(nn.Module):
+    """Embedding, two blocks with a fused projection, and a tied or free head."""
+
+    def __init__(self, tied: bool, head_first: bool = False) -> None:
+        super().__init__()
+        if head_first:
+            self.head = nn.Linear(32, 100, bias=False)
+        self.embed = nn.Embedding(100, 32)
+        self.qkv = nn.Linear(32, 64, bias=False)
+        self.up = nn.Linear(32, 128)
+        self.norm = nn.RMSNorm(128)
+        self.down = nn.Linear(128, 32)
+        if not head_first:
+            self.head = nn.Linear(32, 100, bias=False)
+        if tied:
+            self.head.weight = self.embed.weight
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embed(ids)
+        x = x + self.qkv(x)[..., :32]
+        return self.head(x + self.down(self.norm(self.up(x)).relu()))
+
+
+def by_name(groups: list[dict[str, object]]) -> dict[str, dict[str, object]]:
+    return {str(g["name"]): g for g in groups}
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_every_parameter_is_in_one_group_and_gets_a_gradient(algorithm: str, tied: bool) -> None:
+    model = Language(tied)
+    groups = param_groups(model, algorithm=algorithm, lr=1e-3, weight_decay=0.1)
+    grouped = [id(p) for g in groups for p in g["params"]]
+    assert sorted(grouped) == sorted(id(p) for p in model.parameters())
+    names = [n for g in groups for n in g["param_names"]]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+    model(torch.arange(10)).sum().backward()
+    assert all(p.grad is not None for g in groups for p in g["params"])
+    for g in groups:
+        assert g["initial_lr"] == g["lr"]
+        assert g["algorithm"] in ("muon", "adamw")
+
+
+@pytest.mark.parametrize("head_first", [True, False])
+def test_a_tied_head_follows_the_embedding_whatever_the_order(head_first: bool) -> None:
+    groups = by_name(param_groups(Language(True, head_first), lr=1e-3, weight_decay=0.1))
+    assert "head" not in groups
+    assert len(groups["embedding"]["params"]) == 1  # type: ignore[arg-type]
+    assert "tied" in describe_groups(list(groups.values()))
+
+
+def test_only_hidden_matrices_go_to_muon_and_vectors_do_not_decay() -> None:
+    groups = by_name(
+        param_groups(Language(False), lr=2e-3, weight_decay=0.1, adamw_lr=3e-4, embedding_lr=5e-2)
+    )
+    assert groups["hidden"]["param_names"] == ["qkv.weight", "up.weight", "down.weight"]
+    assert groups["hidden"]["algorithm"] == "muon"
+    assert groups["hidden"]["lr"] == 2e-3
+    assert groups["head"]["lr"] == 3e-4
+    assert groups["embedding"]["lr"] == 5e-2
+    assert groups["vector"]["weight_decay"] == 0.0
+    assert groups["vector"]["param_names"] == ["up.bias", "norm.weight", "down.bias"]
+
+
+def test_adamw_alone_decays_matrices_only_and_embeddings_by_flag() -> None:
+    groups = by_name(
+        param_groups(
+            Language(True), algorithm="adamw", lr=1e-3, weight_decay=0.1, decay_embeddings=False
+        )
+    )
+    assert {g["algorithm"] for g in groups.values()} == {"adamw"}
+    assert groups["matrix"]["weight_decay"] == 0.1
+    assert groups["embedding"]["weight_decay"] == 0.0
+    assert groups["vector"]["weight_decay"] == 0.0
+
+
+def test_an_unknown_owner_is_an_error_that_names_it_and_the_override() -> None:
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Parameter(torch.zeros(32, 32))
+            self.out = nn.Linear(32, 32)
+
+    with pytest.raises(ValueError, match=r"`mix`.*overrides=\{r\"mix\": \"muon\"\}"):
+        param_groups(Odd(), lr=1e-3, weight_decay=0.0)
+    groups = param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={r"^mix$": "muon"})
+    assert by_name(groups)["hidden"]["param_names"] == ["mix", "out.weight"]
+    groups = param_groups(Odd(), lr=1e-3, weight_decay=0.1, overrides={"mix": "adamw_no_decay"})
+    assert "mix" in by_name(groups)["vector"]["param_names"]  # type: ignore[operator]
+    with pytest.raises(ValueError, match="matches no"):
+        param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={"mix": "muon", "nope": "adamw"})
+    with pytest.raises(ValueError, match="the override of"):
+        param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={"mix": "sgd"})
+
+
+def test_routers_thin_depthwise_and_transposed_weights_go_to_adamw() -> None:
+    model = nn.ModuleDict(
+        OrderedDict(
+            router=nn.Linear(64, 32, bias=False),
+            gate=nn.Linear(64, 32, bias=False),
+            w_gate=nn.Linear(64, 32, bias=False),
+            thin=nn.Linear(64, 8, bias=False),
+            depth=nn.Conv1d(32, 32, 3, groups=32, bias=False),
+            up=nn.ConvTranspose2d(32, 32, 3, bias=False),
+            conv=nn.Conv2d(32, 64, 3, bias=False),
+            grouped=nn.Conv2d(64, 64, 3, groups=2, bias=False),
+        )
+    )
+    groups = by_name(param_groups(model, lr=1e-3, weight_decay=0.1))
+    assert groups["hidden"]["param_names"] == ["w_gate.weight", "conv.weight"]
+    assert groups["hidden[heads 2]"]["param_names"] == ["grouped.weight"]
+    assert len(groups["matrix"]["params"]) == 5  # type: ignore[arg-type]
+
+
+def test_fused_weights_are_cut_where_told() -> None:
+    attention = nn.MultiheadAttention(32, 4)
+    groups = by_name(param_groups(attention, lr=1e-3, weight_decay=0.0))
+    assert groups["hidden[heads 3]"]["param_names"] == ["in_proj_weight"]
+    model = Language(True)
+    groups = by_name(param_groups(model, lr=1e-3, weight_decay=0.0, split={"qkv": (32, 16, 16)}))
+    assert groups["hidden[split 32+16+16]"]["split"] == (32, 16, 16)
+    with pytest.raises(ValueError, match="matches no"):
+        param_groups(model, lr=1e-3, weight_decay=0.0, split={"nope": (1,)})
+    with pytest.raises(ValueError, match="adds up to"):
+        Muon(param_groups(model, lr=1e-3, weight_decay=0.0, split={"qkv": (32, 16)}))
+
+
+def test_the_audit_table_folds_layers_and_counts_everything() -> None:
+    model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(12)])
+    text = describe_groups(param_groups(model, lr=1e-3, weight_decay=0.1))
+    assert "*.weight" in text
+    assert "×12" in text
+    assert f"total: {12 * (32 * 32 + 32):,} parameters" in text
+
+
+def test_frozen_parameters_are_left_out_and_an_empty_model_is_refused() -> None:
+    model = Language(False)
+    model.embed.weight.requires_grad_(False)
+    assert "embedding" not in by_name(param_groups(model, lr=1e-3, weight_decay=0.1))
+    with pytest.raises(ValueError, match="no trainable"):
+        param_groups(nn.ReLU(), lr=1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match="`algorithm`"):
+        param_groups(model, algorithm="sgd", lr=1e-3, weight_decay=0.1)

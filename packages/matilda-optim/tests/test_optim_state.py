@@ -1,0 +1,169 @@
+"""State: eager, plain, fp32, matched by name, and exact on resume."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from matilda_optim import Muon, param_groups
+
+
+def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Embedding(50, 32), nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 32)
+    ).to(dtype)
+
+
+def optimizer_of(model: nn.Module) -> Muon:
+    return Muon(param_groups(model, lr=1e-2, weight_decay=0.1))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        ids = torch.randint(0, 50, (16,), generator=torch.Generator().manual_seed(step))
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * (1 - step / 20)
+        optimizer.zero_grad()
+        model(ids).square().mean().backward()
+        optimizer.step()
+
+
+def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    sha = hashlib.sha256()
+    for p in model.parameters():
+        sha.update(p.detach().float().numpy().tobytes())
+        for key in sorted(optimizer.state[p]):
+            sha.update(optimizer.state[p][key].numpy().tobytes())
+    return sha.hexdigest()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_saved_and_loaded_run_continues_bitwise(dtype: torch.dtype) -> None:
+    straight, broken = model_of(dtype), model_of(dtype)
+    a, b = optimizer_of(straight), optimizer_of(broken)
+    train(straight, a, 0, 8)
+    train(broken, b, 0, 4)
+    file = io.BytesIO()
+    torch.save({"model": broken.state_dict(), "optimizer": b.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    resumed = model_of(dtype)
+    resumed.load_state_dict(saved["model"])
+    c = optimizer_of(resumed)
+    addresses = [v.data_ptr() for s in c.state.values() for v in s.values()]
+    c.load_state_dict(saved["optimizer"])
+    assert [v.data_ptr() for s in c.state.values() for v in s.values()] == addresses
+    assert digest(resumed, c) == digest(broken, b)
+    train(resumed, c, 4, 8)
+    assert digest(resumed, c) == digest(straight, a)
+    assert all(v.dtype == torch.float32 for s in c.state.values() for v in s.values())
+
+
+def test_state_is_plain_tensors_that_exist_before_the_first_step() -> None:
+    model = model_of()
+    state = optimizer_of(model).state_dict()
+    assert len(state["state"]) == len(list(model.parameters()))
+    for values in state["state"].values():
+        assert set(values) in ({"momentum_buffer"}, {"step", "exp_avg", "exp_avg_sq"})
+        assert all(type(v) is Tensor for v in values.values())
+    names = [n for g in state["param_groups"] for n in g["param_names"]]
+    assert sorted(names) == sorted(n for n, _ in model.named_parameters())
+
+
+def test_loading_matches_parameters_by_name_in_any_order() -> None:
+    model = model_of()
+    a = optimizer_of(model)
+    train(model, a, 0, 3)
+    other = model_of()
+    groups = param_groups(other, lr=1e-2, weight_decay=0.1)[::-1]
+    for group in groups:
+        for key in ("params", "param_names", "reasons"):
+            group[key] = group[key][::-1]
+    b = Muon(groups)
+    b.load_state_dict(a.state_dict())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        for key in a.state[p]:
+            assert torch.equal(a.state[p][key], b.state[q][key])
+    assert [g["name"] for g in b.param_groups] == [g["name"] for g in groups]
+
+
+def test_other_parameters_or_groups_are_refused_by_name_and_change_nothing() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    before = digest(model, optimizer)
+    renamed = copy.deepcopy(optimizer.state_dict())
+    renamed["param_groups"][0]["param_names"][0] = "elsewhere"
+    with pytest.raises(ValueError, match="elsewhere"):
+        optimizer.load_state_dict(renamed)
+    regrouped = Muon(param_groups(model_of(), algorithm="adamw", lr=1.0, weight_decay=0.1))
+    with pytest.raises(ValueError, match="group"):
+        optimizer.load_state_dict(regrouped.state_dict())
+    assert digest(model, optimizer) == before
+
+
+def test_a_checkpoint_of_torch_muon_loads_and_continues() -> None:
+    start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
+    p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    theirs = torch.optim.Muon([p], lr=0.03)
+    p.grad = torch.randn(16, 32)
+    theirs.step()
+    ours = Muon([q])
+    ours.load_state_dict(theirs.state_dict())
+    assert ours.param_groups[0]["lr"] == 0.03
+    assert ours.param_groups[0]["algorithm"] == "muon"
+    assert torch.equal(ours.state[q]["momentum_buffer"], theirs.state[p]["momentum_buffer"])
+    q.grad = torch.randn(16, 32)
+    ours.step()
+
+
+def test_keys_that_json_turned_into_strings_load() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    state = optimizer.state_dict()
+    state["state"] = {str(k): v for k, v in state["state"].items()}
+    for group in state["param_groups"]:
+        if group["algorithm"] == "adamw":
+            group["betas"] = list(group["betas"])
+    other = model_of()
+    again = optimizer_of(other)
+    again.load_state_dict(state)
+    other.load_state_dict(model.state_dict())
+    assert digest(other, again) == digest(model, optimizer)
+    train(other, again, 2, 3)
+
+
+def test_another_process_gives_equal_bits() -> None:
+    program = (
+        "import sys, torch; torch.set_num_threads(int(sys.argv[2])); sys.path.insert(0, sys.argv[1]);"
+        "import test_optim_state as t;"
+        "m = t.model_of(); o = t.optimizer_of(m); t.train(m, o, 0, 3); print(t.digest(m, o))"
+    )
+    arguments = [str(Path(__file__).parent), str(torch.get_num_threads())]
+    other = subprocess.run(
+        [sys.executable, "-c", program, *arguments], capture_output=True, text=True, check=True
+    )
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 3)
+    assert other.stdout.strip() == digest(model, optimizer)
+
+
+def test_a_pickled_copy_behaves_the_same() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    twin_model, twin = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2, 4)
+    train(twin_model, twin, 2, 4)
+    assert digest(model, optimizer) == digest(twin_model, twin)
