@@ -1,3 +1,82 @@
-"""The training loop of Matilda: one config in, one verifiable run out."""
+"""The training loop of Matilda: one config in, one verifiable run out.
 
-__all__: list[str] = []
+Names load on first use, so that `matilda_train.stop_signals` can be imported, and signals handled,
+before the seconds-long import of torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matilda_train.config import (
+        CkptConfig,
+        DataConfig,
+        EvalConfig,
+        LogConfig,
+        OptimConfig,
+        RunConfig,
+        TrainConfig,
+    )
+    from matilda_train.config_load import config_from_dict, config_to_dict, load_config
+    from matilda_train.console import Display, SilentDisplay, TerminalDisplay
+    from matilda_train.evaluate import Evaluation, evaluate
+    from matilda_train.guards import TrainingDivergedError
+    from matilda_train.loop import TrainResult, train
+    from matilda_train.run_dir import RunDir
+    from matilda_train.sample import complete_text, load_run_model
+    from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+
+__all__ = [
+    "EXIT_PREEMPTED",
+    "CkptConfig",
+    "DataConfig",
+    "Display",
+    "EvalConfig",
+    "Evaluation",
+    "LogConfig",
+    "OptimConfig",
+    "RunConfig",
+    "RunDir",
+    "SilentDisplay",
+    "StopRequest",
+    "TerminalDisplay",
+    "TrainConfig",
+    "TrainResult",
+    "TrainingDivergedError",
+    "complete_text",
+    "config_from_dict",
+    "config_to_dict",
+    "evaluate",
+    "load_config",
+    "load_run_model",
+    "train",
+]
+
+_HOME = {
+    "config": (
+        "CkptConfig",
+        "DataConfig",
+        "EvalConfig",
+        "LogConfig",
+        "OptimConfig",
+        "RunConfig",
+        "TrainConfig",
+    ),
+    "config_load": ("config_from_dict", "config_to_dict", "load_config"),
+    "console": ("Display", "SilentDisplay", "TerminalDisplay"),
+    "evaluate": ("Evaluation", "evaluate"),
+    "guards": ("TrainingDivergedError",),
+    "loop": ("TrainResult", "train"),
+    "run_dir": ("RunDir",),
+    "sample": ("complete_text", "load_run_model"),
+    "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)

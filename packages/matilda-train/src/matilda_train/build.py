@@ -1,0 +1,85 @@
+"""From a validated config to a model, its optimizer and the learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from matilda_data import load_tokenizer
+from matilda_model import Transformer
+from matilda_optim import Muon, constant, cosine, param_groups, wsd
+from matilda_train.config import OptimConfig, RunConfig
+
+__all__ = [
+    "build_model",
+    "build_optimizer",
+    "build_schedule",
+    "set_learning_rates",
+    "token_byte_lengths",
+]
+
+
+def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """The model with float32 weights drawn on the CPU from `train.seed`, so that they are the
+    same on every device, computing in `dtype`."""
+    torch.manual_seed(config.train.seed)
+    model = Transformer(config.model)
+    model.compute_dtype = dtype
+    return model.to(device)
+
+
+def build_optimizer(config: OptimConfig, model: Transformer) -> Muon:
+    """Muon and AdamW as one optimizer over every trainable parameter of `model`."""
+    groups = param_groups(
+        model,
+        algorithm=config.algorithm,
+        lr=config.lr,
+        weight_decay=config.weight_decay,
+        adamw_lr=config.adamw_lr,
+        adamw_weight_decay=config.weight_decay
+        if config.algorithm == "adamw"
+        else config.adamw_weight_decay,
+        betas=config.betas,
+        eps=config.eps,
+        momentum=config.momentum,
+    )
+    return Muon(groups)
+
+
+def build_schedule(config: RunConfig) -> Callable[[int], float]:
+    """The factor on every peak learning rate, as a pure function of the 0-based step."""
+    optim, total_steps = config.optim, config.train.total_steps
+
+    def factor(step: int) -> float:
+        if optim.schedule == "wsd":
+            return wsd(
+                step,
+                total_steps=total_steps,
+                warmup_steps=optim.warmup_steps,
+                decay_steps=round(optim.decay_fraction * total_steps),
+                final=optim.final_lr_fraction,
+            )
+        if optim.schedule == "cosine":
+            return cosine(
+                step,
+                total_steps=total_steps,
+                warmup_steps=optim.warmup_steps,
+                final=optim.final_lr_fraction,
+            )
+        return constant(step, warmup_steps=optim.warmup_steps)
+
+    return factor
+
+
+def set_learning_rates(optimizer: Muon, factor: float) -> None:
+    """Set every group's learning rate to its peak times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
+def token_byte_lengths(config: RunConfig) -> NDArray[np.int32]:
+    """UTF-8 bytes of each token id of the run's tokenizer; 0 for the end-of-text token."""
+    return load_tokenizer(config.data.tokenizer).token_byte_lengths

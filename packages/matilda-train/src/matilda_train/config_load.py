@@ -1,0 +1,199 @@
+"""From a JSON file and `--set a.b=c` to a `RunConfig`, with errors a person can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matilda_train.config import RunConfig
+
+__all__ = [
+    "config_differences",
+    "config_from_dict",
+    "config_identity",
+    "config_to_dict",
+    "load_config",
+]
+
+# Sections and fields that change no weight: a resumed run may set them anew.
+FREE_ON_RESUME = (
+    "data.dir",
+    "data.corpus",
+    "eval.",
+    "ckpt.",
+    "log.",
+)
+# The recipe stays the same, but sums are taken in another order: allowed, with a warning.
+ROUNDING_ON_RESUME = (
+    "model.attention",
+    "model.loss",
+    "train.micro_batch_size",
+    "train.device",
+    "train.compile",
+    "train.deterministic",
+    "train.threads",
+)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a JSON config and apply overrides of the form `section.field=value`.
+
+    Values are JSON where they parse as JSON (`3`, `0.1`, `true`, `null`, `[0.9, 0.95]`), else
+    text. Raises `ValueError`, one sentence, for a missing or malformed file, an unknown key (with
+    the nearest known one), a wrong type, or a value out of range.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"Config file {str(path)!r} does not exist.{_nearby_config(path)}")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"Config file {str(path)!r} is not valid JSON: {error}.") from None
+    if not isinstance(raw, dict):
+        raise ValueError(f"Config file {str(path)!r} must hold one JSON object of sections.")
+    for override in overrides:
+        _apply_override(raw, override)
+    return config_from_dict(raw)
+
+
+def config_from_dict(raw: Mapping[str, Any]) -> RunConfig:
+    """Validate JSON-able sections, such as those of a `run.json`; errors as `load_config`'s."""
+    config = _build(RunConfig, raw, "")
+    assert isinstance(config, RunConfig)
+    return config
+
+
+def config_to_dict(config: RunConfig) -> dict[str, Any]:
+    """The config as JSON-able sections, every default spelled out; `load_config` reads it back."""
+    plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(config)))
+    return plain
+
+
+def config_identity(config: RunConfig) -> str:
+    """SHA-256 over the recipe: everything in the config but what a resumed run may set anew."""
+    fields = {
+        name: value
+        for name, value in _flatten(config_to_dict(config)).items()
+        if not name.startswith(FREE_ON_RESUME + ROUNDING_ON_RESUME)
+    }
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def config_differences(
+    old: Mapping[str, Any], config: RunConfig
+) -> tuple[dict[str, str], dict[str, str]]:
+    """How a stored config differs from `config`: (other recipe, other rounding).
+
+    Each maps a field's name to `old → new`. The first makes it another run; the second is allowed
+    on resume, at the price of bitwise equality with an uninterrupted run.
+    """
+    before, after = _flatten(old), _flatten(config_to_dict(config))
+    recipe: dict[str, str] = {}
+    rounding: dict[str, str] = {}
+    for name in sorted(before.keys() | after.keys()):
+        if name.startswith(FREE_ON_RESUME) or before.get(name) == after.get(name):
+            continue
+        kind = rounding if name.startswith(ROUNDING_ON_RESUME) else recipe
+        kind[name] = f"{before.get(name)!r} → {after.get(name)!r}"
+    return recipe, rounding
+
+
+def _nearby_config(path: Path) -> str:
+    if not path.parent.is_dir():
+        return ""
+    names = [p.name for p in path.parent.glob("*.json")]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
+
+
+def _apply_override(raw: dict[str, Any], override: str) -> None:
+    name, separator, text = override.partition("=")
+    parts = name.split(".")
+    if not separator or len(parts) != 2 or not all(parts):
+        raise ValueError(f"`--set` takes section.field=value, but got {override!r}.")
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = text
+    section = raw.setdefault(parts[0], {})
+    if not isinstance(section, dict):
+        raise ValueError(f"Section `{parts[0]}` must be a JSON object.")
+    section[parts[1]] = value
+
+
+def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = [f.name for f in dataclasses.fields(cls) if f.init]
+    kwargs: dict[str, Any] = {}
+    for key, value in raw.items():
+        name = f"{prefix}{key}"
+        if key not in known:
+            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            hint = f" Did you mean `{prefix}{close[0]}`?" if close else ""
+            raise ValueError(f"Unknown config key `{name}`.{hint} Known here: {', '.join(known)}.")
+        if dataclasses.is_dataclass(hints[key]):
+            if not isinstance(value, dict):
+                raise ValueError(f"Section `{name}` must be a JSON object, not {value!r}.")
+            section = hints[key]
+            assert isinstance(section, type)
+            kwargs[key] = _build(section, value, f"{name}.")
+        else:
+            kwargs[key] = _checked(value, hints[key], name)
+    try:
+        return cls(**kwargs)
+    except ValueError as error:
+        where = f"In section `{prefix.rstrip('.')}`: " if prefix else ""
+        message = str(error)
+        raise ValueError(message if not where or prefix in message else where + message) from None
+
+
+def _checked(value: Any, hint: Any, name: str) -> Any:
+    """`value` if it has the annotated type; lists become tuples, ints become floats."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _checked(value, option, name)
+            except ValueError:
+                continue
+        return _checked(value, options[-1], name)
+    if origin is typing.Literal:
+        if value not in args:
+            close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            hint_text = f" Did you mean {close[0]!r}?" if close else ""
+            raise ValueError(
+                f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, args))}."
+                f"{hint_text}"
+            )
+        return value
+    if origin is tuple:
+        items = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
+        if not isinstance(value, list | tuple) or len(value) != len(items):
+            raise ValueError(f"`{name}` is {value!r}, but must be a list of {len(items)} values.")
+        return tuple(
+            _checked(v, t, f"{name}[{i}]")
+            for i, (v, t) in enumerate(zip(value, items, strict=True))
+        )
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"`{name}` is {value!r}, but must be of type {hint.__name__}.")
+    return value
+
+
+def _flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        f"{section}.{name}": value
+        for section, fields in sections.items()
+        for name, value in fields.items()
+    }

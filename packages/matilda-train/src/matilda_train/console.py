@@ -1,0 +1,111 @@
+"""What a person sees while a run goes on: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+__all__ = ["Display", "SilentDisplay", "TerminalDisplay"]
+
+
+class Display(Protocol):
+    """Where the loop and data preparation report to."""
+
+    def begin(self, what: str, *, total: int, done: int = 0) -> None:
+        """A phase of `total` units begins, `done` of them already behind it."""
+
+    def advance(self, done: int, detail: str) -> None:
+        """`done` units are behind it now."""
+
+    def note(self, text: str) -> None:
+        """One line that stays."""
+
+
+class SilentDisplay:
+    """Shows nothing: for tests, and for ranks other than the first."""
+
+    def begin(self, what: str, *, total: int, done: int = 0) -> None:
+        pass
+
+    def advance(self, done: int, detail: str) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class TerminalDisplay:
+    """A progress bar with ETA on a terminal; elsewhere a line every `interval` seconds."""
+
+    def __init__(self, *, interval: float = 10.0) -> None:
+        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
+        self._interval = interval
+        self._progress: Progress | None = None
+        self._task: TaskID | None = None
+        self._what, self._total, self._first = "", 0, 0
+        self._began = self._spoke = time.monotonic()
+
+    def __enter__(self) -> TerminalDisplay:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def begin(self, what: str, *, total: int, done: int = 0) -> None:
+        self._end()
+        self._what, self._total, self._first = what, total, done
+        self._began = time.monotonic()
+        self._spoke = self._began - self._interval
+        if self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(bar_width=24),
+                TextColumn("{task.percentage:3.0f} %"),
+                TextColumn("{task.fields[detail]}"),
+                TextColumn("ETA"),
+                TimeRemainingColumn(compact=True),
+                console=self._console,
+                transient=True,
+                # Redrawing from a thread would touch the terminal in the middle of a signal.
+                auto_refresh=False,
+            )
+            self._progress.start()
+            self._task = self._progress.add_task(what, total=total, completed=done, detail="")
+
+    def advance(self, done: int, detail: str) -> None:
+        now = time.monotonic()
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=done, detail=detail)
+            if now - self._spoke > 0.1 or done >= self._total:
+                self._spoke = now
+                self._progress.refresh()
+        elif now - self._spoke >= self._interval or done >= self._total:
+            self._spoke = now
+            rate = (done - self._first) / max(now - self._began, 1e-9)
+            eta = f"ETA {_clock((self._total - done) / rate)}" if rate > 0 else "ETA –"
+            percent = 100 * done / max(self._total, 1)
+            self._console.print(f"{self._what} {percent:3.0f} %  {detail}  {eta}", markup=False)
+
+    def note(self, text: str) -> None:
+        self._console.print(text, markup=False)
+
+    def _end(self) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"

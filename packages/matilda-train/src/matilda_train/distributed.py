@@ -1,0 +1,100 @@
+"""Which process of how many this is, and the few things that processes tell each other."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+__all__ = ["Ranks"]
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place in a torchrun launch; one process alone is rank 0 of 1."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+
+    @classmethod
+    @contextmanager
+    def join(cls, device: torch.device) -> Iterator[Ranks]:
+        """Join the process group that torchrun's environment describes, and leave it at the end."""
+        if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            yield cls()
+            return
+        ranks = cls(
+            rank=int(os.environ["RANK"]),
+            world_size=int(os.environ["WORLD_SIZE"]),
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+        )
+        if device.type == "cuda":
+            torch.cuda.set_device(ranks.local_rank)
+            dist.init_process_group("nccl", device_id=torch.device("cuda", ranks.local_rank))
+        else:
+            dist.init_process_group("gloo")
+        try:
+            yield ranks
+        finally:
+            dist.destroy_process_group()
+
+    def own_device(self, device: torch.device) -> torch.device:
+        """This process's device: one GPU a process, unless the config names a GPU."""
+        if device.type != "cuda" or device.index is not None:
+            return device
+        return torch.device("cuda", self.local_rank)
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and speaks to people."""
+        return self.rank == 0
+
+    def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
+        """`model` with gradients averaged over all ranks."""
+        if self.world_size == 1:
+            return model
+        ids = [device.index] if device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
+
+    @contextmanager
+    def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
+        """Exchange gradients in the last micro-step only."""
+        wait = isinstance(model, DistributedDataParallel) and not last
+        with model.no_sync() if wait else nullcontext():  # type: ignore[operator]
+            yield
+
+    def mean_(self, value: Tensor) -> Tensor:
+        """Average a tensor over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(value)
+            value /= self.world_size
+        return value
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether any rank's flag is set; the same answer on every rank."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(float(flag), device=device)
+        dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+        return bool(votes.item())
+
+    @contextmanager
+    def main_first(self) -> Iterator[None]:
+        """Run the block on the main process, then on all others."""
+        if not self.is_main:
+            self.barrier()
+        yield
+        if self.is_main:
+            self.barrier()
+
+    def barrier(self) -> None:
+        """Wait for every rank."""
+        if self.world_size > 1:
+            dist.barrier()

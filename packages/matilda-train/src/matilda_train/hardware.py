@@ -1,0 +1,73 @@
+"""Device and dtype choice, and the arithmetic peak that utilisation is measured against."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+__all__ = ["choose_device", "choose_dtype", "peak_flops", "set_numerics"]
+
+# Dense bf16 tensor-core FLOP/s from the vendors' datasheets, by the exact name that torch reports.
+PEAK_BF16_FLOPS: dict[str, float] = {
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA A100-PCIE-40GB": 312e12,
+    "NVIDIA A100 80GB PCIe": 312e12,
+    "NVIDIA H100 80GB HBM3": 989.4e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H200": 989.4e12,
+    "NVIDIA L4": 121e12,
+    "NVIDIA L40S": 362e12,
+    "NVIDIA GeForce RTX 3090": 71e12,
+    "NVIDIA GeForce RTX 4090": 165.2e12,
+}
+
+
+def choose_device(name: str) -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
+
+    Raises `ValueError` when a GPU is asked for that torch does not see.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(
+            f"`train.device` is {name!r}, but must be auto, cpu, cuda or cuda:N."
+        ) from None
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"`train.device` is {name!r}, but torch sees {torch.cuda.device_count()} CUDA "
+            "device(s); set `train.device=cpu` or mend the driver."
+        )
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Compute dtype: `auto` is bfloat16 on a GPU that has it and float32 elsewhere."""
+    if name == "auto":
+        bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return torch.bfloat16 if bf16 else torch.float32
+    return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """Dense bf16 peak in FLOP/s of one device, or None for hardware that is not in the table."""
+    if device.type != "cuda":
+        return None
+    return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
+
+
+def set_numerics(device: torch.device, *, deterministic: bool, threads: int | None) -> None:
+    """Process-wide switches of torch: CPU threads, TF32 for what stays float32, determinism."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    if deterministic:
+        # cuBLAS reads this when its first handle is made; its default picks kernels by history.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)

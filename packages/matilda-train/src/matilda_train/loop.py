@@ -1,0 +1,298 @@
+"""The training loop: one flat function from a config to a finished, resumable run."""
+
+from __future__ import annotations
+
+import gc
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from matilda_ckpt import Checkpointer, Keep, RngState
+from matilda_train.batches import BatchReader, chain_hash
+from matilda_train.build import (
+    build_model,
+    build_optimizer,
+    build_schedule,
+    set_learning_rates,
+    token_byte_lengths,
+)
+from matilda_train.config import RunConfig
+from matilda_train.console import Display, SilentDisplay
+from matilda_train.data_source import SyntheticStream, TokenStream, open_streams, prepare_corpus
+from matilda_train.distributed import Ranks
+from matilda_train.evaluate import evaluate
+from matilda_train.guards import TrainingDivergedError, clip_gradients
+from matilda_train.hardware import choose_device, choose_dtype, set_numerics
+from matilda_train.meter import Meter, describe_row
+from matilda_train.metrics_log import EventLog, MetricsLog
+from matilda_train.provenance import collect_provenance
+from matilda_train.run_dir import RunDir
+from matilda_train.sample import sample_text
+from matilda_train.wandb_log import WandbMirror, require_wandb
+
+__all__ = ["TrainResult", "train"]
+
+DRY_RUN_STEPS = 20
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a call of `train` ended."""
+
+    status: Literal["finished", "already_finished", "preempted"]
+    run_dir: Path
+    step: int
+    first_bits_per_byte: float | None = None
+    final_bits_per_byte: float | None = None
+    sample: str | None = None
+
+
+@dataclass
+class LoopState:
+    """What the loop carries from step to step besides weights, optimizer and stream."""
+
+    step: int = 0
+    batch_hash: str = "0" * 64
+    consecutive_skips: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for field in fields(self):
+            setattr(self, field.name, state[field.name])
+
+
+def train(
+    config: RunConfig,
+    *,
+    run_dir: str | Path,
+    data_dir: str | Path | None = None,
+    dry_run: bool = False,
+    stop: Callable[[], bool] = lambda: False,
+    display: Display | None = None,
+) -> TrainResult:
+    """Train `config` in `run_dir`, going on from its newest healthy checkpoint if there is one.
+
+    `stop()` is asked at every safe point; once true, the state is saved and the result's status
+    is "preempted". A dry run trains at most 20 steps on synthetic tokens in a temporary directory.
+
+    Raises `ValueError` for whatever the user can mend (config, data, run directory),
+    `TrainingDivergedError` after too many non-finite steps, and `OSError` or
+    `matilda_ckpt.CheckpointError` when the disk fails; the newest checkpoint stands in each case.
+    """
+    with ExitStack() as cleanup:
+        device = choose_device(config.train.device)
+        ranks = cleanup.enter_context(Ranks.join(device))
+        device = ranks.own_device(device)
+        display = display if display is not None and ranks.is_main else SilentDisplay()
+        set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
+
+        mirrored = config.log.wandb and ranks.is_main and not dry_run
+        if mirrored:
+            require_wandb()
+
+        stream: TokenStream
+        held_out: TokenStream
+        if dry_run:
+            run_dir = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="matilda-dry-run-"))
+            config = shorten(config)
+            stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
+        else:
+            data = Path(data_dir or config.data.dir or "data")
+            if ranks.is_main and config.data.corpus is not None:
+                prepare_corpus(config.data, data, stop=stop, display=display)
+            if ranks.any(stop(), device):
+                return TrainResult("preempted", Path(run_dir), 0)
+            ranks.barrier()
+            stream, held_out = open_streams(config, data)
+        grad_accum_steps = config.grad_accum_steps(ranks.world_size)
+
+        run_dir = Path(run_dir)
+        events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)
+        if ranks.is_main:
+            provenance = collect_provenance(device) | {"world_size": ranks.world_size}
+            opened = RunDir.open(run_dir, config, data_id=stream.data_id, provenance=provenance)
+            cleanup.callback(opened.close)
+            for name, change in opened.rounding_changes.items():
+                display.note(f"`{name}` {change}: no longer bit for bit as the earlier part")
+        ranks.barrier()
+        run = RunDir.read(run_dir)
+        finished = EventLog(run_dir / "events.jsonl").last("finish")
+        if finished is not None:
+            return TrainResult("already_finished", run_dir, int(finished["step"]))
+
+        model = build_model(config, device, choose_dtype(config.train.dtype, device))
+        optimizer = build_optimizer(config.optim, model)
+        schedule = build_schedule(config)
+        state = LoopState()
+        everything = {
+            "model": model,
+            "optimizer": optimizer,
+            "stream": stream,
+            "loop": state,
+            "rng": RngState(),
+        }
+        checkpoints = Checkpointer(
+            run_dir / "checkpoints",
+            keep=Keep(last=config.ckpt.keep_last, every=config.ckpt.keep_every),
+            run_id=run["run_id"],
+        )
+        with ranks.main_first():
+            restored = checkpoints.restore(everything)
+        with ranks.main_first():
+            metrics = MetricsLog(
+                run_dir / "metrics.jsonl",
+                step=state.step if restored else -1,
+                enabled=ranks.is_main,
+                mirror=WandbMirror(config.log, run) if mirrored else None,
+            )
+        cleanup.callback(metrics.close)
+        saved_step = state.step if restored else -1
+        if restored:
+            display.note(f"resuming at step {state.step:,} from {restored.path}")
+        events.write(
+            "resume" if restored else "start",
+            step=state.step,
+            discarded_rows=metrics.discarded_rows,
+            skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
+        )
+
+        if config.train.compile:
+            model.compile(dynamic=False)
+        wrapped = ranks.wrap(model, device)
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        reader = BatchReader(
+            stream.windows,
+            batch_size=config.batch_size,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            pin_memory=device.type == "cuda",
+        )
+        cleanup.callback(reader.close)
+        token_bytes = token_byte_lengths(config)
+        meter = Meter(config, device, ranks.world_size)
+        gc.freeze()
+        cleanup.callback(gc.unfreeze)
+
+        display.begin("training", total=config.train.total_steps, done=state.step)
+        while True:
+            at_end = state.step == config.train.total_steps
+            evaluation_due = at_end or state.step % config.eval.every_steps == 0
+            if evaluation_due and metrics.evaluated_step != state.step:
+                evaluation = evaluate(
+                    wrapped,
+                    held_out,
+                    max_tokens=config.eval.tokens,
+                    seq_len=config.seq_len,
+                    micro_batch_size=config.train.micro_batch_size,
+                    token_bytes=token_bytes,
+                    device=device,
+                    ranks=ranks,
+                    should_stop=stop,
+                )
+                if evaluation is not None:
+                    metrics.write({"step": state.step} | asdict(evaluation))
+                    display.note(f"step {state.step:,}: {evaluation}")
+
+            stopping = ranks.any(stop(), device)
+            save_due = at_end or (state.step > 0 and state.step % config.ckpt.every_steps == 0)
+            if (save_due or stopping) and saved_step != state.step:
+                metrics.sync()
+                if ranks.is_main:
+                    checkpoints.save(
+                        state.step,
+                        everything,
+                        metrics=metrics.newest_evaluation,
+                        provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
+                        healthy=state.consecutive_skips == 0,
+                    )
+                ranks.barrier()
+                saved_step = state.step
+                events.write("save", step=state.step)
+            if stopping:
+                events.write("preempted", step=state.step)
+                return TrainResult("preempted", run_dir, state.step)
+            if at_end:
+                break
+
+            meter.begin_step()
+            factor = schedule(state.step)
+            set_learning_rates(optimizer, factor)
+            batch = reader.read(stream.next_sample)
+            meter.data_arrived()
+            loss = torch.zeros((), device=device)
+            micro_batches = batch.micro_batches(config.train.micro_batch_size, device)
+            for micro_step, (inputs, targets) in enumerate(micro_batches, start=1):
+                with ranks.accumulate(wrapped, last=micro_step == grad_accum_steps):
+                    micro_loss = wrapped(inputs, targets).loss / grad_accum_steps
+                    micro_loss.backward()
+                loss += micro_loss.detach()
+                if ranks.world_size == 1 and stop():
+                    break
+            if micro_step < grad_accum_steps:
+                optimizer.zero_grad(set_to_none=True)
+                continue  # asked to stop: this step is redone, whole, after the resume
+
+            loss = ranks.mean_(loss)
+            grad_norm = clip_gradients(parameters, config.train.grad_clip)
+            finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+            if finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            stream.next_sample += config.batch_size
+            state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
+            state.consecutive_skips = 0 if finite else state.consecutive_skips + 1
+            state.step += 1
+            meter.end_step()
+
+            if state.step % config.log.every_steps == 0 or not finite:
+                row = {
+                    "step": state.step,
+                    "tokens": state.step * config.train.tokens_per_step,
+                    "loss_nats": loss.item(),
+                    "grad_norm": grad_norm.item(),
+                    "lr": config.optim.lr * factor,
+                    "skipped": not finite,
+                    "batch_sha256": state.batch_hash,
+                    **meter.measure(),
+                }
+                metrics.write(row)
+                display.advance(state.step, describe_row(row))
+            if not finite:
+                events.write("skip", step=state.step, consecutive=state.consecutive_skips)
+                display.note(f"step {state.step:,} skipped: loss {loss}, gradient norm {grad_norm}")
+            if state.consecutive_skips >= config.train.max_consecutive_skips:
+                events.write("diverged", step=state.step)
+                raise TrainingDivergedError(state.step, state.consecutive_skips)
+
+        sample = None
+        if ranks.is_main:
+            sample = sample_text(model, config)
+            opened.write_sample(state.step, sample)
+        events.write("finish", step=state.step)
+        return TrainResult(
+            "finished",
+            run_dir,
+            state.step,
+            first_bits_per_byte=metrics.evaluations[0]["val_bits_per_byte"],
+            final_bits_per_byte=metrics.evaluations[-1]["val_bits_per_byte"],
+            sample=sample,
+        )
+
+
+def shorten(config: RunConfig) -> RunConfig:
+    """The same run in at most 20 steps, with the smallest evaluation."""
+    steps = min(config.train.total_steps, DRY_RUN_STEPS)
+    warmup = min(config.optim.warmup_steps, steps)
+    return replace(
+        config,
+        optim=replace(config.optim, warmup_steps=warmup),
+        train=replace(config.train, total_steps=steps),
+        eval=replace(config.eval, tokens=config.seq_len * config.train.micro_batch_size),
+    )

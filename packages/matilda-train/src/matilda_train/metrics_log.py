@@ -1,0 +1,165 @@
+"""`metrics.jsonl` and `events.jsonl`: append-only JSON lines that survive kills and resumes."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+__all__ = ["EventLog", "MetricsLog", "read_rows"]
+
+
+class RowMirror(Protocol):
+    """A second place that metrics rows go to."""
+
+    def write(self, row: Mapping[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsLog:
+    """One JSON object a line; a row with `val_loss_nats` is an evaluation, others are steps.
+
+    Opening it for a run restored at `step` (-1 for a new run) moves rows past that step, and a
+    line cut short by a kill, to `metrics.discarded.jsonl`, so that the file always reads as one
+    uninterrupted run. Only the main process (`enabled`) writes; `mirror` gets every row as well.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        step: int,
+        enabled: bool = True,
+        mirror: RowMirror | None = None,
+    ) -> None:
+        kept: list[str] = []
+        discarded: list[str] = []
+        rows: list[dict[str, Any]] = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+                row = _parse_row(line)
+                if row is not None and row["step"] <= step:
+                    kept.append(line)
+                    rows.append(row)
+                else:
+                    discarded.append(line)
+        self.evaluations = [row for row in rows if "val_loss_nats" in row]
+        """Evaluation rows so far, oldest first."""
+        self.discarded_rows = len(discarded)
+        """Rows that were set aside when the log was opened."""
+        self._mirror = mirror
+        self._file: IO[str] | None = None
+        if not enabled:
+            return
+        if discarded:
+            aside = path.with_name(f"{path.stem}.discarded.jsonl")
+            with aside.open("a", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in discarded)
+                _make_durable(file)
+            replacement = path.with_name(f".{path.name}.tmp")
+            with replacement.open("w", encoding="utf-8") as file:
+                file.writelines(f"{line}\n" for line in kept)
+                _make_durable(file)
+            replacement.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+
+    @property
+    def evaluated_step(self) -> int:
+        """Step of the newest evaluation, -1 before the first."""
+        return int(self.evaluations[-1]["step"]) if self.evaluations else -1
+
+    @property
+    def newest_evaluation(self) -> dict[str, float]:
+        """Figures of the newest evaluation, empty before the first."""
+        newest = self.evaluations[-1] if self.evaluations else {}
+        return {name: value for name, value in newest.items() if name != "step"}
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append one row; numbers that JSON cannot hold (nan, inf) are written as null."""
+        plain = {name: _json_number(value) for name, value in row.items()}
+        if "val_loss_nats" in plain:
+            self.evaluations.append(plain)
+        if self._file is not None:
+            self._file.write(json.dumps(plain) + "\n")
+            self._file.flush()
+        if self._mirror is not None:
+            self._mirror.write(plain)
+
+    def sync(self) -> None:
+        """Make all rows durable; called before a checkpoint that they belong to is committed."""
+        if self._file is not None:
+            _make_durable(self._file)
+
+    def close(self) -> None:
+        """Close the file and the mirror; rows already written stay."""
+        if self._mirror is not None:
+            self._mirror.close()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+class EventLog:
+    """`events.jsonl`: start, resume, save, skip, preempted, finish, each with its UTC time."""
+
+    def __init__(self, path: Path, *, enabled: bool = True) -> None:
+        self._path = path
+        self._enabled = enabled
+
+    def write(self, event: str, **fields: Any) -> None:
+        """Append one event durably."""
+        if not self._enabled:
+            return
+        row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        with self._path.open("a+b") as file:
+            # A kill may have cut the last line short; a fresh line keeps this one readable.
+            torn = file.tell() > 0 and not _ends_with_newline(file)
+            file.write(("\n" * torn + json.dumps(row | fields) + "\n").encode())
+            _make_durable(file)
+
+    def last(self, event: str) -> dict[str, Any] | None:
+        """The newest event of that name, or None."""
+        named = [row for row in read_rows(self._path) if row.get("event") == event]
+        return named[-1] if named else None
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a JSON-lines file; a line cut short by a kill is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        return None
+    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+
+
+def _json_number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _ends_with_newline(file: IO[bytes]) -> bool:
+    file.seek(-1, os.SEEK_END)
+    return file.read(1) == b"\n"
+
+
+def _make_durable(file: IO[Any]) -> None:
+    file.flush()
+    os.fsync(file.fileno())

@@ -1,0 +1,75 @@
+"""What a run was made of: code, lock file, environment and hardware."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["collect_provenance"]
+
+PACKAGES = (
+    "matilda-model",
+    "matilda-optim",
+    "matilda-data",
+    "matilda-ckpt",
+    "matilda-train",
+    "torch",
+    "numpy",
+    "triton",
+    "liger-kernel",
+)
+
+
+def collect_provenance(device: torch.device) -> dict[str, Any]:
+    """Git commit and a hash of the uncommitted diff, lock-file hash, versions, and hardware.
+
+    Values that cannot be had (no git, no lock file) are None, never guessed.
+    """
+    source = Path(__file__).resolve().parent
+    root = _git(source, "rev-parse", "--show-toplevel")
+    diff = _git(source, "diff", "HEAD") if root else None
+    lock = Path(root) / "uv.lock" if root else None
+    return {
+        "git_sha": _git(source, "rev-parse", "HEAD"),
+        "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
+        "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()
+        if lock and lock.is_file()
+        else None,
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu_count": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(cwd: Path, *args: str) -> str | None:
+    """Output of a git command about the code itself; None outside a checkout."""
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(cwd), *args],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()

@@ -1,0 +1,151 @@
+"""The directory of one run: what it is made of, what it did, and the lock that keeps it single.
+
+run.json                  resolved config, identities, code and environment; written once
+metrics.jsonl             a row for each logged step
+metrics.discarded.jsonl   rows of steps that were redone after a kill
+events.jsonl              start, resume, save, skip, signal, finish
+checkpoints/              see matilda-ckpt
+samples/                  text sampled from the model
+run.lock                  held while a process trains here
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matilda_train.config import RunConfig
+from matilda_train.config_load import config_differences, config_identity, config_to_dict
+
+__all__ = ["RunDir"]
+
+
+class RunDir:
+    """Open or create a run directory; nothing is written before `open` has checked everything."""
+
+    def __init__(self, path: Path, lock: int, rounding_changes: Mapping[str, str]) -> None:
+        self.path = path
+        self.rounding_changes = rounding_changes
+        """Changed fields that alter rounding but not the recipe, each as `old → new`."""
+        self._lock: int | None = lock
+
+    @classmethod
+    def open(
+        cls,
+        path: str | Path,
+        config: RunConfig,
+        *,
+        data_id: str,
+        provenance: Mapping[str, Any],
+    ) -> RunDir:
+        """Start a run in `path`, or go on with the one that is there.
+
+        Raises `ValueError` when the directory belongs to another config or
+        data set, when another process trains in it, or when it holds something else.
+        """
+        path = Path(path)
+        found = path / "run.json"
+        if found.is_file():
+            description = cls.read(path)
+            recipe, rounding = config_differences(description["config"], config)
+            if recipe:
+                changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
+                raise ValueError(
+                    f"Run directory {str(path)!r} holds a run of another config ({changes}); "
+                    "give this one its own `--run-dir`, or restore those values."
+                )
+            if description["data_id"] != data_id:
+                raise ValueError(
+                    f"Run directory {str(path)!r} was trained on data set "
+                    f"{description['data_id'][:12]}, but the data is now {data_id[:12]}; point "
+                    "`--data-dir` at the former, or choose another `--run-dir`."
+                )
+            return cls(path, _take_lock(path), rounding)
+        if path.exists() and (not path.is_dir() or _foreign_entries(path)):
+            raise ValueError(
+                f"{str(path)!r} exists and holds no run (no `run.json`); choose an empty or new "
+                "`--run-dir`."
+            )
+        path.mkdir(parents=True, exist_ok=True)
+        lock = _take_lock(path)
+        description = {
+            "format": "matilda-run/1",
+            "run_id": secrets.token_hex(8),
+            "config": config_to_dict(config),
+            "config_sha256": config_identity(config),
+            "data_id": data_id,
+            **provenance,
+        }
+        _write_durably(found, json.dumps(description, indent=2, sort_keys=True) + "\n")
+        return cls(path, lock, {})
+
+    @staticmethod
+    def read(path: str | Path) -> dict[str, Any]:
+        """The contents of `run.json`; `ValueError` when `path` holds no run that can be read."""
+        file = Path(path) / "run.json"
+        if not file.is_file():
+            raise ValueError(
+                f"{str(path)!r} is not a run directory: it holds no `run.json`; train one with "
+                "`apps/train.py --run-dir`."
+            )
+        try:
+            description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+            _ = description["config"], description["data_id"], description["run_id"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"{str(file)!r} is damaged ({error}); restore it from a backup, or start anew in "
+                "another `--run-dir`."
+            ) from None
+        return description
+
+    def write_sample(self, step: int, text: str) -> Path:
+        """Store a text sample of the model at `step`."""
+        folder = self.path / "samples"
+        folder.mkdir(exist_ok=True)
+        target = folder / f"step-{step:08d}.txt"
+        _write_durably(target, text)
+        return target
+
+    def close(self) -> None:
+        """Release the lock; the kernel does the same when the process dies."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def _foreign_entries(path: Path) -> list[str]:
+    """Entries that a start cut short by a kill cannot have left behind."""
+    ours = ("run.lock", ".run.json.tmp")
+    return [entry.name for entry in path.iterdir() if entry.name not in ours]
+
+
+def _take_lock(path: Path) -> int:
+    descriptor = os.open(path / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise ValueError(
+            f"Another process is training in {str(path)!r}; wait for it or stop it, or choose "
+            "another `--run-dir`."
+        ) from None
+    return descriptor
+
+
+def _write_durably(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(target)
+    folder = os.open(target.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

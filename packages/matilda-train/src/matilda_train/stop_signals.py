@@ -1,0 +1,45 @@
+"""Turn SIGTERM, SIGINT and SIGUSR1 into a request that the loop honours at the next safe point.
+
+Imports nothing but the standard library, so that an app can install the handlers before the
+seconds-long import of torch.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from types import FrameType
+
+__all__ = ["EXIT_PREEMPTED", "StopRequest"]
+
+EXIT_PREEMPTED = 75
+"""Exit code after a clean save on request (EX_TEMPFAIL): a launcher should run it again."""
+
+
+class StopRequest:
+    """Becomes true when one of `SIGNALS` arrives; a second SIGINT ends the process at once."""
+
+    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        self.signal_name: str | None = None
+
+    def install(self) -> StopRequest:
+        """Handle the signals from now on; call it from the main thread."""
+        for number in self.SIGNALS:
+            signal.signal(number, self._handle)
+        return self
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_name == "SIGINT":
+            os.write(2, b"\nStopped at once; the newest checkpoint stands.\n")
+            os._exit(128 + signal.SIGINT)
+        first = self.signal_name is None
+        self.signal_name = signal.Signals(number).name
+        if first:
+            note = f"\n{self.signal_name}: saving at the next step, then stopping."
+            hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
+            os.write(2, f"{note}{hint}\n".encode())

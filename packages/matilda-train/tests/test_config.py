@@ -1,0 +1,119 @@
+"""Config files and overrides: what is accepted, and the sentence for what is not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from matilda_train import RunConfig, config_from_dict, config_to_dict, load_config
+from matilda_train.config_load import config_differences, config_identity
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    path = tmp_path / "small.json"
+    path.write_text(
+        json.dumps(
+            {
+                "model": {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1},
+                "train": {"tokens_per_step": 2048, "micro_batch_size": 1},
+            }
+        )
+    )
+    return path
+
+
+def test_config_survives_a_round_trip_through_json(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
+
+
+def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
+    config = load_config(
+        config_file,
+        ["optim.lr=1", "optim.betas=[0.8, 0.9]", "train.device=cpu", "model.logit_softcap=null"],
+    )
+    assert config.optim.lr == 1.0
+    assert isinstance(config.optim.lr, float)
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.train.device == "cpu"
+    assert config.model.logit_softcap is None
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("optim.lrr=1", "Did you mean `optim.lr`?"),
+        ("optm.lr=1", "Did you mean `optim`?"),
+        ("optim.lr=fast", "`optim.lr` is 'fast', but must be of type float."),
+        ("optim.lr=-1", "`optim.lr` is -1.0, but must be positive."),
+        ("train.total_steps=1.5", "`train.total_steps` is 1.5, but must be of type int."),
+        ("train.total_steps=true", "must be of type int"),
+        ("train.compile=1", "must be of type bool"),
+        ("optim.betas=0.9", "must be a list of 2 values"),
+        ("optim.schedule=cosin", "Did you mean 'cosine'?"),
+        ("train.tokens_per_step=1000", "a multiple of the sequence length (1024)"),
+        ("model.n_kv_heads=3", "n_kv_heads"),
+        ("lr=1", "`--set` takes section.field=value"),
+        ("optim.lr", "`--set` takes section.field=value"),
+        ("model=3", "`--set` takes section.field=value"),
+    ],
+)
+def test_bad_override_is_one_sentence_that_names_it(
+    config_file: Path, override: str, said: str
+) -> None:
+    with pytest.raises(ValueError) as raised:
+        load_config(config_file, [override])
+    assert said in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_missing_file_suggests_its_neighbour(config_file: Path) -> None:
+    with pytest.raises(ValueError, match=r"Did you mean '.*small\.json'"):
+        load_config(config_file.with_name("smal.json"))
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"model": 3}'])
+def test_malformed_file_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(ValueError):
+        load_config(path)
+
+
+def test_micro_batch_that_does_not_divide_the_batch_is_refused(config_file: Path) -> None:
+    config = load_config(config_file)
+    assert config.batch_size == 2
+    assert config.grad_accum_steps(world_size=2) == 1
+    with pytest.raises(ValueError, match="does not divide"):
+        config.grad_accum_steps(world_size=3)
+
+
+def test_identity_covers_the_recipe_and_nothing_else(config_file: Path) -> None:
+    plain = load_config(config_file)
+    cadence = load_config(config_file, ["log.every_steps=1", "eval.tokens=2048", "data.dir=x"])
+    rounding = load_config(config_file, ["train.micro_batch_size=2", "train.compile=false"])
+    recipe = load_config(config_file, ["optim.lr=0.5"])
+    assert config_identity(plain) == config_identity(cadence) == config_identity(rounding)
+    assert config_identity(plain) != config_identity(recipe)
+    assert config_differences(config_to_dict(plain), cadence) == ({}, {})
+    assert config_differences(config_to_dict(plain), recipe) == ({"optim.lr": "0.02 → 0.5"}, {})
+    assert set(config_differences(config_to_dict(plain), rounding)[1]) == {
+        "train.compile",
+        "train.micro_batch_size",
+    }
+
+
+def test_every_field_of_every_section_says_what_it_is() -> None:
+    source = Path(RunConfig.__module__.replace(".", "/") + ".py").name
+    import inspect
+
+    import matilda_train.config as module
+
+    lines = inspect.getsource(module).splitlines()
+    for number, line in enumerate(lines):
+        is_field = line.startswith("    ") and line[4:5].isalpha() and ": " in line and " = " in line
+        if is_field and not line.strip().startswith(("def ", "return")) and "field(" not in line:
+            following = lines[number + 1].strip()
+            assert following.startswith('"""'), f"{source}: {line.strip()} has no docstring"
