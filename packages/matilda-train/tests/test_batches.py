@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from matilda_train.batches import BatchReader, chain_hash
 from matilda_train.data_source import SyntheticStream
 

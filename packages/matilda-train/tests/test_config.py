@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from matilda_train import RunConfig, config_from_dict, config_to_dict, load_config
 from matilda_train.config_load import config_differences, config_identity
 
@@ -113,7 +114,9 @@ def test_every_field_of_every_section_says_what_it_is() -> None:
 
     lines = inspect.getsource(module).splitlines()
     for number, line in enumerate(lines):
-        is_field = line.startswith("    ") and line[4:5].isalpha() and ": " in line and " = " in line
+        is_field = (
+            line.startswith("    ") and line[4:5].isalpha() and ": " in line and " = " in line
+        )
         if is_field and not line.strip().startswith(("def ", "return")) and "field(" not in line:
             following = lines[number + 1].strip()
             assert following.startswith('"""'), f"{source}: {line.strip()} has no docstring"

@@ -1,0 +1,89 @@
+"""Runs that may be killed, and what is compared between a killed run and its twin."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matilda_ckpt import Checkpointer
+from matilda_train.metrics_log import read_rows
+
+SERVER = Path(__file__).with_name("train_server.py")
+
+
+class TrainServer:
+    """Runs `matilda_train.train` in forked children; see `train_server.py`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.log = folder / "train_server.log"
+        self._process = subprocess.Popen(
+            [sys.executable, str(SERVER)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._reply() == "ready"
+
+    def run(self, config: Path, run_dir: Path, data_dir: Path | None, **fault: Any) -> int:
+        """Train until the end or the fault; returns the exit code, negative for a signal."""
+        assert self._process.stdin is not None
+        request = {
+            "config": str(config),
+            "run_dir": str(run_dir),
+            "data_dir": str(data_dir) if data_dir else None,
+            "log": str(self.log),
+            **fault,
+        }
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        code = self._reply()
+        assert isinstance(code, int)
+        assert code != 99, self.log.read_text()
+        return code
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def _reply(self) -> Any:
+        assert self._process.stdout is not None
+        return json.loads(self._process.stdout.readline())
+
+
+def state_sha256(run_dir: Path) -> str:
+    """Hash of everything in a run's newest checkpoint: weights, optimizer, stream, loop, RNG."""
+    digest = hashlib.sha256()
+
+    def feed(name: str, value: Any) -> None:
+        if isinstance(value, dict):
+            for key in sorted(value, key=repr):
+                feed(f"{name}/{key!r}", value[key])
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                feed(f"{name}/{index}", item)
+        elif isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {value!r}\n".encode())
+
+    feed("", Checkpointer(run_dir / "checkpoints", read_only=True).load_state())
+    return digest.hexdigest()
+
+
+TIMING = ("step_ms", "tokens_per_second", "data_wait_ms", "mfu_palm", "mfu_causal")
+
+
+def untimed_rows(run_dir: Path) -> list[dict[str, Any]]:
+    """Every metrics row of a run without what the clock decides."""
+    rows = read_rows(run_dir / "metrics.jsonl")
+    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]

@@ -1,0 +1,192 @@
+"""What a user gets wrong: one sentence with the fix, exit code 2, and a disk left as it was."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from killable_runs import TrainServer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def snapshot(folder: Path) -> dict[str, tuple[int, int]]:
+    return {
+        str(p.relative_to(folder)): (p.stat().st_size, p.stat().st_mtime_ns)
+        for p in folder.rglob("*")
+        if p.is_file()
+    }
+
+
+@pytest.fixture
+def world(tmp_path: Path, tiny_config: Path, corpus: Path, twin: Path) -> Path:
+    """A folder with a config; the data set and a finished run are shared and read only."""
+    (tmp_path / "tiny.json").write_text(tiny_config.read_text())
+    return tmp_path
+
+
+def refused(server: TrainServer, watched: list[Path], config: Path, **request: object) -> str:
+    """Run, expect exit code 2 and an unchanged disk; returns what was said."""
+    before = [snapshot(folder) for folder in watched]
+    server.log.write_text("")
+    run_dir = request.pop("run_dir")
+    data_dir = request.pop("data_dir")
+    assert server.run(config, run_dir, data_dir, **request) == 2, server.log.read_text()  # type: ignore[arg-type]
+    assert [snapshot(folder) for folder in watched] == before
+    said = [line for line in server.log.read_text().splitlines() if line]
+    assert len(said) == 1, said
+    assert said[0].startswith("error: ")
+    return said[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "fix"),
+    [
+        ("optim.lrr=0.1", "Did you mean `optim.lr`?"),
+        ("optim.lr=quick", "must be of type float"),
+        ("train.device=cuda:77", "torch sees"),
+        ("train.device=tpu", "must be auto, cpu, cuda or cuda:N"),
+        ("train.micro_batch_size=3", "change `train.micro_batch_size`"),
+        ("model.vocab_size=64", "raise it to at least that"),
+        ("data.tokenizer=gpt2", "was made with the 'byte' tokenizer"),
+        ("train.seq_len=4096", "at most `model.max_seq_len`"),
+    ],
+)
+def test_wrong_value(
+    override: str, fix: str, server: TrainServer, world: Path, corpus: Path
+) -> None:
+    said = refused(
+        server,
+        [world, corpus],
+        world / "tiny.json",
+        run_dir=world / "run",
+        data_dir=corpus,
+        set=[override],
+    )
+    assert fix in said
+
+
+def test_missing_config(server: TrainServer, world: Path, corpus: Path) -> None:
+    said = refused(server, [world], world / "tinny.json", run_dir=world / "run", data_dir=corpus)
+    assert "Did you mean" in said
+
+
+def test_missing_data_set(server: TrainServer, world: Path) -> None:
+    said = refused(
+        server, [world], world / "tiny.json", run_dir=world / "run", data_dir=world / "nowhere"
+    )
+    assert "apps/prepare_text.py" in said
+
+
+def damage_flip(folder: Path) -> str:
+    shard = max(folder.glob("*.bin"), key=lambda p: p.stat().st_size)
+    content = bytearray(shard.read_bytes())
+    content[1024 + 100] ^= 1
+    shard.write_bytes(content)
+    return shard.name
+
+
+def damage_truncate(folder: Path) -> str:
+    shard = max(folder.glob("*.bin"), key=lambda p: p.stat().st_size)
+    os.truncate(shard, shard.stat().st_size - 2)
+    return shard.name
+
+
+def damage_remove(folder: Path) -> str:
+    shard = max(folder.glob("*.bin"), key=lambda p: p.stat().st_size)
+    shard.unlink()
+    return shard.name
+
+
+@pytest.mark.parametrize("damage", [damage_flip, damage_truncate, damage_remove])
+def test_shard_corruption_is_detected_before_a_token_is_used(
+    damage: Callable[[Path], str], server: TrainServer, world: Path, corpus: Path
+) -> None:
+    import shutil
+
+    data = world / "data"
+    shutil.copytree(corpus, data)
+    name = damage(data)
+    server.log.write_text("")
+    code = server.run(world / "tiny.json", world / "run", data)
+    said = server.log.read_text()
+    assert code == 2, said
+    assert name in said
+    metrics = world / "run" / "metrics.jsonl"
+    assert not metrics.exists() or "loss" not in metrics.read_text()
+
+
+def test_run_directory_of_another_config(
+    server: TrainServer, world: Path, corpus: Path, twin: Path
+) -> None:
+    said = refused(
+        server,
+        [world, twin],
+        world / "tiny.json",
+        run_dir=twin,
+        data_dir=corpus,
+        set=["optim.lr=0.5"],
+    )
+    assert "`optim.lr`: 0.02 → 0.5" in said
+    assert "--run-dir" in said
+
+
+def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpus: Path) -> None:
+    (world / "photos").mkdir()
+    (world / "photos" / "cat.png").write_bytes(b"x")
+    said = refused(server, [world], world / "tiny.json", run_dir=world / "photos", data_dir=corpus)
+    assert "holds no run" in said
+
+
+def run_app(name: str, *args: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "apps" / name), *args],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "fix"),
+    [
+        ("prepare_text.py", ["--input", "{tmp}/none-*.txt", "--out-dir", "{tmp}/out"], "none-"),
+        ("prepare_text.py", ["--input", "{tmp}/empty", "--out-dir", "{tmp}/out"], "empty"),
+        ("prepare_text.py", ["--input", "{tmp}/bad.jsonl", "--out-dir", "{tmp}/out"], "bad.jsonl"),
+        ("generate.py", ["--run", "{tmp}/empty"], "not a run directory"),
+    ],
+)
+def test_app_says_one_sentence_and_exits_2(
+    name: str, args: list[str], fix: str, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n{broken\n")
+    done = run_app(name, *[arg.format(tmp=tmp_path) for arg in args])
+    assert done.returncode == 2, done.stderr
+    lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    assert fix in lines[0]
+    assert not list(tmp_path.glob("out/*.bin"))
+    assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_second_process_in_one_run_directory_is_refused(
+    server: TrainServer, world: Path, corpus: Path, twin: Path
+) -> None:
+    import fcntl
+
+    descriptor = os.open(twin / "run.lock", os.O_RDWR)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        said = refused(server, [world, twin], world / "tiny.json", run_dir=twin, data_dir=corpus)
+    finally:
+        os.close(descriptor)
+    assert "Another process is training" in said

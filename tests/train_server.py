@@ -1,0 +1,109 @@
+"""Runs trainings in children forked from one process that has imported torch but run nothing.
+
+Started by `killable_runs.TrainServer`: a JSON request a line on stdin, a reply a line on stdout. A
+child may be told to kill itself with SIGKILL at its n-th fsync, which reaches into the middle
+of a save, or at its n-th training step, or to send itself a signal there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from typing import Any
+
+import matilda_train.loop  # noqa: F401  (loads torch once, for all children)
+
+
+def run(request: dict[str, Any]) -> int:
+    from matilda_train import StopRequest, load_config, train
+    from matilda_train.app import run_app
+
+    stop = StopRequest().install()
+    arm(request)
+    code = 0
+
+    def main() -> int:
+        config = load_config(request["config"], request.get("set", []))
+        result = train(
+            config,
+            run_dir=request["run_dir"],
+            data_dir=request.get("data_dir"),
+            stop=lambda: bool(stop),
+        )
+        return 75 if result.status == "preempted" else 0
+
+    try:
+        run_app(main)
+    except SystemExit as exit_:
+        code = int(exit_.code or 0)
+    return code
+
+
+def arm(request: dict[str, Any]) -> None:
+    """Plant the fault that the request asks for."""
+    import matilda_train.loop as loop
+
+    number = getattr(signal, request.get("signal", "SIGKILL"))
+
+    def at_nth(n: int, function: Any) -> Any:
+        calls = 0
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+
+        return counted
+
+    if "at_fsync" in request:
+        os.fsync = at_nth(request["at_fsync"], os.fsync)
+    if "at_step" in request:
+        loop.clip_gradients = at_nth(request["at_step"], loop.clip_gradients)
+    if "at_evaluation" in request:
+        loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate)
+    for step in request.get("nan_at_steps", []):
+        plant_nan(loop, step)
+
+
+def plant_nan(loop: Any, step: int) -> None:
+    """Make the gradient of one training step, counted in this process from 1, not finite."""
+    clip, calls = loop.clip_gradients, 0
+
+    def poisoned(parameters: Any, max_norm: float) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            parameters[0].grad.view(-1)[0] = float("nan")
+        return clip(parameters, max_norm)
+
+    loop.clip_gradients = poisoned
+
+
+def main() -> None:
+    print(json.dumps("ready"), flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            code = 99
+            try:
+                code = run(request)
+            except BaseException:
+                traceback.print_exc()
+                sys.stderr.flush()
+            finally:
+                os._exit(code)
+        status = os.waitpid(pid, 0)[1]
+        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
