@@ -1,3 +1,47 @@
-"""Atomic, verified, crash-safe checkpoints with bit-for-bit resume."""
+"""Atomic, verified, crash-safe checkpoints: see the README for ten lines that use it.
 
-__all__: list[str] = []
+Importing this package does not import torch; saving or loading tensors does.
+"""
+
+from matilda_ckpt.checkpointer import (
+    Checkpointer,
+    Restored,
+    SaveHandle,
+    Skipped,
+    VerifyReport,
+    load_state,
+    verify,
+)
+from matilda_ckpt.errors import (
+    CheckpointError,
+    DamagedError,
+    LockedError,
+    NoValidCheckpointError,
+    SaveError,
+)
+from matilda_ckpt.manifest import Manifest
+from matilda_ckpt.retention import Keep
+from matilda_ckpt.rng import RngState, capture_rng, restore_rng
+from matilda_ckpt.store import CheckpointInfo
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointInfo",
+    "Checkpointer",
+    "DamagedError",
+    "Keep",
+    "LockedError",
+    "Manifest",
+    "NoValidCheckpointError",
+    "Restored",
+    "RngState",
+    "SaveError",
+    "SaveHandle",
+    "Skipped",
+    "VerifyReport",
+    "capture_rng",
+    "load_state",
+    "restore_rng",
+    "verify",
+]
+__version__ = "0.1.0"

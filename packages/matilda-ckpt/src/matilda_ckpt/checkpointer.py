@@ -1,0 +1,402 @@
+"""`Checkpointer`: save and restore anything that has a `state_dict`."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from matilda_ckpt import strict_json
+from matilda_ckpt.errors import CheckpointError, DamagedError, NoValidCheckpointError
+from matilda_ckpt.fs import Fs, OsFs
+from matilda_ckpt.loading import load_names
+from matilda_ckpt.manifest import Manifest, check_state_name
+from matilda_ckpt.retention import Keep
+from matilda_ckpt.rng import RngState
+from matilda_ckpt.state_tree import Encoder
+from matilda_ckpt.store import CheckpointInfo, Part, SaveRequest, Store
+from matilda_ckpt.strict_json import JSON
+from matilda_ckpt.tensor_file import TensorSource
+
+MAX_STEP = 10**18 - 1
+DEFAULT_THREADS = 4
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that `restore` passed over."""
+
+    name: str
+    step: int
+    reason: str
+    moved_to: Path | None = None
+    """Its place in `quarantine/`, or None when it was left where it is."""
+
+
+@dataclass(frozen=True)
+class Restored:
+    """What `restore` found and did."""
+
+    step: int
+    path: Path
+    state: dict[str, object]
+    """Plain data of the names that no object took."""
+    manifest: Manifest
+    skipped: tuple[Skipped, ...] = ()
+
+
+@dataclass
+class SaveHandle:
+    """A save that is under way or done."""
+
+    step: int
+    _wait: Callable[[float | None], CheckpointInfo | None] = field(repr=False)
+
+    @property
+    def done(self) -> bool:
+        """Whether the save has ended, durable or failed."""
+        try:
+            return self._wait(0) is not None
+        except CheckpointError:
+            return True
+
+    def result(self, timeout_s: float | None = None) -> CheckpointInfo:
+        """Wait until the checkpoint is durable.
+
+        Raises SaveError when the save failed and TimeoutError when it is not done in time.
+        """
+        info = self._wait(timeout_s)
+        if info is None:
+            raise TimeoutError(f"the save of step {self.step} is still being written")
+        return info
+
+    @property
+    def path(self) -> Path:
+        """Directory of the durable checkpoint; waits for it."""
+        return Path(self.result().path)
+
+
+class Checkpointer:
+    """Atomic, verified checkpoints in one directory, with one writer at a time.
+
+    Args:
+        root: directory of the checkpoints, created when missing.
+        keep: retention rule, applied after each durable save.
+        run_id: identity written into every manifest (default: random).
+        fs: file operations (default: the operating system's).
+        threads: files written, hashed or read at the same time.
+        shard_bytes: a name's tensors are split into files of about this size, so that several
+            cores can hash them.
+        readonly: never take the writer lock or move anything; `save` then raises ValueError.
+
+    The writer lock is taken by the first `save` or `restore` and released by `close()`, by
+    garbage collection, or by the kernel when the process dies.
+    """
+
+    def __init__(
+        self,
+        root: str | os.PathLike[str],
+        *,
+        keep: Keep = Keep(last=3),  # noqa: B008 (frozen)
+        run_id: str | None = None,
+        fs: Fs | None = None,
+        threads: int = DEFAULT_THREADS,
+        shard_bytes: int = 256 << 20,
+        readonly: bool = False,
+    ) -> None:
+        if threads < 1 or shard_bytes < 1:
+            raise ValueError("`threads` and `shard_bytes` must be positive")
+        self.root = Path(os.path.abspath(root))  # noqa: PTH100 (no link resolution)
+        self.keep = keep
+        self.run_id = run_id if run_id is not None else secrets.token_hex(8)
+        self.readonly = readonly
+        self._shard_bytes = shard_bytes
+        self._store = Store(fs or OsFs(), str(self.root), run_id=self.run_id, threads=threads)
+
+    # -- save ----------------------------------------------------------------------------------
+
+    def save(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        *,
+        metrics: Mapping[str, float] | None = None,
+        provenance: Mapping[str, JSON] | None = None,
+        healthy: bool = True,
+        wait: bool = True,
+    ) -> SaveHandle:
+        """Write `state` as a new checkpoint of `step`; nothing existing is ever overwritten.
+
+        Args:
+            step: non-negative; a second save of the same step gets a name of its own.
+            state: name → object with `state_dict()`, or nested dicts, lists and tuples of
+                tensors, arrays and scalars.
+            metrics: numbers that describe the checkpoint (used by `Keep.best`).
+            provenance: JSON values to seal into the manifest (config hash, data id, …).
+            healthy: False marks a state that `restore` must not pick by itself; a state with a
+                NaN or infinite element is never healthy.
+            wait: True returns when the checkpoint is durable and retention is done.
+
+        Raises SaveError when it could not be made durable (older checkpoints are untouched),
+        LockedError when another process writes here, ValueError for a state that cannot be
+        stored.
+        """
+        request = self._request(step, state, metrics or {}, provenance or {}, healthy)
+        info = self._commit(request)
+        return SaveHandle(step, lambda _timeout: info)
+
+    def _commit(self, request: SaveRequest) -> CheckpointInfo:
+        info = self._store.save(request)
+        self._store.retire(self.keep)
+        return info
+
+    def _request(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        metrics: Mapping[str, float],
+        provenance: Mapping[str, JSON],
+        healthy: bool,
+    ) -> SaveRequest:
+        if self.readonly:
+            raise ValueError(f"`{self.root}` was opened with `readonly=True`; it cannot save")
+        if type(step) is not int or not 0 <= step <= MAX_STEP:
+            raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
+        if not state:
+            raise ValueError("`state` is empty; give at least one name")
+        names = [check_state_name(name) for name in state]
+        if len({name.lower() for name in names}) != len(names):
+            raise ValueError("two names of `state` differ only in case")
+        numbers = {str(key): float(value) for key, value in metrics.items()}
+        try:
+            strict_json.dumps(dict(provenance))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"`provenance` is not JSON: {error}") from error
+        encoder = Encoder()
+        parts = []
+        for name, value in state.items():
+            encoded = encoder.encode(name, _state_of(value))
+            parts.append(
+                Part(
+                    name,
+                    strict_json.dumps(encoded.tree),
+                    _shards(name, encoded.tensors, self._shard_bytes),
+                )
+            )
+        files = [f for part in parts for f in (f"{part.name}.json", *part.tensor_files)]
+        if len(set(files)) != len(files):
+            raise ValueError("two names of `state` would use the same file; rename one")
+
+        def finite() -> bool:
+            if not encoder.live_tensors:
+                return True
+            from matilda_ckpt.torch_tensors import all_finite
+
+            return all_finite(encoder.live_tensors)
+
+        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance))
+
+    # -- restore -------------------------------------------------------------------------------
+
+    def restore(self, into: Mapping[str, object], *, step: int | None = None) -> Restored | None:
+        """Load the newest checkpoint that verifies and is healthy, or the one of `step`.
+
+        Args:
+            into: name → object with `load_state_dict`, or None to get plain data in
+                `Restored.state` (as do names that are not mentioned). `RngState` objects are
+                loaded last. No object is touched before every byte has been verified.
+            step: exactly this step (its newest save), healthy or not; damage is then an error
+                and nothing is moved.
+
+        Damaged checkpoints are moved to `quarantine/` and the next older one is tried.
+        Returns None only when the directory holds no checkpoint at all. Raises
+        NoValidCheckpointError when some exist and none can be used, ValueError when a name or
+        the step is not there.
+        """
+        if not self.readonly and self._store.fs.entry(str(self.root)) is not None:
+            self._store.acquire()
+        skipped: list[Skipped] = []
+        for info in self._candidates(step):
+            try:
+                if info.problem is not None:
+                    raise DamagedError(info.problem)
+                if step is None and not info.healthy:
+                    skipped.append(Skipped(info.name, info.step, "it is not healthy"))
+                    continue
+                loaded = self._load(info.name, into)
+            except DamagedError as error:
+                if step is not None:
+                    raise
+                skipped.append(self._set_aside(info, str(error)))
+                continue
+            return _apply(info, loaded, into, skipped)
+        if not skipped:
+            return None
+        raise NoValidCheckpointError(
+            f"`{self.root}` holds {len(skipped)} checkpoint(s) and none can be resumed from; "
+            f"the newest, `{skipped[0].name}`: {skipped[0].reason}; look with `matilda-ckpt ls`, "
+            "restore one by `step=`, or start again in an empty directory"
+        )
+
+    def _candidates(self, step: int | None) -> list[CheckpointInfo]:
+        found = self._store.scan()
+        if step is None:
+            return found
+        matching = [info for info in found if info.step == step]
+        if not matching:
+            have = ", ".join(str(s) for s in sorted({info.step for info in found})) or "none"
+            raise ValueError(f"`{self.root}` has no checkpoint of step {step!r}; it has: {have}")
+        return matching[:1]
+
+    def _load(self, name: str, into: Mapping[str, object]) -> tuple[Manifest, dict[str, object]]:
+        manifest, _ = self._store.open(name)
+        for wanted in into:
+            if wanted not in manifest.state:
+                raise ValueError(
+                    f"checkpoint `{self.root / name}` holds no {wanted!r}; "
+                    f"it holds {', '.join(sorted(manifest.state))}"
+                )
+        return manifest, load_names(self._store, name, manifest, list(manifest.state))
+
+    def _set_aside(self, info: CheckpointInfo, reason: str) -> Skipped:
+        moved = None if self.readonly else Path(self._store.quarantine(info.name, reason))
+        return Skipped(info.name, info.step, reason, moved)
+
+    def load_state(
+        self,
+        path_or_step: str | os.PathLike[str] | int | None = None,
+        *,
+        names: Collection[str] | None = None,
+    ) -> dict[str, object]:
+        """Plain nested data of one checkpoint, without objects, lock or quarantine.
+
+        Args:
+            path_or_step: a checkpoint directory, a step, or None for the newest healthy one.
+            names: only these names (their files alone are read and verified).
+
+        Raises DamagedError, NoValidCheckpointError, or ValueError when there is none.
+        """
+        if path_or_step is not None and not isinstance(path_or_step, int):
+            return load_state(path_or_step, names=names)
+        found = self._candidates(path_or_step)
+        if path_or_step is None:
+            found = [info for info in found if info.problem is None and info.healthy]
+        if not found:
+            raise NoValidCheckpointError(f"`{self.root}` holds no healthy checkpoint")
+        return load_state(found[0].path, names=names)
+
+    # -- look ----------------------------------------------------------------------------------
+
+    def list(self) -> list[CheckpointInfo]:
+        """Every checkpoint, newest first: names, sizes and seals checked, contents not."""
+        return self._store.scan()
+
+    def scan(self) -> list[CheckpointInfo]:  # type: ignore[valid-type]
+        """The same as `list()`."""
+        return self._store.scan()
+
+    # -- end -----------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Release the writer lock."""
+        self._store.release()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Outcome of `verify`."""
+
+    path: Path
+    ok: bool
+    problem: str | None
+    manifest: Manifest | None
+
+
+def verify(
+    path: str | os.PathLike[str], deep: bool = True, *, fs: Fs | None = None
+) -> VerifyReport:
+    """Check one checkpoint directory: seal, manifest, files, and with `deep` every byte."""
+    store, name = _store_of(path, fs)
+    try:
+        manifest = store.verify(name) if deep else store.open(name)[0]
+    except DamagedError as error:
+        return VerifyReport(Path(path), False, str(error), None)
+    return VerifyReport(Path(path), True, None, manifest)
+
+
+def load_state(
+    path: str | os.PathLike[str], *, names: Collection[str] | None = None, fs: Fs | None = None
+) -> dict[str, object]:
+    """Plain nested data of the checkpoint directory `path`, verified while it is read.
+
+    Raises DamagedError when it does not verify, ValueError when a name is not in it.
+    """
+    store, name = _store_of(path, fs)
+    manifest, _ = store.open(name)
+    wanted = list(manifest.state) if names is None else list(names)
+    for item in wanted:
+        if item not in manifest.state:
+            raise ValueError(
+                f"checkpoint `{path}` holds no {item!r}; "
+                f"it holds {', '.join(sorted(manifest.state))}"
+            )
+    return load_names(store, name, manifest, wanted)
+
+
+def _store_of(path: str | os.PathLike[str], fs: Fs | None) -> tuple[Store, str]:
+    full = os.path.abspath(path)  # noqa: PTH100
+    root, name = os.path.split(full)
+    return Store(fs or OsFs(), root, run_id="", threads=DEFAULT_THREADS), name
+
+
+def _state_of(value: object) -> object:
+    state_dict = getattr(value, "state_dict", None)
+    return state_dict() if callable(state_dict) else value
+
+
+def _shards(name: str, tensors: list[TensorSource], limit: int) -> dict[str, list[TensorSource]]:
+    groups: list[list[TensorSource]] = []
+    room = 0
+    for tensor in tensors:
+        if not groups or tensor.nbytes > room:
+            groups.append([])
+            room = limit
+        groups[-1].append(tensor)
+        room -= tensor.nbytes
+    if len(groups) == 1:
+        return {f"{name}.safetensors": groups[0]}
+    count = len(groups)
+    return {f"{name}-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
+
+
+def _apply(
+    info: CheckpointInfo,
+    loaded: tuple[Manifest, dict[str, object]],
+    into: Mapping[str, object],
+    skipped: list[Skipped],
+) -> Restored:
+    manifest, state = loaded
+    targets = [(name, target) for name, target in into.items() if target is not None]
+    for name, target in targets:
+        if not callable(getattr(target, "load_state_dict", None)):
+            raise ValueError(
+                f"`into[{name!r}]` has no load_state_dict; map it to None to get plain data"
+            )
+    targets.sort(key=lambda item: isinstance(item[1], RngState))
+    for name, target in targets:
+        target.load_state_dict(state.pop(name))  # type: ignore[attr-defined]
+    return Restored(info.step, Path(info.path), state, manifest, tuple(skipped))

@@ -1,0 +1,124 @@
+"""torch tensors as raw bytes and back. The only place that knows torch's memory layout."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from matilda_ckpt.tensor_file import TensorSource
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F64": torch.float64,
+    "C64": torch.complex64,
+}
+_NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
+
+
+def source(shown: str, tensor: torch.Tensor) -> TensorSource:
+    """ValueError for what has no plain bytes (sparse, quantized, meta, a dtype without a name)."""
+    if sys.byteorder != "little":
+        raise ValueError("checkpoints can be written on little-endian machines only")
+    if tensor.is_meta:
+        raise ValueError(f"state {shown} is on the meta device: it has no values to store")
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        raise ValueError(f"state {shown} is sparse or quantized; store its dense parts instead")
+    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+        raise ValueError(
+            f"state {shown} is a `{type(tensor).__qualname__}`; store its local tensor, or save "
+            "sharded state through torch.distributed.checkpoint"
+        )
+    if tensor.dtype not in _NAMES:
+        raise ValueError(f"state {shown} has dtype {tensor.dtype}, which safetensors cannot hold")
+    detached = tensor.detach()
+    return TensorSource(
+        shown, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: byte_view(detached)
+    )
+
+
+def byte_view(tensor: torch.Tensor) -> memoryview:
+    """The tensor's bytes in row-major order, on the host; a view where it already is that."""
+    host = tensor.detach().resolve_conj().resolve_neg().to("cpu").contiguous()
+    if host.numel() == 0:
+        return memoryview(b"")
+    return host.reshape(-1).view(torch.uint8).numpy().data
+
+
+def identity(tensor: torch.Tensor) -> object:
+    """Equal for two tensors that are the same view of the same memory (tied weights)."""
+    if tensor.numel() == 0:
+        return ("empty", id(tensor))
+    return (
+        str(tensor.device),
+        tensor.data_ptr(),
+        tensor.dtype,
+        tuple(tensor.shape),
+        tensor.stride(),
+        tensor.is_conj(),
+        tensor.is_neg(),
+    )
+
+
+def empty(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memoryview]:
+    """An uninitialised host tensor and a writable view of its bytes."""
+    tensor = torch.empty(tuple(shape), dtype=TORCH_DTYPES[dtype])
+    if tensor.numel() == 0:
+        return tensor, memoryview(bytearray())
+    return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data
+
+
+def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether no floating-point tensor holds a NaN or an infinity. One synchronisation a device.
+
+    A sum is non-finite whenever an element is, and costs one pass; only a non-finite sum (which
+    overflow can also cause) is looked at element by element.
+    """
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
+            by_device.setdefault(tensor.device, []).append(tensor.detach())
+    with torch.no_grad():
+        for group in by_device.values():
+            sums = torch.stack([_sum(tensor) for tensor in group])
+            for index in torch.nonzero(~torch.isfinite(sums)).flatten().tolist():
+                wide = group[index]
+                if not bool(torch.isfinite(wide.float() if wide.itemsize == 1 else wide).all()):
+                    return False
+    return True
+
+
+def _sum(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    if tensor.itemsize == 1:
+        tensor = tensor.float()
+    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.sum(dtype=wide).to(torch.float64)
+
+
+def named(tag: str, value: str) -> object:
+    """The torch dtype or device of that name; ValueError otherwise."""
+    if tag == "$torch_device":
+        try:
+            return torch.device(value)
+        except RuntimeError:
+            raise ValueError(f"{value[:40]!r} is not a torch device") from None
+    found = getattr(torch, value, None)
+    if not isinstance(found, torch.dtype):
+        raise ValueError(f"{value[:40]!r} is not a torch dtype")
+    return found
