@@ -15,18 +15,20 @@ from torch import Tensor, nn
 from matilda_model.config import ModelConfig
 
 
-class Linear(nn.Module):
-    """`x @ weight.T` without bias, in the dtype of `x`; the weight stays float32."""
+class Linear(nn.Linear):
+    """`x @ weight.T` without bias, in the dtype of `x`; the weight [d_out, d_in] stays float32.
+
+    An `nn.Linear` to whoever looks at the module tree: optimizers that group by owner, wrappers.
+    """
 
     def __init__(self, d_in: int, d_out: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(d_out, d_in))
+        super().__init__(d_in, d_out, bias=False)
+
+    def reset_parameters(self) -> None:
+        """Left to `Transformer.init_weights`, which sets every parameter."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[1]} -> {self.weight.shape[0]}"
 
 
 class RMSNorm(nn.Module):
