@@ -56,8 +56,12 @@ def main() -> int:
         except PreparationStoppedError as stopped:
             print(stopped)
             return EXIT_PREEMPTED
-    print(f"{manifest.n_tokens:,} tokens of {manifest.n_documents:,} documents in {args.out_dir}")
-    print(f"data_id {manifest.data_id}")
+    for split in ("train", "val"):
+        print(
+            f"{split}: {manifest.total_tokens(split):,} tokens of "
+            f"{manifest.total_documents(split):,} documents"
+        )
+    print(f"Data set: {args.out_dir} (data_id {manifest.data_id})")
     print(f"Next: uv run apps/train.py --config configs/base_124m.json --data-dir {args.out_dir}")
     return 0
 

@@ -20,13 +20,13 @@ def run_app(main: Callable[[], int]) -> None:
     unreadable file, no valid checkpoint among those there). Set `MATILDA_DEBUG=1` for tracebacks.
     """
     try:
-        code = main()
+        sys.exit(main())
     except Exception as error:
         code = _exit_code(error)
         if code is None or os.environ.get("MATILDA_DEBUG") == "1":
             raise
         print(f"error: {error}", file=sys.stderr)
-    sys.exit(code)
+        sys.exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -33,7 +33,7 @@ class Batch:
         self, micro_batch_size: int, device: torch.device
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (input_ids_bT, targets_bT), int64 on `device`, for each micro-step in order."""
-        for rows in self.tokens.split(micro_batch_size):
+        for rows in torch.split(self.tokens, micro_batch_size):
             # int16 travels at half the bytes of int32; the mask undoes its sign.
             ids = rows.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
             yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
@@ -78,7 +78,7 @@ class BatchReader:
 
     def _read(self, first: int) -> Batch:
         windows = np.ascontiguousarray(self._read_windows(first, self._batch_size), dtype="<u2")
-        digest = hashlib.sha256(windows).digest()
+        digest = hashlib.sha256(windows.data).digest()
         tokens = torch.from_numpy(windows[self._share].view(np.int16))
         return Batch(tokens.pin_memory() if self._pin_memory else tokens, digest)
 

@@ -142,7 +142,9 @@ def train(
             run_dir / "checkpoints",
             keep=Keep(last=config.ckpt.keep_last, every=config.ckpt.keep_every),
             run_id=run["run_id"],
+            read_only=not ranks.is_main,
         )
+        cleanup.callback(checkpoints.close)
         with ranks.main_first():
             restored = checkpoints.restore(everything)
         with ranks.main_first():
@@ -210,7 +212,6 @@ def train(
                         everything,
                         metrics=metrics.newest_evaluation,
                         provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
-                        healthy=state.consecutive_skips == 0,
                     )
                 ranks.barrier()
                 saved_step = state.step

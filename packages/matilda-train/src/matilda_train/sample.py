@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -79,7 +80,8 @@ def load_run_model(
     """
     config = config_from_dict(RunDir.read(run_dir)["config"])
     where = choose_device(device)
-    state = Checkpointer(Path(run_dir) / "checkpoints", read_only=True).load_state(step)
+    checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
+    state: Any = checkpoints.load_state(step, names=["model"])
     model = Transformer(config.model)
     model.load_state_dict(state["model"])
     model.compute_dtype = choose_dtype(config.train.dtype, where)
