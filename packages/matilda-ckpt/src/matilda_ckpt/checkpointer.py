@@ -35,6 +35,9 @@ class Skipped:
     moved_to: Path | None = None
     """Its place in `quarantine/`, or None when it was left where it is."""
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
 
 @dataclass(frozen=True)
 class Restored:
@@ -90,7 +93,7 @@ class Checkpointer:
         threads: files written, hashed or read at the same time.
         shard_bytes: a name's tensors are split into files of about this size, so that several
             cores can hash them.
-        readonly: never take the writer lock or move anything; `save` then raises ValueError.
+        read_only: never take the writer lock or move anything; `save` then raises ValueError.
 
     The writer lock is taken by the first `save` or `restore` and released by `close()`, by
     garbage collection, or by the kernel when the process dies.
@@ -105,14 +108,14 @@ class Checkpointer:
         fs: Fs | None = None,
         threads: int = DEFAULT_THREADS,
         shard_bytes: int = 256 << 20,
-        readonly: bool = False,
+        read_only: bool = False,
     ) -> None:
         if threads < 1 or shard_bytes < 1:
             raise ValueError("`threads` and `shard_bytes` must be positive")
         self.root = Path(os.path.abspath(root))  # noqa: PTH100 (no link resolution)
         self.keep = keep
         self.run_id = run_id if run_id is not None else secrets.token_hex(8)
-        self.readonly = readonly
+        self.read_only = read_only
         self._shard_bytes = shard_bytes
         self._store = Store(fs or OsFs(), str(self.root), run_id=self.run_id, threads=threads)
 
@@ -161,8 +164,8 @@ class Checkpointer:
         provenance: Mapping[str, JSON],
         healthy: bool,
     ) -> SaveRequest:
-        if self.readonly:
-            raise ValueError(f"`{self.root}` was opened with `readonly=True`; it cannot save")
+        if self.read_only:
+            raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
         if not state:
@@ -182,7 +185,7 @@ class Checkpointer:
             parts.append(
                 Part(
                     name,
-                    strict_json.dumps(encoded.tree),
+                    strict_json.dumps(encoded.tree, sort_keys=False),
                     _shards(name, encoded.tensors, self._shard_bytes),
                 )
             )
@@ -216,7 +219,7 @@ class Checkpointer:
         NoValidCheckpointError when some exist and none can be used, ValueError when a name or
         the step is not there.
         """
-        if not self.readonly and self._store.fs.entry(str(self.root)) is not None:
+        if not self.read_only and self._store.fs.entry(str(self.root)) is not None:
             self._store.acquire()
         skipped: list[Skipped] = []
         for info in self._candidates(step):
@@ -234,7 +237,14 @@ class Checkpointer:
                 continue
             return _apply(info, loaded, into, skipped)
         if not skipped:
-            return None
+            quarantined = self._store.quarantined()
+            if not quarantined:
+                return None
+            raise NoValidCheckpointError(
+                f"`{self.root}` holds no checkpoint any more, only {len(quarantined)} damaged in "
+                "`quarantine`; look at them with `matilda-ckpt verify`, or start again in an "
+                "empty directory"
+            )
         raise NoValidCheckpointError(
             f"`{self.root}` holds {len(skipped)} checkpoint(s) and none can be resumed from; "
             f"the newest, `{skipped[0].name}`: {skipped[0].reason}; look with `matilda-ckpt ls`, "
@@ -262,7 +272,7 @@ class Checkpointer:
         return manifest, load_names(self._store, name, manifest, list(manifest.state))
 
     def _set_aside(self, info: CheckpointInfo, reason: str) -> Skipped:
-        moved = None if self.readonly else Path(self._store.quarantine(info.name, reason))
+        moved = None if self.read_only else Path(self._store.quarantine(info.name, reason))
         return Skipped(info.name, info.step, reason, moved)
 
     def load_state(

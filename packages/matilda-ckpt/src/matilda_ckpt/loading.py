@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matilda_ckpt import strict_json
@@ -14,6 +14,8 @@ from matilda_ckpt.store import Store, each
 if TYPE_CHECKING:
     import numpy as np
     import torch
+
+_LEAF_TAGS = {"$tensor", "$ndarray", "$numpy_scalar"}
 
 
 def load_names(
@@ -31,7 +33,7 @@ def load_names(
             trees[state_name] = strict_json.loads(data, file)
         except ValueError as error:
             raise DamagedError(f"checkpoint `{store.root}/{name}`: {error}") from error
-    leaves = _Leaves(store, name, manifest, _owners(trees, wanted))
+    leaves = _Leaves(store, name, manifest, _references(trees))
     try:
         return {
             state_name: decode(state_name, tree, leaves.tensor, leaves.array)
@@ -41,28 +43,35 @@ def load_names(
         raise DamagedError(f"checkpoint `{store.root}/{name}`: {error}") from error
 
 
-def _owners(trees: dict[str, Any], wanted: Collection[str]) -> set[str]:
-    """Names whose tensor files are needed: the wanted ones and those they share tensors with."""
-    owners = set(wanted)
-    stack = list(trees.values())
+def _references(trees: Mapping[str, Any]) -> dict[tuple[str, str], str]:
+    """(owner, key) → tag of every leaf that the trees mention; owners can be other names."""
+    found = {}
+    stack = list(trees.items())
     while stack:
-        node = stack.pop()
+        name, node = stack.pop()
         if isinstance(node, dict):
-            owner = node.get("in")
-            if isinstance(owner, str) and any(key.startswith("$") for key in node):
-                owners.add(owner)
-            stack.extend(node.values())
+            for tag in _LEAF_TAGS & node.keys():
+                if isinstance(node[tag], str):
+                    found[str(node.get("in", name)), node[tag]] = tag
+            stack.extend((name, value) for value in node.values())
         elif isinstance(node, list):
-            stack.extend(node)
-    return owners
+            stack.extend((name, value) for value in node)
+    return found
 
 
 class _Leaves:
-    """Every tensor of the needed files, read once; numpy or torch is decided by who asks."""
+    """Every tensor of the needed files, read once, as torch's or numpy's by what stored it."""
 
-    def __init__(self, store: Store, name: str, manifest: Manifest, owners: set[str]) -> None:
+    def __init__(
+        self,
+        store: Store,
+        name: str,
+        manifest: Manifest,
+        references: Mapping[tuple[str, str], str],
+    ) -> None:
         self._tensors: dict[tuple[str, str], torch.Tensor] = {}
-        self._entries: dict[tuple[str, str], TensorEntry] = {}
+        self._arrays: dict[tuple[str, str], np.ndarray[Any, Any]] = {}
+        owners = {owner for owner, _ in references}
         owner_of = {
             file: owner
             for owner, entry in manifest.state.items()
@@ -71,12 +80,19 @@ class _Leaves:
         }
 
         def read(file: str) -> None:
-            def allocate(key: str, entry: TensorEntry) -> memoryview:
-                from matilda_ckpt import torch_tensors
+            def allocate(key: str, entry: TensorEntry) -> memoryview | None:
+                leaf = (owner_of[file], key)
+                tag = references.get(leaf)
+                if tag is None:
+                    return None
+                if tag == "$tensor":
+                    from matilda_ckpt import torch_tensors
 
-                tensor, view = torch_tensors.empty(entry.dtype, entry.shape)
-                self._tensors[owner_of[file], key] = tensor
-                self._entries[owner_of[file], key] = entry
+                    self._tensors[leaf], view = torch_tensors.empty(entry.dtype, entry.shape)
+                else:
+                    from matilda_ckpt import numpy_arrays
+
+                    self._arrays[leaf], view = numpy_arrays.empty(entry.dtype, entry.shape)
                 return view
 
             store.read_tensors(name, manifest, file, allocate)
@@ -90,10 +106,7 @@ class _Leaves:
         return found
 
     def array(self, owner: str, key: str) -> np.ndarray[Any, Any]:
-        from matilda_ckpt import numpy_arrays, torch_tensors
-
-        tensor = self.tensor(owner, key)
-        array, view = numpy_arrays.empty(self._entries[owner, key].dtype, tuple(tensor.shape))
-        if len(view):
-            view[:] = torch_tensors.byte_view(tensor)
-        return array
+        found = self._arrays.get((owner, key))
+        if found is None:
+            raise ValueError(f"state {owner[:80]!r} has no stored array {key[:80]!r}")
+        return found

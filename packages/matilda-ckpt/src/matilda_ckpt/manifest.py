@@ -158,10 +158,13 @@ def check_state_name(name: object) -> str:
 def parse_commit(data: bytes) -> Commit:
     raw = _object(strict_json.loads(data, COMMIT_NAME), COMMIT_NAME)
     _check_format(raw, COMMIT_NAME)
-    return Commit(
+    commit = Commit(
         _sha(raw, "manifest_sha256", COMMIT_NAME),
         _integer(raw, "manifest_size", COMMIT_NAME, MAX_MANIFEST_BYTES),
     )
+    if data != commit.to_bytes():
+        raise ValueError(f"`{COMMIT_NAME}` holds more than the seal")
+    return commit
 
 
 def parse_manifest(data: bytes) -> Manifest:

@@ -492,6 +492,13 @@ class Store:
             found.remove(bad)
         return []
 
+    def quarantined(self) -> list[str]:
+        """Names of the directories that were set aside as damaged."""
+        folder = f"{self.root}/{QUARANTINE_NAME}"
+        if self.fs.entry(folder) is None:
+            return []
+        return [entry.name for entry in self.fs.listdir(folder) if entry.kind == "dir"]
+
     def quarantine(self, name: str, reason: str) -> str:
         """Move a damaged checkpoint out of the way, keeping its bytes; returns the new path."""
         self.acquire()

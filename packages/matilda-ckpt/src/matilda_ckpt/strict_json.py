@@ -13,10 +13,10 @@ MAX_DEPTH = 200
 _BRACKETS = re.compile(r'"(?:[^"\\]|\\.)*+"|[\[\]{}]', re.DOTALL)
 
 
-def dumps(value: object) -> bytes:
-    """Canonical bytes: sorted keys, no spaces, ASCII, finite numbers only; ends with a newline."""
+def dumps(value: object, *, sort_keys: bool = True) -> bytes:
+    """Canonical bytes: sorted keys (unless their order is data), no spaces, ASCII, no nan."""
     text = json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
+        value, sort_keys=sort_keys, separators=(",", ":"), ensure_ascii=True, allow_nan=False
     )
     return text.encode("ascii") + b"\n"
 
