@@ -145,7 +145,8 @@ def test_keys_that_json_turned_into_strings_load() -> None:
 
 def test_another_process_gives_equal_bits() -> None:
     program = (
-        "import sys, torch; torch.set_num_threads(int(sys.argv[2])); sys.path.insert(0, sys.argv[1]);"
+        "import sys, torch; torch.set_num_threads(int(sys.argv[2]));"
+        "sys.path.insert(0, sys.argv[1]);"
         "import test_optim_state as t;"
         "m = t.model_of(); o = t.optimizer_of(m); t.train(m, o, 0, 3); print(t.digest(m, o))"
     )

@@ -7,6 +7,7 @@ stack of expert weights is one per leading index.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -62,6 +63,21 @@ def blocks_of(tensor: Tensor, spec: BlockSpec) -> list[Tensor]:
     if spec.heads is not None and spec.heads > 1:
         return [block for stack in stacks for block in stack.chunk(spec.heads)]
     return stacks
+
+
+def block_regions(shape: Sequence[int], spec: BlockSpec) -> list[tuple[int, int, int]]:
+    """The same blocks of a contiguous tensor as (offset in elements, rows, columns)."""
+    stacks = shape[0] if spec.stacked else 1
+    rows = shape[1] if spec.stacked else shape[0]
+    cols = math.prod(shape[2:] if spec.stacked else shape[1:])
+    heights = list(spec.split) if spec.split else [rows // (spec.heads or 1)] * (spec.heads or 1)
+    regions = []
+    offset = 0
+    for _ in range(stacks):
+        for height in heights:
+            regions.append((offset, height, cols))
+            offset += height * cols
+    return regions
 
 
 class ClassKey(NamedTuple):

@@ -10,19 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from matilda_optim.adamw import adamw_step, init_adamw_state
-from matilda_optim.blocks import (
-    ClassKey,
-    block_spec,
-    blocks_of,
-    check_blocks,
-    class_key,
-)
+from matilda_optim.backends import MuonStep
+from matilda_optim.blocks import block_spec, check_blocks
 from matilda_optim.coefficients import KELLER, resolve_coefficients
-from matilda_optim.learning_rate import check_adjust_lr_fn, lr_ratio
-from matilda_optim.orthogonalize import default_ns_dtype, newton_schulz, normalize_
+from matilda_optim.learning_rate import check_adjust_lr_fn
+from matilda_optim.orthogonalize import NS_DTYPES
 from matilda_optim.state import align_state_dict, restore_in_place
-
-_NS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 class Muon(Optimizer):
@@ -58,6 +51,9 @@ class Muon(Optimizer):
         ns_dtype: "float16", "bfloat16" or "float32" for the iterations; None is fp16 on CUDA and
             fp32 on CPU.
         maximize: ascend instead.
+        backend: "auto" takes Triton kernels on NVIDIA GPUs of compute capability 9.0 and newer for
+            contiguous parameters and pure torch elsewhere; "reference" is pure torch everywhere;
+            "triton" raises where the kernels cannot run.
 
     Group keys beside these: `algorithm` ("muon" or "adamw"), `name`, `param_names`, and for fused
     weights `split` (rows of each block), `heads` (equal blocks of rows) or `stacked` (leading
@@ -83,6 +79,7 @@ class Muon(Optimizer):
         adam_eps: float = 1e-8,
         ns_dtype: str | None = None,
         maximize: bool = False,
+        backend: str = "auto",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -99,6 +96,7 @@ class Muon(Optimizer):
             "maximize": maximize,
         }
         self._adam_eps = adam_eps
+        self._muon_step = MuonStep(backend)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -123,6 +121,10 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(
                 param, dtype=torch.float32, memory_format=torch.preserve_format
             )
+
+    def __getstate__(self) -> dict[str, Any]:
+        extra = {"_adam_eps": self._adam_eps, "_muon_step": self._muon_step}
+        return {**super().__getstate__(), **extra}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -162,7 +164,7 @@ class Muon(Optimizer):
             if group["algorithm"] == "adamw":
                 adamw_step(group, self.state)
         if muon_groups:
-            _muon_step(muon_groups, self.state)
+            self._muon_step(muon_groups, self.state)
         return loss
 
 
@@ -193,76 +195,10 @@ def _check_group(group: dict[str, Any]) -> None:
         raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']!r}")
     check_adjust_lr_fn(group["adjust_lr_fn"])
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-    if group["ns_dtype"] is not None and group["ns_dtype"] not in _NS_DTYPES:
+    if group["ns_dtype"] is not None and group["ns_dtype"] not in NS_DTYPES:
         raise ValueError(
-            f"`ns_dtype` must be None or one of {', '.join(map(repr, _NS_DTYPES))}, "
+            f"`ns_dtype` must be None or one of {', '.join(map(repr, NS_DTYPES))}, "
             f"got {group['ns_dtype']!r}"
         )
     for i, p in enumerate(group["params"]):
         check_blocks(p.shape, block_spec(group), names[i] if names else f"parameter {i}")
-
-
-def _muon_step(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
-    updates: list[tuple[dict[str, Any], list[Tensor], list[Tensor]]] = []
-    classes: dict[ClassKey, list[tuple[Tensor, float]]] = {}
-    for group in groups:
-        params = [p for p in group["params"] if p.grad is not None]
-        if not params:
-            continue
-        directions = _momentum_step(group, params, states)
-        updates.append((group, params, directions))
-        spec = block_spec(group)
-        quintics = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
-        for direction in directions:
-            if direction.numel() == 0:
-                continue
-            dtype = _NS_DTYPES.get(group["ns_dtype"] or "") or default_ns_dtype(direction.device)
-            for block in blocks_of(direction, spec):
-                key = class_key(block, dtype, quintics)
-                ratio = lr_ratio(group["adjust_lr_fn"], *block.shape)
-                classes.setdefault(key, []).append((block, ratio))
-    for key, members in classes.items():
-        _orthogonalize_class(key, members)
-    for group, params, directions in updates:
-        _apply(group, params, directions)
-
-
-def _momentum_step(
-    group: dict[str, Any], params: list[Tensor], states: dict[Tensor, dict[str, Any]]
-) -> list[Tensor]:
-    """Advances the momentum and returns the fp32 directions, fresh contiguous tensors."""
-    beta = group["momentum"]
-    grads = [p.grad.float() for p in params if p.grad is not None]
-    if group["maximize"]:
-        grads = list(torch._foreach_neg(grads))
-    buffers = [states[p]["momentum_buffer"] for p in params]
-    torch._foreach_lerp_(buffers, grads, 1 - beta)
-    if group["nesterov"]:
-        directions = list(torch._foreach_lerp(grads, buffers, beta))
-        return [d.contiguous() for d in directions]
-    return [b.clone(memory_format=torch.contiguous_format) for b in buffers]
-
-
-def _orthogonalize_class(key: ClassKey, members: list[tuple[Tensor, float]]) -> None:
-    """Replaces each member block by ratio × its orthogonalisation, as one batch."""
-    wide = [block if block.shape[0] <= block.shape[1] else block.mT for block, _ in members]
-    x_BMN = torch.stack(wide)
-    normalize_(x_BMN)
-    out_BMN = newton_schulz(x_BMN.to(key.ns_dtype), key.quintics)
-    for view, (_, ratio), out_MN in zip(wide, members, out_BMN.unbind(0), strict=True):
-        torch.mul(out_MN.float(), ratio, out=view)
-
-
-def _apply(group: dict[str, Any], params: list[Tensor], directions: list[Tensor]) -> None:
-    lr, decay = group["lr"], group["weight_decay"]
-    masters = [p if p.dtype == torch.float32 else p.float() for p in params]
-    if decay != 0:
-        torch._foreach_mul_(masters, 1 - lr * decay)
-    if isinstance(lr, Tensor):
-        torch._foreach_mul_(directions, lr)
-        torch._foreach_sub_(masters, directions)
-    else:
-        torch._foreach_add_(masters, directions, alpha=-lr)
-    for p, master in zip(params, masters, strict=True):
-        if master is not p:
-            p.copy_(master)

@@ -12,6 +12,9 @@ from torch import Tensor
 
 from matilda_optim.coefficients import Quintic, resolve_coefficients
 
+NS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+"""Names of the dtypes that the iterations can run in."""
+
 # The Gram form pays from this aspect ratio on: 17·M³ + 4·M²N against 5·(4·M²N + 2·M³) operations.
 _GRAM_ASPECT = 2.0
 

@@ -1,0 +1,143 @@
+"""Which back end updates which parameter."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Hashable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from matilda_optim.blocks import block_regions, block_spec
+from matilda_optim.coefficients import resolve_coefficients
+from matilda_optim.learning_rate import lr_ratio
+from matilda_optim.orthogonalize import NS_DTYPES
+from matilda_optim.reference import Work, reference_step
+
+if TYPE_CHECKING:
+    from matilda_optim.triton_backend import KernelClass
+
+BACKENDS = ("auto", "reference", "triton")
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def kernels_available(device: torch.device) -> bool:
+    """Whether the Triton kernels run on `device`: NVIDIA, compute capability 9.0 or newer."""
+    return (
+        device.type == "cuda"
+        and torch.version.hip is None
+        and importlib.util.find_spec("triton") is not None
+        and torch.cuda.get_device_capability(device) >= (9, 0)
+    )
+
+
+class MuonStep:
+    """One Muon step over groups; keeps the kernels' tables between steps, which hold no state."""
+
+    def __init__(self, backend: str) -> None:
+        if backend not in BACKENDS:
+            raise ValueError(
+                f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            )
+        self.backend = backend
+        self._key: Hashable = None
+        self._classes: list[KernelClass] = []
+        self._devices: dict[torch.device, bool] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"backend": self.backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["backend"])  # type: ignore[misc]
+
+    def __call__(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
+        plain: Work = []
+        kernel: Work = []
+        for group in groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            fit = [p for p in params if self._fits(group, p)]
+            rest = [p for p in params if p not in set(fit)] if len(fit) < len(params) else []
+            if fit:
+                kernel.append((group, fit))
+            if rest:
+                plain.append((group, rest))
+        if kernel:
+            self._kernel_step(kernel, states)
+        if plain:
+            reference_step(plain, states)
+
+    def _fits(self, group: dict[str, Any], param: Tensor) -> bool:
+        if self.backend == "reference":
+            return False
+        device = param.device
+        if device not in self._devices:
+            self._devices[device] = kernels_available(device)
+        fits = (
+            self._devices[device]
+            and param.is_contiguous()
+            and param.numel() > 0
+            and type(param) in (torch.nn.Parameter, Tensor)
+            and param.dtype in _KERNEL_DTYPES
+            and group["ns_dtype"] != "float32"
+        )
+        if self.backend == "triton" and not fits:
+            raise ValueError(
+                f"the Triton back end cannot update a parameter of shape {tuple(param.shape)!r}, "
+                f'{param.dtype} on {device}; use `backend="auto"`'
+            )
+        return fits
+
+    def _kernel_step(self, work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
+        key = tuple(
+            (
+                tuple((id(p), id(states[p]["momentum_buffer"]), p.grad.dtype) for p in params),  # type: ignore[union-attr]
+                id(group),
+                group["nesterov"],
+                str(group["ns_coefficients"]),
+                group["ns_steps"],
+                group["ns_dtype"],
+                group["adjust_lr_fn"],
+                block_spec(group),
+            )
+            for group, params in work
+        )
+        if key != self._key:
+            self._classes = _build_classes(work, states)
+            self._key = key
+        for kernel_class in self._classes:
+            kernel_class.step()
+
+
+def _build_classes(work: Work, states: dict[Tensor, dict[str, Any]]) -> list[KernelClass]:
+    from matilda_optim.triton_backend import KernelClass, KernelKey, Matrix
+
+    members: dict[KernelKey, list[Matrix]] = {}
+    for group, params in work:
+        spec = block_spec(group)
+        quintics = resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
+        for p in params:
+            assert p.grad is not None
+            for offset, rows, cols in block_regions(p.shape, spec):
+                key = KernelKey(
+                    min(rows, cols),
+                    max(rows, cols),
+                    p.device,
+                    p.dtype,
+                    p.grad.dtype,
+                    NS_DTYPES[group["ns_dtype"] or "float16"],
+                    quintics,
+                    group["nesterov"],
+                    False,
+                    False,
+                )
+                ratio = lr_ratio(group["adjust_lr_fn"], rows, cols)
+                momentum = states[p]["momentum_buffer"]
+                members.setdefault(key, []).append(
+                    Matrix(p, momentum, offset, rows, cols, ratio, group)
+                )
+    # largest first: the small classes fill the tail
+    return sorted(
+        (KernelClass(key, matrices) for key, matrices in members.items()),
+        key=lambda c: -c.m * c.n * len(c.matrices),
+    )

@@ -1,0 +1,277 @@
+"""Triton kernels of the CUDA back end.
+
+Shape suffixes: B matrices of a class, M rows ≤ N columns, both padded to whole tiles, so that no
+kernel needs a mask on the workspaces. Every result depends on its own matrix and on fixed tile
+sizes alone: the same bits whatever the batch, the run or the number of ranks.
+"""
+
+# mypy: disable-error-code="no-untyped-def, untyped-decorator, misc"
+# Triton compiles these functions from source; annotations beyond constexpr would mislead it.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _source_tile(
+    address, rows, cols, row, col, TILE: tl.constexpr, DTYPE: tl.constexpr, EVEN: tl.constexpr
+):
+    """Pointers to a TILE × TILE piece of a row-major (rows, cols) matrix, and its mask."""
+    r = row + tl.arange(0, TILE)[:, None]
+    c = col + tl.arange(0, TILE)[None, :]
+    offset = r.to(tl.int64) * cols + c
+    base = address.to(tl.pointer_type(DTYPE))
+    if EVEN:
+        # whole tiles of 16-byte aligned rows: lets the compiler use vector accesses
+        base = tl.multiple_of(base, 16)
+        offset = tl.max_contiguous(tl.multiple_of(offset, [1, 8]), [1, 8])
+    return base + offset, (r < rows) & (c < cols)
+
+
+@triton.jit
+def _load(pointers, mask, EVEN: tl.constexpr):
+    if EVEN:
+        return tl.load(pointers).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(pointers, value, mask, EVEN: tl.constexpr):
+    if EVEN:
+        tl.store(pointers, value)
+    else:
+        tl.store(pointers, value, mask=mask)
+
+
+@triton.jit
+def gather_kernel(
+    grad_ptrs,  # int64 (B,): addresses of the gradients
+    momentum_ptrs,  # int64 (B,): addresses of the fp32 momentum buffers
+    shapes,  # int32 (B, 2): rows and columns as stored; rows > columns are read transposed
+    hyper,  # fp32 (B, 4): 1 - β, sign of the gradient, 1 - lr·decay, lr·ratio
+    x,  # (B, M, N): out, directions divided by their norm
+    partial,  # fp64 (B, tiles): sums of squares
+    counters,  # int32 (B, 2): zero before and after
+    norms,  # fp64 (B,): out, Frobenius norms
+    batch,
+    M,
+    N,
+    TILES_N,
+    TILES,
+    TILES_POW2: tl.constexpr,
+    TILE: tl.constexpr,
+    GRAD: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    SKIP: tl.constexpr,
+    EVEN: tl.constexpr,
+    PHASE: tl.constexpr,
+):
+    """Momentum, direction, norm and the scaled 16-bit copy in one pass over DRAM.
+
+    Programs come in pairs: one sums the squares of matrix k + 1, the other, whose operands are
+    still in L2, finishes matrix k. A finishing program waits for the sums of its matrix, all of
+    which belong to earlier programs. PHASE 0 is that; 1 and 2 are the halves as two launches.
+    """
+    pid = tl.program_id(0)
+    if PHASE == 0:
+        pair = pid // 2
+        first = pid % 2 == 0
+        index = pair // TILES
+        if not first:
+            index -= 1
+    else:
+        pair = pid
+        first = PHASE == 1
+        index = pair // TILES
+    tile = pair % TILES
+    if (index >= 0) & (index < batch):
+        rows = tl.load(shapes + index * 2)
+        cols = tl.load(shapes + index * 2 + 1)
+        blend = tl.load(hyper + index * 4)
+        sign = tl.load(hyper + index * 4 + 1)
+        i = (tile // TILES_N) * TILE
+        j = (tile % TILES_N) * TILE
+        tall = rows > cols
+        row = tl.where(tall, j, i)
+        col = tl.where(tall, i, j)
+        grads, mask = _source_tile(
+            tl.load(grad_ptrs + index), rows, cols, row, col, TILE, GRAD, EVEN
+        )
+        moments, _ = _source_tile(
+            tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
+        )
+        grad = _load(grads, mask, EVEN) * sign
+        moment = _load(moments, mask, EVEN)
+        new = moment + blend * (grad - moment)
+        direction = new
+        if NESTEROV:
+            direction = new - (new - grad) * blend
+        if first:
+            wide = direction.to(tl.float64)
+            tl.store(partial + index * TILES + tile, tl.sum(wide * wide))
+            if PHASE == 0:
+                tl.debug_barrier()
+                tl.atomic_add(counters + index * 2, 1, sem="release")
+        else:
+            if PHASE == 0:
+                while tl.atomic_add(counters + index * 2, 0, sem="acquire") < TILES:
+                    pass
+                tl.debug_barrier()
+            slots = tl.arange(0, TILES_POW2)
+            sums = tl.load(
+                partial + index * TILES + slots, mask=slots < TILES, other=0.0, cache_modifier=".cg"
+            )
+            total = tl.sum(sums)
+            norm = tl.sqrt(total)
+            inverse = tl.where(total == 0.0, 0.0, 1.0 / norm).to(tl.float32)
+            finite = total < float("inf")
+            scaled = direction * inverse
+            if SKIP:
+                scaled = tl.where(finite, scaled, 0.0)
+                new = tl.where(finite, new, moment)
+            _store(moments, new, mask, EVEN)
+            if tall:
+                scaled = tl.trans(scaled)
+            r = i + tl.arange(0, TILE)[:, None]
+            c = j + tl.arange(0, TILE)[None, :]
+            out = x + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c
+            tl.store(out, scaled.to(x.dtype.element_ty))
+            if tile == 0:
+                tl.store(norms + index, norm)
+            if PHASE == 0:
+                done = tl.atomic_add(counters + index * 2 + 1, 1)
+                if done == TILES - 1:
+                    tl.store(counters + index * 2, 0)
+                    tl.store(counters + index * 2 + 1, 0)
+
+
+@triton.jit
+def symmetric_kernel(
+    a_desc,  # (B·M, K): descriptor, block (TILE, BLOCK_K)
+    b_desc,  # (B·M, K): likewise
+    d,  # (B, M, M): addend, symmetric; read when ADD
+    out,  # (B, M, M)
+    alpha,
+    beta,
+    gamma,
+    M,
+    K,
+    TILES,
+    ADD: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = alpha·A·Bᵀ + beta·D + gamma·I for results known to be symmetric.
+
+    Only tiles on and above the diagonal are computed; each is stored twice, once mirrored.
+    """
+    pid = tl.program_id(0)
+    per_matrix = TILES * (TILES + 1) // 2
+    index = pid // per_matrix
+    t = pid % per_matrix
+    # column by column of the upper triangle: t = pn(pn+1)/2 + pm, pm ≤ pn
+    pn = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    pn = tl.where(pn * (pn + 1) // 2 > t, pn - 1, pn)
+    pn = tl.where((pn + 1) * (pn + 2) // 2 <= t, pn + 1, pn)
+    pm = t - pn * (pn + 1) // 2
+    row_m = index * M + pm * TILE
+    row_n = index * M + pn * TILE
+    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+    for k in range(0, K, BLOCK_K):
+        a = a_desc.load([row_m, k])
+        b = b_desc.load([row_n, k])
+        acc = tl.dot(a, b.T, acc)
+    acc *= alpha
+    r = pm * TILE + tl.arange(0, TILE)[:, None]
+    c = pn * TILE + tl.arange(0, TILE)[None, :]
+    base = index.to(tl.int64) * M * M
+    here = base + r.to(tl.int64) * M + c
+    if ADD:
+        acc += beta * tl.load(d + here).to(tl.float32)
+        acc = tl.where(r == c, acc + gamma, acc)
+    if pm == pn:
+        acc = tl.where(r <= c, acc, tl.trans(acc))
+    value = acc.to(out.dtype.element_ty)
+    tl.store(out + here, value)
+    if pm != pn:
+        r2 = pn * TILE + tl.arange(0, TILE)[:, None]
+        c2 = pm * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(out + base + r2.to(tl.int64) * M + c2, tl.trans(value))
+
+
+@triton.jit
+def apply_kernel(
+    q_desc,  # (B·M, M): descriptor, block (TILE_M, BLOCK_K)
+    x_desc,  # (B·M, N): descriptor, block (BLOCK_K, TILE_N)
+    out_desc,  # (B·M, N): descriptor, block (TILE_M, TILE_N)
+    M,
+    TILES_M,
+    TILES_N,
+    TILE_M: tl.constexpr,
+    TILE_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """out = Q·X, a dense product per matrix."""
+    pid = tl.program_id(0)
+    per_matrix = TILES_M * TILES_N
+    index = pid // per_matrix
+    t = pid % per_matrix
+    pm = t % TILES_M
+    pn = t // TILES_M
+    row = index * M
+    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+    for k in range(0, M, BLOCK_K):
+        q = q_desc.load([row + pm * TILE_M, k])
+        x = x_desc.load([row + k, pn * TILE_N])
+        acc = tl.dot(q, x, acc)
+    out_desc.store([row + pm * TILE_M, pn * TILE_N], acc.to(out_desc.dtype))
+
+
+@triton.jit
+def update_kernel(
+    param_ptrs,  # int64 (B,): addresses of the parameters
+    shapes,  # int32 (B, 2): rows and columns as stored
+    hyper,  # fp32 (B, 4): 1 - β, sign of the gradient, 1 - lr·decay, lr·ratio
+    norms,  # fp64 (B,): of the directions; not finite means skip
+    o,  # (B, M, N): orthogonal updates, transposed for tall matrices
+    M,
+    N,
+    TILES_N,
+    TILES,
+    TILE: tl.constexpr,
+    PARAM: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+    SKIP: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """p ← (1 - lr·decay)·p - lr·ratio·o; under CAUTIOUS decay acts only where p·o > 0."""
+    pid = tl.program_id(0)
+    index = pid // TILES
+    tile = pid % TILES
+    rows = tl.load(shapes + index * 2)
+    cols = tl.load(shapes + index * 2 + 1)
+    keep = tl.load(hyper + index * 4 + 2)
+    step = tl.load(hyper + index * 4 + 3)
+    i = (tile // TILES_N) * TILE
+    j = (tile % TILES_N) * TILE
+    tall = rows > cols
+    row = tl.where(tall, j, i)
+    col = tl.where(tall, i, j)
+    r = i + tl.arange(0, TILE)[:, None]
+    c = j + tl.arange(0, TILE)[None, :]
+    update = tl.load(o + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c).to(tl.float32)
+    if tall:
+        update = tl.trans(update)
+    params, mask = _source_tile(
+        tl.load(param_ptrs + index), rows, cols, row, col, TILE, PARAM, EVEN
+    )
+    p = _load(params, mask, EVEN)
+    if CAUTIOUS:
+        new = tl.where(p * update > 0, p * keep, p) - step * update
+    else:
+        new = p * keep - step * update
+    if SKIP:
+        new = tl.where(tl.load(norms + index) < float("inf"), new, p)
+    _store(params, new.to(PARAM), mask, EVEN)
