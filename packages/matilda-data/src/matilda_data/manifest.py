@@ -16,6 +16,7 @@ __all__ = [
     "CHUNK_BYTES",
     "FORMAT",
     "MANIFEST_NAME",
+    "SPLITS",
     "Manifest",
     "ShardEntry",
     "SourceEntry",
@@ -48,6 +49,8 @@ class ShardEntry:
     """Documents that begin in this shard."""
     sha256: str
     """SHA-256 of the whole file (what `sha256sum` prints)."""
+    header_sha256: str
+    """SHA-256 of the first 1,024 bytes."""
     chunk_sha256: tuple[str, ...]
     """SHA-256 of each `CHUNK_BYTES` of the payload (the bytes after the header)."""
     index_file: str
@@ -67,7 +70,7 @@ class SourceEntry:
     weight: int
     """Integer weight in the default mixture; 83 and 17 mean 83 and 17 samples of every 100."""
     origin: Mapping[str, Any]
-    """Where the text came from: `kind`, and for the hub `dataset`, `config`, `revision`, `split`."""
+    """Where the text came from: `kind`, and for the hub the dataset, config, revision and split."""
     documents: Mapping[str, int]
     """Documents per split."""
     tokens: Mapping[str, int]
@@ -78,7 +81,7 @@ class SourceEntry:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """A complete data set: identity of its tokenizer, its sources, and every file with its hashes."""
+    """A complete data set: its tokenizer's identity, its sources, every file with its hashes."""
 
     tokenizer: Mapping[str, Any]
     """`name`, `vocab_size`, `eot_id`, `sha256`, `pattern`."""
@@ -102,7 +105,7 @@ class Manifest:
 
     @property
     def data_id(self) -> str:
-        """SHA-256 of the canonical manifest: equal for equal tokens in equal shards."""
+        """SHA-256 of the canonical manifest: who has the same `data_id` has the same bytes."""
         return hashlib.sha256(canonical_json(self.to_json())).hexdigest()
 
     def total_tokens(self, split: str) -> int:
@@ -172,9 +175,8 @@ def read_manifest(directory: Path) -> Manifest:
         raise damaged
     if value.get("complete") is False:
         command = value.get("command")
-        raise DataError(
-            f"data set {str(directory)!r} is incomplete; finish it with: {command or 'prepare_text'}"
-        )
+        command = command or "the `prepare_text` call that began it"
+        raise DataError(f"data set {str(directory)!r} is incomplete; finish it with: {command}")
     if value.get("format") != FORMAT:
         raise DataError(
             f"{str(path)!r} has format {value.get('format')!r}, this version reads {FORMAT!r}"

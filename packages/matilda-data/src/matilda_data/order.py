@@ -16,6 +16,9 @@ __all__ = ["ORDER", "keys", "mix64", "permute"]
 
 ORDER = "matilda-order/1"
 ROUNDS = 8
+# Eight rounds on a handful of values leave some orders likelier (χ²/df 3.1 over the 120 orders of
+# five); sixteen do not (1.1).
+SMALL_N, SMALL_ROUNDS = 4096, 16
 
 UInt64Array = npt.NDArray[np.uint64]
 
@@ -43,28 +46,31 @@ def mix64(x: UInt64Array) -> UInt64Array:
 
 
 def permute(index: npt.ArrayLike, n: int, key: UInt64Array) -> npt.NDArray[np.int64]:
-    """Images of `index` (any shape, 0 ≤ index < n) under the permutation of [0, n) that `key` names.
+    """Images of `index` (0 ≤ index < n, any shape) under the permutation of [0, n) named by `key`.
 
-    A generalised Feistel network with `ROUNDS` rounds on the factors a × b ≥ n nearest √n; images
-    outside [0, n) walk on along their cycle (Black and Rogaway 2002). O(1) memory and time each.
+    A generalised Feistel network of 8 rounds (16 below n = 4096) on the factors a × b ≥ n nearest
+    √n; images outside [0, n) walk on along their cycle (Black and Rogaway 2002). O(1) each.
+    `key` is uint64[8] or longer; the first 8 are used.
     """
     i = np.asarray(index, dtype=np.uint64)
     if n <= 1:
         return np.zeros(i.shape, dtype=np.int64)
     a = math.isqrt(n - 1) + 1
     b = -(-n // a)
-    result = _feistel(i, a, b, key)
+    rounds = SMALL_ROUNDS if n < SMALL_N else ROUNDS
+    result = _feistel(i, a, b, key, rounds)
     outside = result >= np.uint64(n)
     while outside.any():
-        result[outside] = _feistel(result[outside], a, b, key)
+        result[outside] = _feistel(result[outside], a, b, key, rounds)
         outside = result >= np.uint64(n)
     return result.astype(np.int64)
 
 
-def _feistel(i: UInt64Array, a: int, b: int, key: UInt64Array) -> UInt64Array:
+def _feistel(i: UInt64Array, a: int, b: int, key: UInt64Array, rounds: int) -> UInt64Array:
     size_left, size_right = np.uint64(a), np.uint64(b)
     left, right = np.divmod(np.atleast_1d(i), size_right)
-    for r in range(0, ROUNDS, 2):
-        left = (left + mix64(right ^ key[r]) % size_left) % size_left
-        right = (right + mix64(left ^ key[r + 1]) % size_right) % size_right
+    round_keys = (key[:8] + np.arange(rounds // 8, dtype=np.uint64)[:, None]).reshape(-1)
+    for r in range(0, rounds, 2):
+        left = (left + mix64(right ^ round_keys[r]) % size_left) % size_left
+        right = (right + mix64(left ^ round_keys[r + 1]) % size_right) % size_right
     return (left * size_right + right).reshape(i.shape)

@@ -1,0 +1,167 @@
+"""Units of work to documents. The text policy is here and is recorded in the manifest.
+
+UTF-8 is required (or, if asked for, undecodable bytes become U+FFFD); text is otherwise kept to the
+byte: no normalization, no newline translation, NUL and byte-order marks kept. Empty documents are
+dropped and counted. One document may be as large as memory allows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from matilda_data.errors import DataError
+from matilda_data.inputs import InputFile, Unit, blocks, import_parquet
+
+__all__ = ["Document", "ReadOptions", "read_documents"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadOptions:
+    """How documents are taken from files; part of a data set's identity."""
+
+    text_field: str = "text"
+    """JSON key or parquet column of the text."""
+    invalid_utf8: str = "error"
+    """`"error"` refuses the input; `"replace"` puts U+FFFD for undecodable bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One document: `text` is valid UTF-8 when encoded; `origin` is the record's own `source`."""
+
+    text: str
+    id: str
+    origin: str
+
+
+def read_documents(unit: Unit, options: ReadOptions) -> Iterator[Document]:
+    """The documents of `unit` in file order, empty ones included.
+
+    Raises:
+        DataError: the input changed since it was planned, or a record cannot be used; the message
+            names the file and the line.
+    """
+    for file in unit.files:
+        _check_unchanged(file)
+    if unit.kind == "text":
+        for file in unit.files:
+            try:
+                raw = Path(file.path).read_bytes()
+            except OSError as error:
+                raise DataError(f"cannot read input {file.path!r}: {error.strerror}") from None
+            yield Document(_decode(raw, repr(file.path), options), file.name, "")
+    elif unit.kind == "lines":
+        yield from _read_lines(unit, options)
+    else:
+        yield from _read_parquet(unit, options)
+
+
+def _check_unchanged(file: InputFile) -> None:
+    try:
+        stat = Path(file.path).stat()
+    except OSError as error:
+        raise DataError(f"cannot read input {file.path!r}: {error.strerror}") from None
+    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+        raise DataError(f"input {file.path!r} changed while it was being prepared; start again")
+
+
+def _decode(raw: bytes, where: str, options: ReadOptions) -> str:
+    try:
+        return raw.decode("utf-8", errors="strict")
+    except UnicodeDecodeError as error:
+        if options.invalid_utf8 == "replace":
+            return raw.decode("utf-8", errors="replace")
+        raise DataError(
+            f"{where} is not UTF-8 at byte {error.start}; convert or exclude it, or set "
+            "`invalid_utf8='replace'`"
+        ) from None
+
+
+def _clean(text: str, where: str, options: ReadOptions) -> str:
+    """JSON can spell lone surrogates, which no UTF-8 has."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        if options.invalid_utf8 == "replace":
+            return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        raise DataError(
+            f"{where} has a lone surrogate at character {error.start}; repair or exclude it, or "
+            "set `invalid_utf8='replace'`"
+        ) from None
+    return text
+
+
+def _read_lines(unit: Unit, options: ReadOptions) -> Iterator[Document]:
+    file = unit.files[0]
+    number = unit.first_line - 1
+    for line in _lines_between(file, unit.start, unit.stop):
+        number += 1
+        if not line.strip():
+            continue
+        where = f"line {number} of {file.path!r}"
+        try:
+            record = json.loads(_decode(line, where, options))
+        except DataError:
+            raise
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", None) or "too deeply nested"
+            raise DataError(f"{where} is not JSON ({reason}); repair or remove it") from None
+        if not isinstance(record, dict) or not isinstance(record.get(options.text_field), str):
+            raise DataError(
+                f"{where} has no string `{options.text_field}`; each line must be an object with it"
+            )
+        text = _clean(record[options.text_field], where, options)
+        name = _label(record.get("id"), f"{file.name}:{number}")
+        yield Document(text, name, _label(record.get("source"), ""))
+
+
+def _label(value: object, default: str) -> str:
+    if isinstance(value, str | int) and not isinstance(value, bool):
+        return str(value).encode("utf-8", "replace").decode("utf-8")
+    return default
+
+
+def _lines_between(file: InputFile, start: int, stop: int) -> Iterator[bytes]:
+    """Lines of the uncompressed bytes [start, stop); both are at line starts or the end."""
+    left, pending = stop - start, b""
+    for block in blocks(file, start):
+        *lines, pending = (pending + block[:left]).split(b"\n")
+        yield from lines
+        left -= len(block)
+        if left <= 0:
+            break
+    if pending:
+        yield pending
+
+
+def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:
+    file, parquet = unit.files[0], import_parquet()
+    number = unit.first_line - 1
+    try:
+        with parquet.ParquetFile(file.path) as opened:
+            names = set(opened.schema_arrow.names)
+            if options.text_field not in names:
+                raise DataError(
+                    f"{file.path!r} has no column `{options.text_field}`; it has "
+                    f"{', '.join(sorted(names))}"
+                )
+            columns = [options.text_field, *sorted(names & {"id", "source"})]
+            groups = range(unit.start, unit.stop)
+            for batch in opened.iter_batches(256, row_groups=list(groups), columns=columns):
+                for record in batch.to_pylist():
+                    number += 1
+                    text = record[options.text_field]
+                    if not isinstance(text, str):
+                        raise DataError(
+                            f"row {number} of {file.path!r} has no string `{options.text_field}`"
+                        )
+                    name = _label(record.get("id"), f"{file.name}:{number}")
+                    yield Document(text, name, _label(record.get("source"), ""))
+    except DataError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(f"cannot read {file.path!r} as parquet: {reason}") from None

@@ -1,0 +1,190 @@
+"""Worker processes: `python -m matilda_data.worker` encodes units that arrive as JSON lines.
+
+Plain subprocesses rather than `multiprocessing`, so that calling `prepare_text` needs no
+`if __name__ == "__main__"` guard, forks nothing and leaves no shared memory. A worker ends when its
+standard input does: a parent that was killed leaves no orphan.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Generator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from matilda_data.documents import ReadOptions
+from matilda_data.errors import DataError
+from matilda_data.inputs import Unit
+from matilda_data.parts import PartRecord, encode_unit
+
+__all__ = ["EncodeSettings", "run_units"]
+
+# A unit whose worker dies (out of memory, killed) is tried this many times.
+TRIES = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """What a worker needs beside the unit."""
+
+    directory: str
+    tokenizer: str
+    options: ReadOptions
+
+    def encode(self, unit: Unit, key: str) -> PartRecord:
+        """Encode `unit` in this process."""
+        return encode_unit(
+            unit, key, Path(self.directory), tokenizer=self.tokenizer, options=self.options
+        )
+
+
+def run_units(
+    work: Sequence[tuple[str, Unit]], settings: EncodeSettings, workers: int
+) -> Generator[PartRecord, None, None]:
+    """Encode all of `work` (key, unit), yielding records as parts become durable, in any order.
+
+    Raises:
+        DataError: what a worker found wrong with its input; the other workers are stopped.
+        RuntimeError: a unit whose worker died `TRIES` times.
+    """
+    if workers <= 1:
+        for key, unit in work:
+            yield settings.encode(unit, key)
+        return
+    todo: queue.SimpleQueue[tuple[str, Unit] | None] = queue.SimpleQueue()
+    done: queue.SimpleQueue[PartRecord | BaseException] = queue.SimpleQueue()
+    for item in work:
+        todo.put(item)
+    for _ in range(workers):
+        todo.put(None)
+    processes: list[subprocess.Popen[str]] = []
+    lock, stopping = threading.Lock(), threading.Event()
+
+    def start() -> subprocess.Popen[str]:
+        with lock:
+            if stopping.is_set():
+                raise RuntimeError("stopping")
+            process = _start_worker(settings)
+            processes.append(process)
+            return process
+
+    def serve() -> None:
+        try:
+            process = start()
+            while (item := todo.get()) is not None and not stopping.is_set():
+                for attempt in range(TRIES):
+                    reply = _ask(process, *item)
+                    if reply is not None:
+                        break
+                    if stopping.is_set():
+                        return
+                    process.wait()
+                    if attempt == TRIES - 1:
+                        names = ", ".join(file.name for file in item[1].files[:3])
+                        raise RuntimeError(
+                            f"a worker died {TRIES} times on {names} (exit status "
+                            f"{process.returncode}; -9 often means out of memory)"
+                        )
+                    process = start()
+                done.put(_record(reply))
+        except BaseException as error:
+            done.put(error)
+
+    threads = [threading.Thread(target=serve, daemon=True) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in work:
+            result = done.get()
+            if isinstance(result, BaseException):
+                raise result
+            yield result
+    finally:
+        with lock:
+            stopping.set()
+        for process in processes:
+            process.kill()
+        for thread in threads:
+            thread.join()
+        for process in processes:
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    _close(pipe)
+
+
+def _close(pipe: IO[str]) -> None:
+    with contextlib.suppress(OSError):  # the worker is gone, and so is what was buffered for it
+        pipe.close()
+
+
+def _start_worker(settings: EncodeSettings) -> subprocess.Popen[str]:
+    package_root = str(Path(__file__).resolve().parents[1])
+    search = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
+    return subprocess.Popen(
+        [sys.executable, "-m", "matilda_data.worker", json.dumps(asdict(settings))],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**os.environ, "PYTHONPATH": search},
+    )
+
+
+def _ask(process: subprocess.Popen[str], key: str, unit: Unit) -> dict[str, Any] | None:
+    """The worker's reply, or None when it died."""
+    if process.stdin is None or process.stdout is None:
+        raise RuntimeError("worker without pipes")
+    try:
+        process.stdin.write(json.dumps({"key": key, "unit": unit.to_json()}) + "\n")
+        process.stdin.flush()
+        reply: dict[str, Any] = json.loads(process.stdout.readline())
+    except (OSError, ValueError):
+        return None
+    return reply
+
+
+def _record(reply: dict[str, Any] | None) -> PartRecord:
+    if reply is None or "fault" in reply:
+        raise RuntimeError(f"a worker failed: {reply and reply['fault']}")
+    if "error" in reply:
+        raise DataError(reply["error"])
+    return PartRecord(**reply["record"])
+
+
+def main() -> None:
+    """Serve units until standard input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    value = json.loads(sys.argv[1])
+    settings = EncodeSettings(**{**value, "options": ReadOptions(**value["options"])})
+    requests: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def listen() -> None:
+        for line in sys.stdin:
+            requests.put(line)
+        os._exit(0)  # the parent closed the pipe or died: stop even in mid-unit
+
+    threading.Thread(target=listen, daemon=True).start()
+    while True:
+        request = json.loads(requests.get())
+        try:
+            record = settings.encode(Unit.from_json(request["unit"]), request["key"])
+            reply: dict[str, Any] = {"record": record.to_json()}
+        except DataError as error:
+            reply = {"error": str(error)}
+        except Exception as error:
+            reply = {"fault": f"{type(error).__name__}: {error}"}
+        sys.stdout.write(json.dumps(reply) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()

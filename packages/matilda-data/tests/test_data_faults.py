@@ -1,0 +1,169 @@
+"""A flipped, cut, missing or swapped file is refused before a token of it is used, by name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import matilda_data.dataset as dataset_module
+import matilda_data.manifest as manifest_module
+import matilda_data.shard as shard_module
+from matilda_data import BinStream, DataError, open_dataset, prepare_text, verify
+
+
+@pytest.fixture
+def data_dir(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Several shards of several chunks each."""
+    for module in (manifest_module, shard_module, dataset_module):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 4096)
+    monkeypatch.setattr(dataset_module, "CHUNK_TOKENS", 2048)
+    out = tmp_path / "data"
+    prepare_text(corpus, out, tokenizer="byte", shard_tokens=9000, val_fraction=0.2)
+    return out
+
+
+def flip(path: Path, position: int, bit: int = 0) -> None:
+    """Flip one bit in place, as a disk would."""
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ (1 << bit)]))
+
+
+def read_everything(data_dir: Path) -> None:
+    """Open both splits and read every token of them."""
+    for split in ("train", "val"):
+        dataset = open_dataset(data_dir, split)
+        for source in dataset.sources:
+            source.gather(np.array([0]), source.n_tokens)
+
+
+def test_flipped_payload_byte_is_found_before_use_naming_shard_and_chunk(data_dir: Path) -> None:
+    shard = data_dir / "text_train_000001.bin"
+    flip(shard, 1024 + 4096 + 17)
+    stream = BinStream(data_dir, seq_len=64, seed=0, shuffle=False)
+    stream.windows(0, (9000 - 64) // 64)  # the other shard stays usable
+    with pytest.raises(DataError, match=r"text_train_000001\.bin' is damaged in chunk 1 "):
+        stream.windows(0, stream.n_windows)
+    with pytest.raises(DataError, match=r"text_train_000001\.bin' is damaged in chunk 1 "):
+        verify(data_dir, deep=True)
+    verify(data_dir)  # the quick check looks at headers and lengths only
+
+
+def test_undamaged_chunks_of_a_damaged_shard_are_still_served(data_dir: Path) -> None:
+    flip(data_dir / "text_train_000000.bin", 1024 + 3 * 4096)
+    stream = BinStream(data_dir, seq_len=64, seed=0, shuffle=False)
+    assert stream.windows(0, 64).shape == (64, 65)
+
+
+@pytest.mark.parametrize("position", [0, 5, 8, 12, 16, 24, 28, 32, 40, 72, 200, 990, 992, 1023])
+def test_flipped_header_byte_is_refused_at_open(data_dir: Path, position: int) -> None:
+    flip(data_dir / "text_train_000001.bin", position)
+    with pytest.raises(DataError, match=r"text_train_000001\.bin"):
+        open_dataset(data_dir)
+    with pytest.raises(DataError, match=r"text_train_000001\.bin"):
+        verify(data_dir)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 1024, 5000])
+def test_truncated_shard_is_refused_at_open(data_dir: Path, keep: int) -> None:
+    os.truncate(data_dir / "text_train_000000.bin", keep)
+    with pytest.raises(DataError, match=r"text_train_000000\.bin' is truncated"):
+        open_dataset(data_dir)
+
+
+def test_lengthened_shard_is_refused_at_open(data_dir: Path) -> None:
+    with (data_dir / "text_train_000000.bin").open("ab") as file:
+        file.write(b"\0\0")
+    with pytest.raises(DataError, match=r"text_train_000000\.bin' is too long"):
+        open_dataset(data_dir)
+
+
+def test_missing_shard_or_index_is_refused_at_open(data_dir: Path) -> None:
+    (data_dir / "text_train_000001.idx").unlink()
+    with pytest.raises(DataError, match=r"text_train_000001\.idx' is missing"):
+        open_dataset(data_dir)
+    (data_dir / "text_train_000001.bin").unlink()
+    with pytest.raises(DataError, match=r"text_train_000001\.bin' is missing"):
+        open_dataset(data_dir)
+
+
+def test_swapped_shards_are_refused_at_open(data_dir: Path) -> None:
+    one, two = data_dir / "text_train_000000.bin", data_dir / "text_train_000001.bin"
+    assert one.stat().st_size == two.stat().st_size
+    one.rename(data_dir / "x")
+    two.rename(one)
+    (data_dir / "x").rename(two)
+    with pytest.raises(DataError, match="not the one its manifest describes"):
+        open_dataset(data_dir)
+
+
+def test_shard_of_another_data_set_is_refused(
+    data_dir: Path, tmp_path: Path, corpus_maker: Callable[[Path, int], Path]
+) -> None:
+    other = corpus_maker(tmp_path / "other", 63)
+    prepare_text(other, tmp_path / "o", tokenizer="gpt2", shard_tokens=9000, val_fraction=0.2)
+    shutil.copy(tmp_path / "o" / "text_train_000000.bin", data_dir)
+    with pytest.raises(DataError, match="text_train_000000"):
+        read_everything(data_dir)
+
+
+@pytest.mark.parametrize("suffix", [".idx"])
+def test_every_flipped_index_byte_is_found_by_deep_verification(
+    data_dir: Path, suffix: str
+) -> None:
+    path = data_dir / f"text_val_000000{suffix}"
+    pristine = path.read_bytes()
+    for position in range(0, len(pristine), 37):
+        flip(path, position, position % 8)
+        with pytest.raises(DataError, match="text_val_000000"):
+            verify(data_dir, deep=True)
+        path.write_bytes(pristine)
+    verify(data_dir, deep=True)
+
+
+def test_every_flipped_manifest_byte_is_refused(data_dir: Path) -> None:
+    path = data_dir / "manifest.json"
+    pristine = path.read_bytes()
+    for position in range(len(pristine)):
+        flip(path, position, position % 8)
+        with pytest.raises(DataError):
+            read_everything(data_dir)
+        path.write_bytes(pristine)
+    read_everything(data_dir)
+
+
+def test_manifest_edited_by_hand_is_refused(data_dir: Path) -> None:
+    path = data_dir / "manifest.json"
+    value = json.loads(path.read_bytes())
+    value["shards"][0]["chunk_sha256"][0] = "0" * 64
+    path.write_text(json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n")
+    with pytest.raises(DataError, match=r"manifest\.json' is damaged"):
+        open_dataset(data_dir)
+
+
+def test_other_format_version_is_refused_by_name(data_dir: Path) -> None:
+    path = data_dir / "manifest.json"
+    path.write_bytes(path.read_bytes().replace(b"matilda-data/1", b"matilda-data/2"))
+    with pytest.raises(DataError, match="has format 'matilda-data/2'"):
+        open_dataset(data_dir)
+
+
+def test_directory_without_manifest_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no `manifest\.json`"):
+        open_dataset(tmp_path)
+    with pytest.raises(DataError, match="unknown split 'test'"):
+        open_dataset(tmp_path, "test")
+
+
+def test_split_without_documents_is_refused_with_the_fix(corpus: Path, tmp_path: Path) -> None:
+    prepare_text(corpus, tmp_path / "out", tokenizer="byte", val_fraction=0)
+    with pytest.raises(DataError, match=r"has no 'val' documents; .* larger `val_fraction`"):
+        open_dataset(tmp_path / "out", "val")

@@ -1,0 +1,338 @@
+"""Preparation: what it reads, what it refuses, and that its bytes depend on nothing else."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zstandard
+
+import matilda_data.inputs as inputs_module
+from matilda_data import (
+    DataError,
+    Manifest,
+    Progress,
+    TextSource,
+    load_tokenizer,
+    open_dataset,
+    prepare_text,
+    verify,
+)
+from matilda_data.shard import read_header
+
+
+def documents(data_dir: Path, split: str) -> list[str]:
+    """The texts of a split, decoded from its shards in order."""
+    dataset = open_dataset(data_dir, split)
+    texts: list[str] = []
+    for source in dataset.sources:
+        tokens = source.gather(np.array([0]), source.n_tokens)[0]
+        starts = np.flatnonzero(tokens == dataset.eot_id)
+        assert starts[0] == 0
+        tokenizer = load_tokenizer(dataset.tokenizer_name)
+        texts += [tokenizer.decode(piece) for piece in np.split(tokens, starts[1:])]
+    return texts
+
+
+def tree_sha256(data_dir: Path) -> dict[str, str]:
+    """SHA-256 of every file below `data_dir`."""
+    return {
+        str(path.relative_to(data_dir)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(data_dir.rglob("*"))
+        if path.is_file()
+    }
+
+
+def prepare(inputs: object, out: Path, **options: object) -> Manifest:
+    settings = {"tokenizer": "byte", "val_fraction": 0.2, "workers": 1, "shard_tokens": 5000}
+    return prepare_text(inputs, out, **{**settings, **options})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "gpt2"])
+def test_every_document_comes_back_whole_once(corpus: Path, tmp_path: Path, tokenizer: str) -> None:
+    prepare(corpus, tmp_path / "out", tokenizer=tokenizer)
+    expected = [path.read_text() for path in [*corpus.rglob("*.txt"), *corpus.rglob("*.py")]]
+    expected += [json.loads(line)["text"] for line in (corpus / "z.jsonl").read_text().splitlines()]
+    train, val = documents(tmp_path / "out", "train"), documents(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(expected)
+    assert len(train) > len(val) > 0
+
+
+def test_all_input_kinds_give_the_same_documents(
+    tmp_path: Path, text_maker: Callable[[str, int], str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    texts = [text_maker(f"doc{i}", 30) for i in range(20)]
+    records = [{"text": text, "id": f"{i}"} for i, text in enumerate(texts)]
+    lines = "".join(json.dumps(record) + "\n" for record in records).encode()
+    (tmp_path / "l.jsonl").write_bytes(lines)
+    half = len(lines) // 2  # two frames, cut in mid-line
+    packed = zstandard.compress(lines[:half]) + zstandard.compress(lines[half:])
+    (tmp_path / "l.jsonl.zst").write_bytes(packed)
+    parquet.write_table(
+        pyarrow.Table.from_pylist(records), tmp_path / "l.parquet", row_group_size=7
+    )
+    shas = set()
+    for name in ("l.jsonl", "l.jsonl.zst", "l.parquet"):
+        manifest = prepare(tmp_path / name, tmp_path / f"out-{name}")
+        shas.add(tuple((shard.sha256, shard.index_sha256) for shard in manifest.shards))
+        assert documents(tmp_path / f"out-{name}", "val")
+    assert len(shas) == 1
+
+
+def test_zstd_window_of_128_mib_is_read(tmp_path: Path) -> None:
+    line = json.dumps({"text": "long window"}).encode() + b"\n"
+    parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27)
+    packed = zstandard.ZstdCompressor(compression_params=parameters).compress(line)
+    (tmp_path / "w.jsonl.zst").write_bytes(packed)
+    prepare(tmp_path / "w.jsonl.zst", tmp_path / "out", val_fraction=0)
+    assert documents(tmp_path / "out", "train") == ["long window"]
+
+
+def test_globs_and_file_lists_are_read(corpus: Path, tmp_path: Path) -> None:
+    texts = prepare(str(corpus / "a" / "*.txt"), tmp_path / "glob", val_fraction=0)
+    assert texts.total_documents("train") == 20
+    listed = prepare(sorted(corpus.glob("a/*.txt")), tmp_path / "list", val_fraction=0)
+    assert [s.sha256 for s in listed.shards] == [s.sha256 for s in texts.shards]
+    deep = prepare(str(corpus / "**" / "*.py"), tmp_path / "deep", val_fraction=0)
+    assert deep.total_documents("train") == 20
+
+
+def test_exclude_and_include_choose_files(corpus: Path, tmp_path: Path) -> None:
+    manifest = prepare(corpus, tmp_path / "x", val_fraction=0, exclude=["deep", "*.jsonl"])
+    assert manifest.total_documents("train") == 20
+    manifest = prepare(
+        corpus, tmp_path / "i", val_fraction=0, include=lambda name: name.startswith("a/deep/")
+    )
+    assert manifest.total_documents("train") == 20
+
+
+def test_bytes_do_not_depend_on_place_workers_or_unit_order(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 2000)
+    prepare(corpus, tmp_path / "one", workers=1)
+    shutil.copytree(corpus, tmp_path / "elsewhere" / "corpus")
+    prepare(tmp_path / "elsewhere" / "corpus", tmp_path / "two", workers=2)
+    prepare(corpus, tmp_path / "five", workers=5)
+    one = tree_sha256(tmp_path / "one")
+    assert len(one) > 8
+    assert one == tree_sha256(tmp_path / "two") == tree_sha256(tmp_path / "five")
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 100, 997, 5000, 10**6])
+@pytest.mark.parametrize("name", ["z.jsonl", "z.jsonl.zst"])
+def test_units_divide_lines_without_loss(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes: int, name: str
+) -> None:
+    raw = (corpus / "z.jsonl").read_bytes().rstrip(b"\n")  # no newline at the end
+    (corpus / "z.jsonl").write_bytes(raw)
+    (corpus / "z.jsonl.zst").write_bytes(zstandard.compress(raw))
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", unit_bytes)
+    monkeypatch.setattr(inputs_module, "BLOCK_BYTES", 1600)
+    monkeypatch.setattr(inputs_module, "ZSTD_UNITS", 10**6)
+    prepare(corpus / name, tmp_path / "out", val_fraction=0)
+    expected = [json.loads(line)["text"] for line in raw.splitlines()]
+    assert documents(tmp_path / "out", "train") == expected
+
+
+def test_documents_cross_shards_of_exact_size(corpus: Path, tmp_path: Path) -> None:
+    manifest = prepare(corpus, tmp_path / "out", shard_tokens=1024)
+    train = [shard for shard in manifest.shards if shard.split == "train"]
+    assert [shard.tokens for shard in train[:-1]] == [1024] * (len(train) - 1)
+    assert sum(shard.documents for shard in train) == manifest.total_documents("train")
+    assert verify(tmp_path / "out", deep=True).documents == 60
+
+
+def test_shards_are_what_llm_c_reads(corpus: Path, tmp_path: Path) -> None:
+    manifest = prepare(corpus, tmp_path / "out")
+    for shard in manifest.shards:
+        raw = (tmp_path / "out" / shard.file).read_bytes()
+        words = np.frombuffer(raw, dtype="<i4", count=256)
+        assert words[:3].tolist() == [20240520, 1, shard.tokens]
+        assert len(raw) == 1024 + 2 * shard.tokens
+        header = read_header(tmp_path / "out" / shard.file)
+        assert header.payload_sha256 == hashlib.sha256(raw[1024:]).hexdigest()
+        assert header.tokenizer_sha256 == load_tokenizer("byte").sha256
+        assert hashlib.sha256(raw).hexdigest() == shard.sha256
+
+
+def test_split_is_stable_when_the_corpus_grows(
+    corpus: Path, tmp_path: Path, text_maker: Callable[[str, int], str]
+) -> None:
+    prepare(corpus, tmp_path / "small")
+    for i in range(30):
+        (corpus / f"more{i}.txt").write_text(text_maker(f"more{i}", 40))
+    prepare(corpus, tmp_path / "large")
+    small, large = documents(tmp_path / "small", "val"), documents(tmp_path / "large", "val")
+    assert set(small) < set(large)
+    assert not set(documents(tmp_path / "large", "train")) & set(large)
+
+
+def test_exact_copies_are_dropped_across_sources(corpus: Path, tmp_path: Path) -> None:
+    shutil.copytree(corpus / "a", tmp_path / "copy")
+    sources = [
+        TextSource(name="first", inputs=corpus, weight=83),
+        TextSource(name="second", inputs=[tmp_path / "copy", corpus / "z.jsonl"], weight=17),
+    ]
+    manifest = prepare(sources, tmp_path / "out")
+    assert manifest.preparation["dropped"] == {"duplicates": 60, "empty": 0}
+    assert sum(manifest.sources[0].documents.values()) == 60
+    assert sum(manifest.sources[1].documents.values()) == 0
+    manifest = prepare(sources, tmp_path / "all", deduplicate=False)
+    assert sum(manifest.sources[1].documents.values()) == 60
+
+
+def test_rerun_returns_the_finished_set_untouched(corpus: Path, tmp_path: Path) -> None:
+    first = prepare(corpus, tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert prepare(corpus, tmp_path / "out") == first
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+
+
+def test_other_inputs_or_options_never_overwrite(corpus: Path, tmp_path: Path) -> None:
+    prepare(corpus, tmp_path / "out")
+    before = tree_sha256(tmp_path / "out")
+    for options in ({"val_fraction": 0.3}, {"tokenizer": "gpt2"}, {"shard_tokens": 6000}):
+        with pytest.raises(DataError, match="already holds a data set of other inputs"):
+            prepare(corpus, tmp_path / "out", **options)
+    (corpus / "a" / "000.txt").write_text("changed")
+    with pytest.raises(DataError, match="already holds a data set of other inputs"):
+        prepare(corpus, tmp_path / "out")
+    assert tree_sha256(tmp_path / "out") == before
+
+
+def test_progress_gives_plain_growing_numbers(corpus: Path, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    manifest = prepare(corpus, tmp_path / "out", progress=seen.append)
+    assert [row.stage for row in seen[-2:]] == ["pack", "done"]
+    assert seen[-1].documents == 60
+    assert seen[-1].bytes_done == seen[-1].bytes_total
+    assert seen[-1].tokens == manifest.total_tokens("train") + manifest.total_tokens("val")
+    assert all(a.tokens <= b.tokens for a, b in itertools.pairwise(seen))
+
+
+def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
+    texts = ["\ufeffmark", "nul\0nul", "crlf\r\nline", "e\u0301 not é", " ", "\n", "<|endoftext|>"]
+    for i, text in enumerate(texts):
+        (tmp_path / f"{i}.txt").write_bytes(text.encode())
+    (tmp_path / "empty.txt").write_bytes(b"")
+    for tokenizer in ("byte", "gpt2"):
+        out = tmp_path / f"out-{tokenizer}"
+        manifest = prepare(sorted(tmp_path.glob("*.txt")), out, tokenizer=tokenizer, val_fraction=0)
+        assert documents(out, "train") == texts
+        assert manifest.preparation["dropped"] == {"duplicates": 0, "empty": 1}
+
+
+def refuse(tmp_path: Path, inputs: object, match: str, workers: int = 1, **options: object) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(DataError, match=match) as caught:
+        prepare(inputs, tmp_path / "out", workers=workers, **options)
+    assert "\n" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == before, "a refused preparation left something behind"
+
+
+def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    refuse(tmp_path, tmp_path / "in", "no documents: nothing to read")
+    (tmp_path / "in" / "empty.txt").write_text("")
+    refuse(tmp_path, tmp_path / "in", "no documents: every input is empty")
+    refuse(tmp_path, tmp_path / "missing.txt", "matches no file")
+    refuse(tmp_path, str(tmp_path / "*.txt"), "matches no file")
+    refuse(tmp_path, [], "no documents")
+    (tmp_path / "in" / "image.png").write_bytes(b"x")
+    refuse(tmp_path, tmp_path / "in" / "image.png", "unknown type")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        (b"{broken", "line 2 .*is not JSON"),
+        (b"[1]", "line 2 .*has no string `text`"),
+        (b'{"txt": "a"}', "line 2 .*has no string `text`"),
+        (b'{"text": 5}', "line 2 .*has no string `text`"),
+        (b'{"text": "\xff"}', "line 2 .*is not UTF-8 at byte 10"),
+        (b'{"text": "\\ud800"}', "line 2 .*lone surrogate"),
+        (b"[" * 100_000, "line 2 .*is not JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path: Path, line: bytes, match: str, workers: int) -> None:
+    good = b'{"text": "good"}\n'
+    (tmp_path / "b.jsonl").write_bytes(good + line + b"\n" + good)
+    refuse(tmp_path, tmp_path / "b.jsonl", match, workers)
+
+
+def test_undecodable_bytes_are_refused_or_replaced(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    refuse(tmp_path, tmp_path / "latin.txt", "latin.txt' is not UTF-8 at byte 3")
+    prepare(tmp_path / "latin.txt", tmp_path / "out", invalid_utf8="replace", val_fraction=0)
+    assert documents(tmp_path / "out", "train") == ["caf\ufffd"]
+
+
+def test_damaged_zstd_and_parquet_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    raw = zstandard.compress(b'{"text": "words and words"}\n' * 1000)
+    (tmp_path / "cut.jsonl.zst").write_bytes(raw[:-5])
+    refuse(tmp_path, tmp_path / "cut.jsonl.zst", "truncated")
+    (tmp_path / "not.jsonl.zst").write_bytes(b"plain text")
+    refuse(tmp_path, tmp_path / "not.jsonl.zst", "cannot decompress")
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 nonsense PAR1")
+    refuse(tmp_path, tmp_path / "bad.parquet", "as parquet")
+
+
+def test_bad_options_are_refused(corpus: Path, tmp_path: Path) -> None:
+    refuse(tmp_path, corpus, "unknown tokenizer 'gpt3'", tokenizer="gpt3")
+    refuse(tmp_path, corpus, "`val_fraction` is 1.0", val_fraction=1.0)
+    refuse(tmp_path, corpus, "`shard_tokens` is 5", shard_tokens=5)
+    refuse(tmp_path, corpus, "`workers` is 0", workers=0)
+    refuse(tmp_path, corpus, "`invalid_utf8` is 'ignore'", invalid_utf8="ignore")
+    with pytest.raises(DataError, match="source name 'a/b'"):
+        TextSource(name="a/b", inputs=corpus)
+    with pytest.raises(DataError, match="weight 0"):
+        TextSource(name="a", inputs=corpus, weight=0)
+
+
+def test_fixing_a_bad_line_keeps_the_work_done_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n')
+    (tmp_path / "b.jsonl").write_text('{"text": 1}\n')
+    with pytest.raises(DataError, match=r"line 1 of .*b\.jsonl"):
+        prepare([tmp_path / "a.jsonl", tmp_path / "b.jsonl"], tmp_path / "out", command="redo it")
+    with pytest.raises(DataError, match="incomplete; finish it with: redo it"):
+        open_dataset(tmp_path / "out")
+    (tmp_path / "b.jsonl").write_text('{"text": "now fine too"}\n')
+    seen: list[Progress] = []
+    prepare(
+        [tmp_path / "a.jsonl", tmp_path / "b.jsonl"],
+        tmp_path / "out",
+        val_fraction=0,
+        progress=seen.append,
+    )
+    assert seen[0].documents == 1
+    assert documents(tmp_path / "out", "train") == ["fine", "now fine too"]
+
+
+def test_two_preparations_of_one_directory_do_not_mix(corpus: Path, tmp_path: Path) -> None:
+    def second(_: Progress) -> None:
+        with pytest.raises(DataError, match="another process is preparing"):
+            prepare(corpus, tmp_path / "out")
+
+    calls: list[str] = []
+
+    def once(row: Progress) -> None:
+        if row.stage == "pack" and not calls:
+            calls.append(row.stage)
+            second(row)
+
+    prepare(corpus, tmp_path / "out", progress=once)
+    assert calls == ["pack"]
+    assert verify(tmp_path / "out", deep=True).documents == 60
