@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass
 
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "math")
-LOSS_BACKENDS = ("auto", "plain", "chunked", "liger")
+LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
+MATMUL_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
 
 
@@ -79,8 +80,12 @@ class ModelConfig:
     `"math"`."""
 
     loss: str = "auto"
-    """Loss back end: `"auto"` (fastest measured for the device), `"plain"`, `"chunked"`,
-    `"liger"`. See `linear_cross_entropy`."""
+    """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"plain"`,
+    `"chunked"`, `"liger"`. See `linear_cross_entropy`."""
+
+    matmul: str = "auto"
+    """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
+    bf16, Hopper or later), `"plain"` leaves it to torch, `"auto"` fuses where that runs."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
@@ -100,6 +105,7 @@ class ModelConfig:
         _check_choice("mlp", self.mlp, MLP_KINDS)
         _check_choice("attention", self.attention, ATTENTION_BACKENDS)
         _check_choice("loss", self.loss, LOSS_BACKENDS)
+        _check_choice("matmul", self.matmul, MATMUL_BACKENDS)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"`n_heads` {self.n_heads!r} is not a multiple of `n_kv_heads` "

@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from matilda_model.config import ModelConfig
+from matilda_model.device import has_hopper_triton
 
 
 class Linear(nn.Linear):
@@ -90,9 +91,23 @@ class ReLU2(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.matmul = config.matmul
         self.up = Linear(config.d_model, config.resolved_d_ff)
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        if self._fuses(x_BTD):
+            from matilda_model.triton_relu2 import FusedReLU2
+
+            up, down = self.up.weight.to(x_BTD.dtype), self.down.weight.to(x_BTD.dtype)
+            y_ND: Tensor = FusedReLU2.apply(x_BTD.flatten(0, 1), up, down)
+            return y_ND.view_as(x_BTD)
         out: Tensor = self.down(F.relu(self.up(x_BTD)).square())
         return out
+
+    def _fuses(self, x_BTD: Tensor) -> bool:
+        if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:
+            return False
+        if self.matmul == "fused":
+            return True
+        return x_BTD.dtype == torch.bfloat16 and bool(has_hopper_triton())

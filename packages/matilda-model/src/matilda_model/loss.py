@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from matilda_model.device import has_triton
+
 IGNORE = -1
 _CHUNK_TOKENS = 8192
 
@@ -52,22 +54,25 @@ def linear_cross_entropy(
     - `"chunked"`: rows in chunks, gradients taken while the chunk's logits exist; float32 sums.
     - `"liger"`: Liger's fused kernel, float32 accumulation, outside the compiled graph (it is
       wrong inside one); needs the `liger` extra and CUDA.
-    - `"auto"`: plain on a CPU, chunked on CUDA.
+    - `"fused"`: as chunked, with soft-cap, loss and gradient in one Triton kernel; CUDA.
+    - `"auto"`: plain on a CPU, fused on CUDA (chunked where triton is missing).
     """
     if backend == "auto":
-        backend = "plain" if h_ND.device.type == "cpu" else "chunked"
+        on_gpu = "fused" if has_triton() else "chunked"
+        backend = on_gpu if h_ND.device.type == "cuda" else "plain"
     if backend == "plain":
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
-    if backend == "chunked":
+    if backend in ("chunked", "fused"):
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
-        loss, ce, zl = _ChunkedLoss.apply(h_ND, weight_VD, targets_N, softcap, z_loss, with_grad)
+        function = _ChunkedLoss if backend == "chunked" else _FusedLoss
+        loss, ce, zl = function.apply(h_ND, weight_VD, targets_N, softcap, z_loss, with_grad)
         return LossOutput(loss, ce, zl)
     if backend == "liger":
         from matilda_model.liger import liger_linear_cross_entropy
 
         out: LossOutput = liger_linear_cross_entropy(h_ND, weight_VD, targets_N, softcap, z_loss)
         return out
-    raise ValueError(f"`backend` must be auto, plain, chunked or liger, not {backend!r}")
+    raise ValueError(f"`backend` must be auto, fused, plain, chunked or liger, not {backend!r}")
 
 
 def _plain(
@@ -130,6 +135,36 @@ class _ChunkedLoss(torch.autograd.Function):
         if dw_VD is not None:
             ctx.save_for_backward(torch.cat(dh_chunks), dw_VD)
         ce, zl = ce / count, zl / count
+        ctx.mark_non_differentiable(ce, zl)
+        return ce + zl, ce, zl
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        dh_ND, dw_VD = ctx.saved_tensors
+        dh = (dh_ND * grad_loss).to(dh_ND.dtype)
+        return dh, dw_VD * grad_loss, None, None, None, None
+
+
+class _FusedLoss(torch.autograd.Function):
+    """As `_ChunkedLoss`, through the Triton kernel; one opaque operator to the compiler."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        h_ND: Tensor,
+        weight_VD: Tensor,
+        targets_N: Tensor,
+        softcap: float | None,
+        z_loss: float,
+        with_grad: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from matilda_model.triton_loss import linear_cross_entropy_op
+
+        ce, zl, dh_ND, dw_VD = linear_cross_entropy_op(
+            h_ND, weight_VD.to(h_ND.dtype), targets_N, softcap, z_loss, with_grad
+        )
+        if with_grad:
+            ctx.save_for_backward(dh_ND, dw_VD)
         ctx.mark_non_differentiable(ce, zl)
         return ce + zl, ce, zl
 
