@@ -155,7 +155,7 @@ def test_any_nested_state_survives_the_tree_encoding(value: object) -> None:
     encoded = Encoder().encode("x", value)
     tree = json.loads(json.dumps(encoded.tree, allow_nan=False))
     stored = {
-        t.name: torch.frombuffer(bytearray(t.read()), dtype=torch.int32)
+        t.name: torch.frombuffer(bytearray(b"".join(t.read())), dtype=torch.int32)
         if t.nbytes
         else torch.zeros(t.shape, dtype=torch.int32)
         for t in encoded.tensors

@@ -3,6 +3,7 @@
 Importing this package does not import torch; saving or loading tensors does.
 """
 
+from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.checkpointer import (
     Checkpointer,
     Restored,
@@ -22,7 +23,6 @@ from matilda_ckpt.errors import (
 from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.rng import RngState, capture_rng, restore_rng
-from matilda_ckpt.store import CheckpointInfo
 
 __all__ = [
     "CheckpointError",

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from matilda_ckpt import strict_json
+from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.errors import CheckpointError, DamagedError, NoValidCheckpointError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
@@ -17,7 +18,7 @@ from matilda_ckpt.manifest import Manifest, check_state_name
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.rng import RngState
 from matilda_ckpt.state_tree import Encoder
-from matilda_ckpt.store import CheckpointInfo, Part, SaveRequest, Store
+from matilda_ckpt.store import Part, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
 from matilda_ckpt.tensor_file import TensorSource
 

@@ -6,10 +6,11 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from matilda_ckpt import strict_json
+from matilda_ckpt.catalog import Catalog
 from matilda_ckpt.errors import DamagedError
 from matilda_ckpt.manifest import Manifest, TensorEntry
+from matilda_ckpt.parallel import each
 from matilda_ckpt.state_tree import decode
-from matilda_ckpt.store import Store, each
 
 if TYPE_CHECKING:
     import numpy as np
@@ -19,7 +20,7 @@ _LEAF_TAGS = {"$tensor", "$ndarray", "$numpy_scalar"}
 
 
 def load_names(
-    store: Store, name: str, manifest: Manifest, wanted: Collection[str]
+    store: Catalog, name: str, manifest: Manifest, wanted: Collection[str]
 ) -> dict[str, object]:
     """Nested data of the `wanted` names; only their files are read, every byte of them verified.
 
@@ -64,7 +65,7 @@ class _Leaves:
 
     def __init__(
         self,
-        store: Store,
+        store: Catalog,
         name: str,
         manifest: Manifest,
         references: Mapping[tuple[str, str], str],

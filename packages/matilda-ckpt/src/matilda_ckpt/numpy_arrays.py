@@ -34,10 +34,10 @@ def source(shown: str, value: Any) -> TensorSource:
     if name is None:
         raise ValueError(f"state {shown} has dtype {array.dtype}, which safetensors cannot hold")
 
-    def read() -> memoryview:
+    def read() -> tuple[memoryview, ...]:
         if array.size == 0:
-            return memoryview(b"")
-        return np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+            return ()
+        return (np.ascontiguousarray(array).reshape(-1).view(np.uint8).data,)
 
     return TensorSource(shown, name, tuple(array.shape), read)
 

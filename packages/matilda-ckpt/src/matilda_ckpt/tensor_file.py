@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from matilda_ckpt import strict_json
@@ -23,12 +23,12 @@ CHUNK_BYTES = 4 << 20
 
 @dataclass(frozen=True)
 class TensorSource:
-    """A tensor to be written: `read()` returns its bytes (little-endian, row-major)."""
+    """A tensor to be written: `read()` yields its bytes (little-endian, row-major) in pieces."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
-    read: Callable[[], memoryview]
+    read: Callable[[], Iterable[memoryview]]
 
     @property
     def nbytes(self) -> int:
@@ -66,25 +66,27 @@ def plan_tensor_file(tensors: Sequence[TensorSource]) -> TensorFilePlan:
     return TensorFilePlan(ordered, full, len(full) + position)
 
 
-def write_tensor_file(file: WriteFile, plan: TensorFilePlan) -> FileEntry:
-    """Write and hash in one pass, fsync, close."""
+def write_tensor_file(
+    file: WriteFile, plan: TensorFilePlan, alive: Callable[[], None] = lambda: None
+) -> FileEntry:
+    """Write and hash in one pass, fsync, close. `alive` runs between chunks and may raise."""
     whole = hashlib.sha256(plan.header)
     file.write(memoryview(plan.header))
     entries: dict[str, TensorEntry] = {}
     position = 0
     for tensor in plan.tensors:
-        data = tensor.read()
-        if data.nbytes != tensor.nbytes:
-            raise ValueError(
-                f"tensor {tensor.name!r} gave {data.nbytes} bytes instead of {tensor.nbytes}"
-            )
         digest = hashlib.sha256()
-        for start in range(0, data.nbytes, CHUNK_BYTES):
-            chunk = data[start : start + CHUNK_BYTES]
+        end = position
+        for chunk in _chunks(tensor.read()):
+            alive()
             digest.update(chunk)
             whole.update(chunk)
             file.write(chunk)
-        end = position + data.nbytes
+            end += len(chunk)
+        if end - position != tensor.nbytes:
+            raise ValueError(
+                f"tensor {tensor.name!r} gave {end - position} bytes instead of {tensor.nbytes}"
+            )
         entries[tensor.name] = TensorEntry(
             tensor.dtype, tensor.shape, position, end, digest.hexdigest()
         )
@@ -98,6 +100,12 @@ def write_tensor_file(file: WriteFile, plan: TensorFilePlan) -> FileEntry:
         header_sha256=hashlib.sha256(plan.header).hexdigest(),
         tensors=entries,
     )
+
+
+def _chunks(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+    for piece in pieces:
+        for start in range(0, len(piece), CHUNK_BYTES):
+            yield piece[start : start + CHUNK_BYTES]
 
 
 def write_bytes_file(file: WriteFile, data: bytes) -> FileEntry:

@@ -47,7 +47,7 @@ def source(shown: str, tensor: torch.Tensor) -> TensorSource:
         raise ValueError(f"state {shown} has dtype {tensor.dtype}, which safetensors cannot hold")
     detached = tensor.detach()
     return TensorSource(
-        shown, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: byte_view(detached)
+        shown, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: (byte_view(detached),)
     )
 
 

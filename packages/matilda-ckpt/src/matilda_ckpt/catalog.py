@@ -1,0 +1,213 @@
+"""Reading half of a checkpoint directory: find, check, verify. Trusts no byte it reads.
+
+Nothing here imports torch, takes a lock or changes anything on disk.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from matilda_ckpt.errors import CheckpointError, DamagedError
+from matilda_ckpt.fs import Entry, Fs, read_small
+from matilda_ckpt.manifest import (
+    COMMIT_NAME,
+    MANIFEST_NAME,
+    MAX_COMMIT_BYTES,
+    MAX_MANIFEST_BYTES,
+    Manifest,
+    TensorEntry,
+    parse_commit,
+    parse_manifest,
+)
+from matilda_ckpt.parallel import each
+from matilda_ckpt.tensor_file import read_tensor_file
+
+_STEP_NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
+QUARANTINE_NAME = "quarantine"
+
+
+@dataclass(frozen=True)
+class CheckpointInfo:
+    """A checkpoint as `list()` sees it: seal, manifest and file sizes checked, bytes not."""
+
+    name: str
+    path: str
+    step: int
+    sequence: int = 0
+    created: str = ""
+    bytes: int = 0
+    healthy: bool = False
+    """Saved as healthy, and every floating-point tensor finite."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    problem: str | None = None
+    """Why it cannot be used, or None when it is intact as far as names and sizes show."""
+    manifest_sha256: str = ""
+
+
+def parse_name(name: str) -> tuple[int, int] | None:
+    """(step, repetition) of a checkpoint directory name, or None."""
+    match = _STEP_NAME.fullmatch(name)
+    return (int(match[1]), int(match[2] or 0)) if match else None
+
+
+class Catalog:
+    """The checkpoints of one directory, read only."""
+
+    def __init__(self, fs: Fs, root: str, *, threads: int = 1) -> None:
+        self.fs = fs
+        self.root = root
+        self.threads = threads
+
+    def scan(self) -> list[CheckpointInfo]:
+        """Every checkpoint, newest first (damaged ones by their step, before their equals)."""
+        if self.fs.entry(self.root) is None:
+            return []
+        found = []
+        for entry in self.fs.listdir(self.root):
+            parsed = parse_name(entry.name)
+            if parsed is None:
+                continue
+            try:
+                manifest, sha256 = self.open(entry.name)
+                found.append(info_of(self.root, entry.name, manifest, sha256))
+            except CheckpointError as error:
+                found.append(
+                    CheckpointInfo(
+                        entry.name, f"{self.root}/{entry.name}", parsed[0], problem=str(error)
+                    )
+                )
+        found.sort(key=lambda info: info.name)
+        intact = sorted((info for info in found if info.problem is None), key=lambda i: -i.sequence)
+        damaged = sorted((info for info in found if info.problem), key=lambda i: -i.step)
+        merged: list[CheckpointInfo] = []
+        for info in intact:
+            while damaged and damaged[0].step >= info.step:
+                merged.append(damaged.pop(0))
+            merged.append(info)
+        return merged + damaged
+
+    def open(self, name: str) -> tuple[Manifest, str]:
+        """Seal, manifest, set of files and sizes; DamagedError naming what is wrong."""
+        path = f"{self.root}/{name}"
+
+        def damaged(file: str, text: str) -> DamagedError:
+            return DamagedError(f"checkpoint `{path}`: `{file}` {text}")
+
+        try:
+            entries = {entry.name: entry for entry in self.fs.listdir(path)}
+        except OSError as error:
+            raise DamagedError(f"checkpoint `{path}` cannot be read: {reason_of(error)}") from error
+        for required in (COMMIT_NAME, MANIFEST_NAME):
+            if required not in entries:
+                raise damaged(required, "is missing")
+        file = COMMIT_NAME
+        try:
+            commit = parse_commit(read_small(self.fs, f"{path}/{file}", MAX_COMMIT_BYTES))
+            file = MANIFEST_NAME
+            data = read_small(self.fs, f"{path}/{file}", MAX_MANIFEST_BYTES)
+            sha256 = hashlib.sha256(data).hexdigest()
+            if len(data) != commit.manifest_size or sha256 != commit.manifest_sha256:
+                raise damaged(file, f"is not the one that `{COMMIT_NAME}` seals")
+            manifest = parse_manifest(data)
+        except OSError as error:
+            raise damaged(file, f"cannot be read: {reason_of(error)}") from error
+        except ValueError as error:
+            raise damaged(file, f"is unusable: {error}") from error
+        parsed = parse_name(name)
+        if parsed is not None and parsed[0] != manifest.step:
+            raise damaged(MANIFEST_NAME, f"is of step {manifest.step}, not of this directory")
+        self._check_files(entries, manifest, damaged)
+        return manifest, sha256
+
+    def _check_files(
+        self,
+        entries: Mapping[str, Entry],
+        manifest: Manifest,
+        damaged: Callable[[str, str], DamagedError],
+    ) -> None:
+        for file, entry in manifest.files.items():
+            found = entries.get(file)
+            if found is None:
+                raise damaged(file, "is missing")
+            if found.kind != "file":
+                raise damaged(file, "is not a regular file")
+            if found.size != entry.size:
+                raise damaged(file, f"is {found.size} bytes instead of {entry.size}")
+        extra = sorted(set(entries) - set(manifest.files) - {COMMIT_NAME, MANIFEST_NAME})
+        if extra:
+            raise damaged(extra[0][:80], "is not part of this checkpoint")
+
+    def verify(self, name: str) -> Manifest:
+        """Every byte against its hash; DamagedError naming file and tensor."""
+        manifest, _ = self.open(name)
+
+        def check(file: str) -> None:
+            self.read_tensors(name, manifest, file, lambda _name, _tensor: None)
+
+        each(check, [f for f, e in manifest.files.items() if e.header_size], self.threads)
+        for entry in manifest.state.values():
+            self.read_json(name, manifest, entry.json)
+        return manifest
+
+    def read_json(self, name: str, manifest: Manifest, file: str) -> bytes:
+        """Verified content of a JSON file."""
+        entry = manifest.files[file]
+        path = f"{self.root}/{name}"
+        try:
+            data = read_small(self.fs, f"{path}/{file}", entry.size)
+        except (OSError, ValueError) as error:
+            raise DamagedError(f"checkpoint `{path}`: `{file}` cannot be read: {error}") from error
+        if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
+            raise DamagedError(f"checkpoint `{path}`: `{file}` is damaged (SHA-256 differs)")
+        return data
+
+    def read_tensors(
+        self,
+        name: str,
+        manifest: Manifest,
+        file: str,
+        allocate: Callable[[str, TensorEntry], memoryview | None],
+    ) -> None:
+        """Read and verify one tensor file into the buffers that `allocate` returns."""
+        path = f"{self.root}/{name}"
+        try:
+            read_tensor_file(
+                self.fs,
+                f"{path}/{file}",
+                manifest.files[file],
+                allocate,
+                lambda text: DamagedError(f"checkpoint `{path}`: `{file}` {text}"),
+            )
+        except OSError as error:
+            raise DamagedError(
+                f"checkpoint `{path}`: `{file}` cannot be read: {reason_of(error)}"
+            ) from error
+
+    def quarantined(self) -> list[str]:
+        """Names of the directories that were set aside as damaged."""
+        folder = f"{self.root}/{QUARANTINE_NAME}"
+        if self.fs.entry(folder) is None:
+            return []
+        return [entry.name for entry in self.fs.listdir(folder) if entry.kind == "dir"]
+
+
+def info_of(root: str, name: str, manifest: Manifest, sha256: str) -> CheckpointInfo:
+    return CheckpointInfo(
+        name=name,
+        path=f"{root}/{name}",
+        step=manifest.step,
+        sequence=manifest.sequence,
+        created=manifest.created,
+        bytes=manifest.total_bytes,
+        healthy=manifest.healthy and manifest.finite,
+        metrics=manifest.metrics,
+        manifest_sha256=sha256,
+    )
+
+
+def reason_of(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{text} (`{error.filename}`)" if error.filename else text

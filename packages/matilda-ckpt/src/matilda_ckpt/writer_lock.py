@@ -1,0 +1,87 @@
+"""One writer per directory: a kernel lock, and a fence against a writer that lost it.
+
+The kernel releases the lock when its owner dies, however it dies. Where locks are not reliable
+(some network file systems), the token in the file still tells a zombie, right before it would
+publish, that someone else has taken over.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+
+from matilda_ckpt import strict_json
+from matilda_ckpt.errors import LockedError
+from matilda_ckpt.fs import Fs, Lock, remove_tree
+
+LOCK_NAME = "LOCK"
+TEMP_PREFIX = ".tmp-"
+TRASH_PREFIX = ".trash-"
+
+
+class WriterLock:
+    """Exclusive right to write to `root`."""
+
+    def __init__(self, fs: Fs, root: str, run_id: str) -> None:
+        self._fs = fs
+        self._root = root
+        self._run_id = run_id
+        self._lock: Lock | None = None
+        self._token = b""
+
+    def acquire(self) -> None:
+        """Become the only writer and clear what dead writers left; LockedError otherwise."""
+        if self._lock is not None:
+            return
+        self._make_root()
+        lock = self._fs.lock(f"{self._root}/{LOCK_NAME}")
+        if lock is None:
+            raise LockedError(
+                f"another process is writing checkpoints to `{self._root}`; "
+                "stop it, or give this run a directory of its own"
+            )
+        self._token = strict_json.dumps(
+            {"pid": os.getpid(), "run_id": self._run_id, "token": secrets.token_hex(8)}
+        )
+        try:
+            lock.write(self._token)
+            # What we can see now is durable from here on, whoever wrote it.
+            self._fs.fsync_dir(self._root)
+            self._clear_leftovers()
+        except BaseException:
+            lock.release()
+            raise
+        self._lock = lock
+
+    def release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def check(self) -> None:
+        """LockedError unless this process is still the writer."""
+        if self._lock is None or self._lock.read() != self._token:
+            raise LockedError(
+                f"another process has taken over `{self._root}`; this one stops writing to it"
+            )
+
+    def _make_root(self) -> None:
+        missing = []
+        path = self._root
+        while self._fs.entry(path) is None:
+            missing.append(path)
+            parent = os.path.dirname(path)  # noqa: PTH120
+            if parent == path:
+                break
+            path = parent
+        for path in reversed(missing):
+            try:
+                self._fs.mkdir(path)
+            except FileExistsError:
+                continue
+            self._fs.fsync_dir(os.path.dirname(path) or ".")  # noqa: PTH120
+
+    def _clear_leftovers(self) -> None:
+        for entry in self._fs.listdir(self._root):
+            if entry.name.startswith((TEMP_PREFIX, TRASH_PREFIX)) and entry.kind == "dir":
+                remove_tree(self._fs, f"{self._root}/{entry.name}")
