@@ -14,6 +14,7 @@ from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
 from matilda_optim.orthogonalize import NS_DTYPES
 from matilda_optim.reference import Work, reference_step
+from matilda_optim.sharing import Sharing
 
 if TYPE_CHECKING:
     from matilda_optim.triton_backend import KernelClass
@@ -32,30 +33,41 @@ def kernels_available(device: torch.device) -> bool:
     )
 
 
+def is_sharded(param: Tensor) -> bool:
+    """Whether `param` is a DTensor, without importing torch.distributed.tensor for it."""
+    return hasattr(param, "placements")
+
+
 class MuonStep:
     """One Muon step over groups; keeps the kernels' tables between steps, which hold no state."""
 
-    def __init__(self, backend: str) -> None:
+    def __init__(self, backend: str, sharing: Sharing | None = None) -> None:
         if backend not in BACKENDS:
             raise ValueError(
                 f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
             )
         self.backend = backend
+        self.sharing = sharing or Sharing("none")
         self._key: Hashable = None
         self._classes: list[KernelClass] = []
         self._devices: dict[torch.device, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend}
+        return {"backend": self.backend, "sharing": self.sharing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(state["backend"])  # type: ignore[misc]
+        self.__init__(**state)  # type: ignore[misc]
 
     def __call__(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
         plain: Work = []
         kernel: Work = []
+        sharded: Work = []
         for group in groups:
             params = [p for p in group["params"] if p.grad is not None]
+            spread = [p for p in params if is_sharded(p)]
+            if spread:
+                sharded.append((group, spread))
+                params = [p for p in params if not is_sharded(p)]
             fit = [p for p in params if self._fits(group, p)]
             rest = [p for p in params if p not in set(fit)] if len(fit) < len(params) else []
             if fit:
@@ -65,7 +77,11 @@ class MuonStep:
         if kernel:
             self._kernel_step(kernel, states)
         if plain:
-            reference_step(plain, states)
+            reference_step(plain, states, self.sharing)
+        if sharded:
+            from matilda_optim.sharded import sharded_step
+
+            sharded_step(sharded, states)
 
     def _fits(self, group: dict[str, Any], param: Tensor) -> bool:
         if self.backend == "reference":
@@ -98,6 +114,8 @@ class MuonStep:
                 group["ns_steps"],
                 group["ns_dtype"],
                 group["adjust_lr_fn"],
+                group["cautious"],
+                group["nonfinite"],
                 block_spec(group),
             )
             for group, params in work
@@ -106,7 +124,7 @@ class MuonStep:
             self._classes = _build_classes(work, states)
             self._key = key
         for kernel_class in self._classes:
-            kernel_class.step()
+            kernel_class.step(self.sharing)
 
 
 def _build_classes(work: Work, states: dict[Tensor, dict[str, Any]]) -> list[KernelClass]:
@@ -128,8 +146,8 @@ def _build_classes(work: Work, states: dict[Tensor, dict[str, Any]]) -> list[Ker
                     NS_DTYPES[group["ns_dtype"] or "float16"],
                     quintics,
                     group["nesterov"],
-                    False,
-                    False,
+                    group["cautious"],
+                    group["nonfinite"] == "skip",
                 )
                 ratio = lr_ratio(group["adjust_lr_fn"], rows, cols)
                 momentum = states[p]["momentum_buffer"]

@@ -15,6 +15,7 @@ from matilda_optim.blocks import block_spec, check_blocks
 from matilda_optim.coefficients import KELLER, resolve_coefficients
 from matilda_optim.learning_rate import check_adjust_lr_fn
 from matilda_optim.orthogonalize import NS_DTYPES
+from matilda_optim.sharing import Sharing
 from matilda_optim.state import align_state_dict, restore_in_place
 
 
@@ -51,9 +52,17 @@ class Muon(Optimizer):
         ns_dtype: "float16", "bfloat16" or "float32" for the iterations; None is fp16 on CUDA and
             fp32 on CPU.
         maximize: ascend instead.
+        cautious: of Muon groups: decay only what the update shrinks too (arXiv 2510.12402).
+        nonfinite: of Muon groups: "propagate" lets a NaN or Inf gradient through to its own
+            matrix; "skip" leaves that matrix and its momentum as they were. Neither waits for the
+            device.
         backend: "auto" takes Triton kernels on NVIDIA GPUs of compute capability 9.0 and newer for
             contiguous parameters and pure torch elsewhere; "reference" is pure torch everywhere;
             "triton" raises where the kernels cannot run.
+        distribute: "none"; "ddp" shares the orthogonalisation out over the ranks of
+            `process_group`, whose gradients must be equal (as after DDP's all-reduce); "auto" does
+            so for the shapes where it is measured to be faster. The parameters are the same bits
+            in all three. DTensor parameters (FSDP2) need no setting.
 
     Group keys beside these: `algorithm` ("muon" or "adamw"), `name`, `param_names`, and for fused
     weights `split` (rows of each block), `heads` (equal blocks of rows) or `stacked` (leading
@@ -79,7 +88,11 @@ class Muon(Optimizer):
         adam_eps: float = 1e-8,
         ns_dtype: str | None = None,
         maximize: bool = False,
+        cautious: bool = False,
+        nonfinite: str = "propagate",
         backend: str = "auto",
+        distribute: str = "none",
+        process_group: Any = None,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -94,9 +107,11 @@ class Muon(Optimizer):
             "betas": tuple(betas),
             "ns_dtype": ns_dtype,
             "maximize": maximize,
+            "cautious": cautious,
+            "nonfinite": nonfinite,
         }
         self._adam_eps = adam_eps
-        self._muon_step = MuonStep(backend)
+        self._muon_step = MuonStep(backend, Sharing(distribute, process_group))
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -194,6 +209,8 @@ def _check_group(group: dict[str, Any]) -> None:
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']!r}")
     check_adjust_lr_fn(group["adjust_lr_fn"])
+    if group["nonfinite"] not in ("propagate", "skip"):
+        raise ValueError(f'`nonfinite` must be "propagate" or "skip", got {group["nonfinite"]!r}')
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     if group["ns_dtype"] is not None and group["ns_dtype"] not in NS_DTYPES:
         raise ValueError(

@@ -13,6 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from matilda_optim import triton_kernels as kernels
 from matilda_optim.coefficients import Quintic
+from matilda_optim.reference import Share
 
 ELEMENT_TILE = 64
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -87,7 +88,7 @@ class DeviceTable:
         self._next = 0
         self._retired: list[Tensor] = []
         self._values: list[Any] | None = None
-        for _ in range(_RING):
+        for _ in range(_RING if device.type == "cuda" else 0):
             self._grow()
 
     def _grow(self) -> None:
@@ -99,6 +100,8 @@ class DeviceTable:
         if values == self._values:
             return self.tensor
         self._values = values
+        if self.tensor.device.type != "cuda":  # Triton's interpreter
+            return self.tensor.copy_(torch.tensor(values, dtype=self.tensor.dtype))
         slot = self._next % len(self._host)
         self._next += 1
         event = self._events[slot]
@@ -138,9 +141,10 @@ class KernelClass:
         self.norms = torch.zeros(batch, dtype=torch.float64, device=device)
         self.tiles_n = self.n // ELEMENT_TILE
         self.tiles = self.tiles_n * (self.m // ELEMENT_TILE)
-        self.whole = all(r % ELEMENT_TILE == 0 and c % ELEMENT_TILE == 0 for r, c in shapes)
+        # no padding: every tile lies inside its matrix and needs no mask
+        self.whole = (key.rows, key.cols) == (self.m, self.n)
 
-    def step(self) -> None:
+    def step(self, share: Share) -> None:
         """Momentum, orthogonalisation and update of every matrix of the class."""
         key, batch = self.key, len(self.matrices)
         addresses, even = self._addresses()
@@ -169,7 +173,7 @@ class KernelClass:
             EVEN=even,
             PHASE=0,
         )
-        x_BMN = newton_schulz(x_BMN, key.quintics)
+        x_BMN = share(x_BMN, lambda x: newton_schulz(x, key.quintics))
         kernels.update_kernel[(batch * self.tiles,)](
             addresses[2 * batch :],
             self.shapes,
