@@ -23,9 +23,8 @@ __all__ = [
 
 
 def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
-    """The model with float32 weights drawn on the CPU from `train.seed`, so that they are the
-    same on every device, computing in `dtype`."""
-    torch.manual_seed(config.train.seed)
+    """The model with float32 weights drawn on the CPU from torch's generator, so that they
+    are the same on every device, computing in `dtype`."""
     model = Transformer(config.model)
     model.compute_dtype = dtype
     return model.to(device)
@@ -81,5 +80,6 @@ def set_learning_rates(optimizer: Muon, factor: float) -> None:
 
 
 def token_byte_lengths(config: RunConfig) -> NDArray[np.int32]:
-    """UTF-8 bytes of each token id of the run's tokenizer; 0 for the end-of-text token."""
-    return load_tokenizer(config.data.tokenizer).token_byte_lengths
+    """UTF-8 bytes of each token id, [vocab_size]; 0 for end-of-text and for padding ids."""
+    lengths = load_tokenizer(config.data.tokenizer).token_byte_lengths
+    return np.pad(lengths, (0, max(0, config.model.vocab_size - len(lengths))))

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import random
 
+import numpy as np
 import torch
 
-__all__ = ["choose_device", "choose_dtype", "peak_flops", "set_numerics"]
+__all__ = ["choose_device", "choose_dtype", "peak_flops", "seed_generators", "set_numerics"]
 
 # Dense bf16 tensor-core FLOP/s from the vendors' datasheets, by the exact name that torch reports.
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -71,3 +73,13 @@ def set_numerics(device: torch.device, *, deterministic: bool, threads: int | No
         # cuBLAS reads this when its first handle is made; its default picks kernels by history.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of Python, numpy and torch (every device).
+
+    Nothing here draws from them but weight initialisation; a model or hook of the user's may.
+    """
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)

@@ -27,7 +27,7 @@ from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.evaluate import evaluate
 from matilda_train.guards import TrainingDivergedError, clip_gradients
-from matilda_train.hardware import choose_device, choose_dtype, set_numerics
+from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
 from matilda_train.provenance import collect_provenance
@@ -80,7 +80,7 @@ def train(
     """Train `config` in `run_dir`, going on from its newest healthy checkpoint if there is one.
 
     `stop()` is asked at every safe point; once true, the state is saved and the result's status
-    is "preempted". A dry run trains at most 20 steps on synthetic tokens in a temporary directory.
+    is "preempted". A dry run takes at most 20 small steps on synthetic tokens and keeps nothing.
 
     Raises `ValueError` for whatever the user can mend (config, data, run directory),
     `TrainingDivergedError` after too many non-finite steps, and `OSError` or
@@ -101,7 +101,7 @@ def train(
         held_out: TokenStream
         if dry_run:
             run_dir = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="matilda-dry-run-"))
-            config = shorten(config)
+            config = shorten(config, device, ranks.world_size)
             stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
         else:
             data = Path(data_dir or config.data.dir or "data")
@@ -127,6 +127,7 @@ def train(
         if finished is not None:
             return TrainResult("already_finished", run_dir, int(finished["step"]))
 
+        seed_generators(config.train.seed)
         model = build_model(config, device, choose_dtype(config.train.dtype, device))
         optimizer = build_optimizer(config.optim, model)
         schedule = build_schedule(config)
@@ -287,13 +288,19 @@ def train(
         )
 
 
-def shorten(config: RunConfig) -> RunConfig:
-    """The same run in at most 20 steps, with the smallest evaluation."""
+def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
+    """The same run in at most 20 steps of at most two micro-steps, of one sequence on a CPU."""
     steps = min(config.train.total_steps, DRY_RUN_STEPS)
-    warmup = min(config.optim.warmup_steps, steps)
+    micro_batch_size = 1 if device.type == "cpu" else config.train.micro_batch_size
+    micro_step_tokens = config.seq_len * micro_batch_size * world_size
     return replace(
         config,
-        optim=replace(config.optim, warmup_steps=warmup),
-        train=replace(config.train, total_steps=steps),
-        eval=replace(config.eval, tokens=config.seq_len * config.train.micro_batch_size),
+        optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps)),
+        train=replace(
+            config.train,
+            total_steps=steps,
+            micro_batch_size=micro_batch_size,
+            tokens_per_step=min(config.train.tokens_per_step, 2 * micro_step_tokens),
+        ),
+        eval=replace(config.eval, tokens=micro_step_tokens),
     )
