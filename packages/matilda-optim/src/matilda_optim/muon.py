@@ -109,6 +109,8 @@ class Muon(Optimizer):
             "maximize": maximize,
             "cautious": cautious,
             "nonfinite": nonfinite,
+            # `__setstate__` of the base class adds it on load: a state must not grow by a round trip.
+            "differentiable": False,
         }
         self._adam_eps = adam_eps
         self._muon_step = MuonStep(backend, Sharing(distribute, process_group))
