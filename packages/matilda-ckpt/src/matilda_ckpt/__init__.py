@@ -3,11 +3,11 @@
 Importing this package does not import torch; saving or loading tensors does.
 """
 
+from matilda_ckpt.background import SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.checkpointer import (
     Checkpointer,
     Restored,
-    SaveHandle,
     Skipped,
     VerifyReport,
     load_state,

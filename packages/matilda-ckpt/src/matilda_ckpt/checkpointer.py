@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass, field
+import sys
+import time
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from matilda_ckpt import strict_json
+from matilda_ckpt.background import Background, SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
-from matilda_ckpt.errors import CheckpointError, DamagedError, NoValidCheckpointError
+from matilda_ckpt.errors import DamagedError, NoValidCheckpointError, SaveError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest, check_state_name
@@ -22,6 +27,10 @@ from matilda_ckpt.store import Part, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
 from matilda_ckpt.tensor_file import TensorSource
 
+if TYPE_CHECKING:
+    from matilda_ckpt.snapshot import HostPool, Snapshot
+
+_LOG = logging.getLogger("matilda_ckpt")
 MAX_STEP = 10**18 - 1
 DEFAULT_THREADS = 4
 
@@ -50,37 +59,6 @@ class Restored:
     """Plain data of the names that no object took."""
     manifest: Manifest
     skipped: tuple[Skipped, ...] = ()
-
-
-@dataclass
-class SaveHandle:
-    """A save that is under way or done."""
-
-    step: int
-    _wait: Callable[[float | None], CheckpointInfo | None] = field(repr=False)
-
-    @property
-    def done(self) -> bool:
-        """Whether the save has ended, durable or failed."""
-        try:
-            return self._wait(0) is not None
-        except CheckpointError:
-            return True
-
-    def result(self, timeout_s: float | None = None) -> CheckpointInfo:
-        """Wait until the checkpoint is durable.
-
-        Raises SaveError when the save failed and TimeoutError when it is not done in time.
-        """
-        info = self._wait(timeout_s)
-        if info is None:
-            raise TimeoutError(f"the save of step {self.step} is still being written")
-        return info
-
-    @property
-    def path(self) -> Path:
-        """Directory of the durable checkpoint; waits for it."""
-        return Path(self.result().path)
 
 
 class Checkpointer:
@@ -118,6 +96,8 @@ class Checkpointer:
         self.run_id = run_id if run_id is not None else secrets.token_hex(8)
         self.read_only = read_only
         self._shard_bytes = shard_bytes
+        self._background = Background()
+        self._pool: HostPool | None = None
         self._store = Store(fs or OsFs(), str(self.root), run_id=self.run_id, threads=threads)
 
     # -- save ----------------------------------------------------------------------------------
@@ -142,35 +122,86 @@ class Checkpointer:
             provenance: JSON values to seal into the manifest (config hash, data id, …).
             healthy: False marks a state that `restore` must not pick by itself; a state with a
                 NaN or infinite element is never healthy.
-            wait: True returns when the checkpoint is durable and retention is done.
+            wait: True returns when the checkpoint is durable and retention is done. False
+                returns as soon as the state has been copied; the rest happens in threads, one
+                save at a time, and an error is raised by the next `save`, `poll`, `finish` or
+                by the handle.
 
         Raises SaveError when it could not be made durable (older checkpoints are untouched),
         LockedError when another process writes here, ValueError for a state that cannot be
         stored.
         """
-        request = self._request(step, state, metrics or {}, provenance or {}, healthy)
-        info = self._commit(request)
-        return SaveHandle(step, lambda _timeout: info)
+        begun = time.monotonic()
+        self._background.settle()
+        self._check_arguments(step, state)
+        snapshot = None if wait or not _has_tensors() else self._new_snapshot()
+        request = self._request(step, state, snapshot, metrics or {}, provenance or {}, healthy)
+        handle = SaveHandle(step)
+        if wait:
+            handle._end(self._commit(request, snapshot), None)
+        else:
+            # Only one writer can start: a refused lock must reach the caller at once.
+            self._store.acquire()
+            if snapshot is not None:
+                snapshot.seal()
+            self._background.start(handle, lambda: self._commit(request, snapshot))
+        handle.stall_s = time.monotonic() - begun
+        return handle
 
-    def _commit(self, request: SaveRequest) -> CheckpointInfo:
+    def poll(self) -> bool:
+        """True when no save is in flight; raises the SaveError of one that failed unseen."""
+        return self._background.poll()
+
+    def finish(self, deadline_s: float | None = None) -> CheckpointInfo | None:
+        """Wait for the save in flight, for instance on SIGTERM.
+
+        After `deadline_s` seconds it is abandoned: SaveError is raised, its temporary files go
+        away with it or at the next start, and older checkpoints stand. Returns what became
+        durable, or None when nothing was in flight.
+        """
+        return self._background.finish(deadline_s)
+
+    def _commit(self, request: SaveRequest, snapshot: Snapshot | None) -> CheckpointInfo:
+        if snapshot is not None:
+            try:
+                snapshot.drain()
+            except RuntimeError as error:
+                raise SaveError(
+                    f"the checkpoint of step {request.step} was not saved: its tensors could not "
+                    f"be brought to the host: {error}; earlier checkpoints are untouched"
+                ) from error
         info = self._store.save(request)
-        self._store.retire(self.keep)
+        try:
+            self._store.retire(self.keep)
+        except OSError as error:
+            # The new checkpoint stands; what could not be deleted now is tried again next time.
+            _LOG.warning("old checkpoints in `%s` could not be removed: %s", self.root, error)
         return info
 
-    def _request(
-        self,
-        step: int,
-        state: Mapping[str, object],
-        metrics: Mapping[str, float],
-        provenance: Mapping[str, JSON],
-        healthy: bool,
-    ) -> SaveRequest:
+    def _new_snapshot(self) -> Snapshot:
+        from matilda_ckpt.snapshot import HostPool, Snapshot
+
+        if self._pool is None:
+            self._pool = HostPool()
+        return Snapshot(self._pool)
+
+    def _check_arguments(self, step: int, state: Mapping[str, object]) -> None:
         if self.read_only:
             raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
         if type(step) is not int or not 0 <= step <= MAX_STEP:
             raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
         if not state:
             raise ValueError("`state` is empty; give at least one name")
+
+    def _request(
+        self,
+        step: int,
+        state: Mapping[str, object],
+        snapshot: Snapshot | None,
+        metrics: Mapping[str, float],
+        provenance: Mapping[str, JSON],
+        healthy: bool,
+    ) -> SaveRequest:
         names = [check_state_name(name) for name in state]
         if len({name.lower() for name in names}) != len(names):
             raise ValueError("two names of `state` differ only in case")
@@ -179,7 +210,7 @@ class Checkpointer:
             strict_json.dumps(dict(provenance))
         except (TypeError, ValueError) as error:
             raise ValueError(f"`provenance` is not JSON: {error}") from error
-        encoder = Encoder()
+        encoder = Encoder(snapshot)
         parts = []
         for name, value in state.items():
             encoded = encoder.encode(name, _state_of(value))
@@ -195,13 +226,16 @@ class Checkpointer:
             raise ValueError("two names of `state` would use the same file; rename one")
 
         def finite() -> bool:
+            if snapshot is not None:
+                return snapshot.finite()
             if not encoder.live_tensors:
                 return True
             from matilda_ckpt.torch_tensors import all_finite
 
             return all_finite(encoder.live_tensors)
 
-        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance))
+        alive = self._background.alive
+        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive)
 
     # -- restore -------------------------------------------------------------------------------
 
@@ -220,6 +254,7 @@ class Checkpointer:
         NoValidCheckpointError when some exist and none can be used, ValueError when a name or
         the step is not there.
         """
+        self._background.settle()
         if not self.read_only and self._store.fs.entry(str(self.root)) is not None:
             self._store.acquire()
         skipped: list[Skipped] = []
@@ -288,7 +323,7 @@ class Checkpointer:
             path_or_step: a checkpoint directory, a step, or None for the newest healthy one.
             names: only these names (their files alone are read and verified).
 
-        Raises DamagedError, NoValidCheckpointError, or ValueError when there is none.
+        Raises DamagedError, NoValidCheckpointError, SaveError, or ValueError when there is none.
         """
         if path_or_step is not None and not isinstance(path_or_step, int):
             return load_state(path_or_step, names=names)
@@ -312,8 +347,11 @@ class Checkpointer:
     # -- end -----------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Release the writer lock."""
-        self._store.release()
+        """Wait for the save in flight (raising its error) and release the writer lock."""
+        try:
+            self._background.settle()
+        finally:
+            self._store.release()
 
     def __enter__(self) -> Checkpointer:
         return self
@@ -372,6 +410,11 @@ def _store_of(path: str | os.PathLike[str], fs: Fs | None) -> tuple[Store, str]:
     full = os.path.abspath(path)  # noqa: PTH100
     root, name = os.path.split(full)
     return Store(fs or OsFs(), root, run_id="", threads=DEFAULT_THREADS), name
+
+
+def _has_tensors() -> bool:
+    """Without torch in the process there is no tensor to freeze."""
+    return "torch" in sys.modules
 
 
 def _state_of(value: object) -> object:

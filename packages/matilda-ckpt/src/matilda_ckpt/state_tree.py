@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from matilda_ckpt.snapshot import Snapshot
+
 MAX_NESTING = 40
 """Levels of a saved state; each costs at most two of JSON's."""
 
@@ -38,7 +40,9 @@ class Encoded:
 class Encoder:
     """Encodes the names of one save; tied tensors are stored once over all of them."""
 
-    def __init__(self) -> None:
+    def __init__(self, snapshot: Snapshot | None = None) -> None:
+        """With a `snapshot`, leaves are frozen as they are met; else they are read when written."""
+        self._snapshot = snapshot
         self._seen: dict[object, tuple[str, str]] = {}
         self._alive: list[object] = []
         self.live_tensors: list[torch.Tensor] = []
@@ -120,6 +124,7 @@ class Encoder:
             tag, distinct = "$tensor", identity not in self._seen
             if distinct:
                 self.live_tensors.append(value)
+                read = source.read if self._snapshot is None else self._snapshot.add(value)
         elif torch is not None and isinstance(value, torch.dtype):
             return {"$torch_dtype": str(value).removeprefix("torch.")}
         elif torch is not None and isinstance(value, torch.device):
@@ -130,15 +135,19 @@ class Encoder:
                 return None
             from matilda_ckpt import numpy_arrays
 
-            source = numpy_arrays.source(_shown(name, path), value)
             identity = ("numpy", id(value))
+            if self._snapshot is not None and identity not in self._seen:
+                self._alive.append(value)
+                value = value.copy()
+            source = numpy_arrays.source(_shown(name, path), value)
+            read = source.read
             tag = "$ndarray" if isinstance(value, numpy.ndarray) else "$numpy_scalar"
             distinct = identity not in self._seen
         if distinct:
             self._alive.append(value)  # keeps the identity from being reused during this save
             key = _unique(".".join(path) or "value", taken)
             self._seen[identity] = (name, key)
-            result.tensors.append(TensorSource(key, source.dtype, source.shape, source.read))
+            result.tensors.append(TensorSource(key, source.dtype, source.shape, read))
         owner, key = self._seen[identity]
         return {tag: key} if owner == name else {tag: key, "in": owner}
 

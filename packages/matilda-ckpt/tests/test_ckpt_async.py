@@ -1,0 +1,182 @@
+"""Saves in the background: frozen state, one at a time, no lost error, no late surprise."""
+
+from __future__ import annotations
+
+import errno
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from matilda_ckpt import Checkpointer, LockedError, RngState, SaveError
+from matilda_ckpt.fs import OsFs, WriteFile
+
+
+class GateFs(OsFs):
+    """A disk that waits at the first file until the test opens the gate, or fails there."""
+
+    def __init__(self) -> None:
+        self.gate = threading.Event()
+        self.reached = threading.Event()
+        self.error: OSError | None = None
+
+    def create(self, path: str, size: int) -> WriteFile:
+        self.reached.set()
+        self.gate.wait(30)
+        if self.error is not None:
+            raise self.error
+        return super().create(path, size)
+
+
+def test_state_is_frozen_at_the_call_whatever_training_does_next(tmp_path: Path) -> None:
+    fs = GateFs()
+    checkpoints = Checkpointer(tmp_path, fs=fs)
+    weight = torch.arange(3_000_000, dtype=torch.float32)
+    buffers = {
+        "half": torch.ones(7, dtype=torch.float16),
+        "strided": torch.arange(12).reshape(3, 4).t(),
+        "array": np.arange(5),
+        "scalar": torch.tensor(1.0),
+        "empty": torch.zeros(0),
+    }
+    state = {"model": {"w": weight, "tied": weight}, "more": buffers, "count": {"n": 1}}
+    handle = checkpoints.save(1, state, wait=False)
+    fs.reached.wait(30)
+    assert not handle.done
+    assert not checkpoints.poll()
+    weight.zero_()
+    buffers["half"].zero_()
+    buffers["strided"].zero_()
+    buffers["array"][:] = 0
+    state["count"]["n"] = 2
+    fs.gate.set()
+    assert handle.result().step == 1
+    loaded = checkpoints.load_state(1)
+    assert torch.equal(loaded["model"]["w"], torch.arange(3_000_000, dtype=torch.float32))
+    assert loaded["model"]["w"].data_ptr() == loaded["model"]["tied"].data_ptr()
+    assert torch.equal(loaded["more"]["half"], torch.ones(7, dtype=torch.float16))
+    assert torch.equal(loaded["more"]["strided"], torch.arange(12).reshape(3, 4).t())
+    assert loaded["more"]["array"].tolist() == [0, 1, 2, 3, 4]
+    assert loaded["count"] == {"n": 1}
+
+
+def test_files_are_the_same_bytes_as_those_of_a_waiting_save(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(12)])
+    rng = RngState()
+    for folder, wait in (("sync", True), ("async", False)):
+        with Checkpointer(tmp_path / folder, shard_bytes=1 << 20) as checkpoints:
+            checkpoints.save(1, {"model": model, "rng": rng}, wait=wait)
+    left, right = tmp_path / "sync/step-00000001", tmp_path / "async/step-00000001"
+    names = sorted(p.name for p in left.iterdir())
+    assert names == sorted(p.name for p in right.iterdir())
+    for name in names:
+        if name not in ("MANIFEST.json", "COMMIT"):
+            assert (left / name).read_bytes() == (right / name).read_bytes(), name
+
+
+def test_next_save_waits_for_the_one_in_flight_and_memory_is_reused(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    weight = torch.zeros(20_000_000)
+    for step in range(1, 5):
+        weight.fill_(step)
+        checkpoints.save(step, {"w": weight}, wait=False)
+    checkpoints.finish()
+    assert [info.step for info in checkpoints.list()] == [4, 3, 2]
+    assert checkpoints.load_state(4)["w"].unique().tolist() == [4.0]
+    assert checkpoints._pool is not None
+    assert weight.nbytes <= checkpoints._pool.nbytes <= weight.nbytes + (32 << 20)
+
+
+@pytest.mark.parametrize("how", ["save", "poll", "finish", "close", "result", "restore"])
+def test_a_failure_reaches_the_next_call_exactly_once(tmp_path: Path, how: str) -> None:
+    fs = GateFs()
+    fs.gate.set()
+    checkpoints = Checkpointer(tmp_path, fs=fs)
+    checkpoints.save(1, {"x": torch.ones(2)})
+    fs.error = OSError(errno.EIO, "injected")
+    handle = checkpoints.save(2, {"x": torch.ones(2)}, wait=False)
+    handle._ended.wait()
+    fs.error = None
+    calls = {
+        "save": lambda: checkpoints.save(3, {"x": 1}, wait=False),
+        "poll": checkpoints.poll,
+        "finish": checkpoints.finish,
+        "close": checkpoints.close,
+        "result": handle.result,
+        "restore": lambda: checkpoints.restore({}),
+    }
+    with pytest.raises(SaveError, match=r"step 2 was not saved.*injected.*untouched"):
+        calls[how]()
+    checkpoints.save(4, {"x": 1}, wait=False).result()
+    assert [info.step for info in checkpoints.list()] == [4, 1]
+
+
+def test_deadline_abandons_the_save_and_a_later_one_works(tmp_path: Path) -> None:
+    fs = GateFs()
+    checkpoints = Checkpointer(tmp_path, fs=fs)
+    handle = checkpoints.save(1, {"x": torch.ones(2)}, wait=False)
+    fs.reached.wait(30)
+    with pytest.raises(SaveError, match="abandoned"):
+        checkpoints.finish(deadline_s=0.01)
+    fs.gate.set()
+    handle._ended.wait()
+    assert checkpoints.list() == []
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+    assert checkpoints.poll()
+    checkpoints.save(2, {"x": torch.ones(2)})
+    checkpoints.save(3, {"x": torch.ones(2)}, wait=False)
+    info = checkpoints.finish(deadline_s=30)
+    assert info is not None
+    assert info.step == 3
+    assert checkpoints.finish() is None
+
+
+def test_bad_arguments_and_a_foreign_lock_are_errors_of_the_call_itself(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    with pytest.raises(ValueError, match="pickle"):
+        checkpoints.save(1, {"x": object()}, wait=False)
+    checkpoints.save(1, {"x": 1}, wait=False)
+    with pytest.raises(LockedError):
+        Checkpointer(tmp_path).save(1, {"x": 1}, wait=False)
+    checkpoints.close()
+
+
+def test_non_finite_state_is_seen_in_the_background(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    bad = torch.ones(1000, dtype=torch.bfloat16)
+    bad[-1] = float("nan")
+    assert not checkpoints.save(1, {"x": bad}, wait=False).result().healthy
+    assert checkpoints.save(2, {"x": bad[:-1]}, wait=False).result().healthy
+
+
+def test_interpreter_exit_completes_the_save(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from matilda_ckpt import Checkpointer
+c = Checkpointer({str(tmp_path)!r}, shard_bytes=1 << 20)
+c.save(1, {{"x": [torch.full((300_000,), i) for i in range(8)]}}, wait=False)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+    restored = Checkpointer(tmp_path).restore({})
+    assert restored is not None
+    assert [int(t[0]) for t in restored.state["x"]] == list(range(8))
+
+
+@pytest.mark.gpu
+def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    checkpoints = Checkpointer(tmp_path)
+    weight = torch.randn(30_000_000, device="cuda")
+    expected = weight.cpu()
+    for step in (1, 2):
+        handle = checkpoints.save(step, {"w": weight, "t": {"same": weight}}, wait=False)
+        weight.zero_()
+        torch.cuda.synchronize()
+        assert torch.equal(checkpoints.load_state(handle.path)["w"], expected)
+        weight.copy_(expected)
