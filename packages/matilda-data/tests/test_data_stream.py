@@ -57,7 +57,7 @@ def mixed_dir(
 
 def all_tokens(data_dir: Path, source: int = 0, split: str = "train") -> np.ndarray:
     dataset = open_dataset(data_dir, split)
-    return dataset.sources[source].gather(np.array([0]), dataset.sources[source].n_tokens)[0]
+    return dataset.sources[source].read(0, dataset.sources[source].n_tokens)
 
 
 def test_golden_batch_pins_the_order_for_ever(data_dir: Path, mixed_dir: Path) -> None:
@@ -76,7 +76,7 @@ def test_every_window_comes_once_an_epoch(data_dir: Path) -> None:
     ring = np.concatenate([tokens, tokens[:38]])
     for epoch in range(3):
         seen = stream.windows(epoch * stream.n_windows, stream.n_windows)
-        _, starts = stream._locate(np.arange(stream.n_windows) + epoch * stream.n_windows)
+        _, starts = stream.positions(epoch * stream.n_windows, stream.n_windows)
         border = starts.min() % 37
         assert len(set(starts.tolist())) == stream.n_windows
         order = np.sort((starts - starts[0]) % len(tokens))
@@ -87,7 +87,7 @@ def test_every_window_comes_once_an_epoch(data_dir: Path) -> None:
 
 def test_window_borders_move_between_epochs(data_dir: Path) -> None:
     stream = BinStream(data_dir, seq_len=37, seed=5)
-    starts = [stream._locate(np.array([e * stream.n_windows]))[1][0] % 37 for e in range(12)]
+    starts = [stream.positions(e * stream.n_windows, 1)[1][0] % 37 for e in range(12)]
     assert len(set(starts)) > 4
 
 
@@ -224,7 +224,7 @@ def test_state_of_other_data_is_refused(data_dir: Path, mixed_dir: Path) -> None
 
 def test_mixture_takes_sources_by_weight(mixed_dir: Path) -> None:
     stream = BinStream(mixed_dir, seq_len=20, seed=3)
-    source, _ = stream._locate(np.arange(1000))
+    source, _ = stream.positions(0, 1000)
     assert np.bincount(source).tolist() == [830, 170]
     only = BinStream(mixed_dir, seq_len=20, seed=3, weights={"code": 1})
     assert only.n_windows == open_dataset(mixed_dir).sources[1].n_tokens // 20

@@ -1,9 +1,12 @@
 """Text to verified uint16 token shards, and resumable, elastic streams over them."""
 
+from matilda_data.binfiles import open_bin
 from matilda_data.dataset import TokenDataset, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.manifest import Manifest, ShardEntry, SourceEntry
+from matilda_data.prefetch import Prefetcher
 from matilda_data.prepare import Progress, TextSource, prepare_text
+from matilda_data.provenance import DocumentSpan, cu_seqlens, documents_of
 from matilda_data.stream import BinStream, batch_sha256
 from matilda_data.tokenizer import Tokenizer, load_tokenizer
 from matilda_data.verify import VerifyReport, verify
@@ -11,7 +14,9 @@ from matilda_data.verify import VerifyReport, verify
 __all__ = [
     "BinStream",
     "DataError",
+    "DocumentSpan",
     "Manifest",
+    "Prefetcher",
     "Progress",
     "ShardEntry",
     "SourceEntry",
@@ -20,7 +25,10 @@ __all__ = [
     "Tokenizer",
     "VerifyReport",
     "batch_sha256",
+    "cu_seqlens",
+    "documents_of",
     "load_tokenizer",
+    "open_bin",
     "open_dataset",
     "prepare_text",
     "verify",

@@ -1,7 +1,8 @@
-"""Opening a data set: `open_dataset`. Nothing is handed out before it has been verified.
+"""Opening a data set: `open_dataset`, `open_bin`. Nothing is handed out before it is verified.
 
 At open: the manifest against its own hash, every shard's header against the manifest, every length.
-At the first touch of a 64 MiB chunk: its SHA-256.
+At the first touch of a 64 MiB chunk: its SHA-256, unless a stamp says that the file was verified
+before and has not been touched since.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from matilda_data.documents_index import DocumentIndex
 from matilda_data.errors import DataError
 from matilda_data.manifest import CHUNK_BYTES, SPLITS, Manifest, ShardEntry, read_manifest
 from matilda_data.shard import HEADER_BYTES, read_header
+from matilda_data.stamps import FileState, Stamps, file_state
 
-__all__ = ["ShardFile", "TokenDataset", "TokenSource", "open_dataset"]
+__all__ = ["ShardFile", "TokenDataset", "TokenSource", "check_entry", "open_dataset"]
 
 CHUNK_TOKENS = CHUNK_BYTES // 2
 
@@ -29,20 +32,33 @@ TokenArray = npt.NDArray[np.uint16]
 class ShardFile:
     """One memory-mapped shard whose chunks are hashed before their first use."""
 
-    def __init__(self, path: Path, n_tokens: int, chunk_sha256: Sequence[str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        n_tokens: int,
+        *,
+        sha256: str,
+        chunk_sha256: Sequence[str],
+        stamps: Stamps | None,
+    ) -> None:
         self.path = path
         self.n_tokens = n_tokens
+        self.sha256 = sha256
         self._chunk_sha256 = tuple(chunk_sha256)
-        self._verified = np.zeros(len(self._chunk_sha256), dtype=np.bool_)
-        self._all_verified = False
+        self._stamps = stamps
+        stamped = stamps is not None and stamps.holds(path.name, sha256)
+        self._verified = np.full(len(self._chunk_sha256), stamped, dtype=np.bool_)
+        self._all_verified = stamped
         self._lock = threading.Lock()
         self._tokens: TokenArray | None = None
+        self.state: FileState | None = None
 
     @property
     def tokens(self) -> TokenArray:
         """Read-only uint16[n_tokens] map of the payload, not verified by itself."""
         if self._tokens is None:
             try:
+                self.state = file_state(self.path)
                 mapped = np.memmap(
                     self.path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(self.n_tokens,)
                 )
@@ -51,8 +67,13 @@ class ShardFile:
             self._tokens = mapped.view(np.ndarray)
         return self._tokens
 
+    @property
+    def verified(self) -> bool:
+        """Whether every chunk has been verified, now or (by a stamp) before."""
+        return self._all_verified
+
     def require(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
-        """Verify the chunks that token positions `first` to `last` (inclusive, arrays) touch.
+        """Verify the chunks that token positions `first` and `last` (arrays) lie in.
 
         Raises:
             DataError: a chunk is not what the manifest says; names shard and chunk.
@@ -73,6 +94,8 @@ class ShardFile:
         if self._verified[chunk]:
             return
         with self._lock:
+            if self._verified[chunk]:
+                return
             piece = self.tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
             if hashlib.sha256(piece.data.cast("B")).hexdigest() != self._chunk_sha256[chunk]:
                 raise DataError(
@@ -82,47 +105,80 @@ class ShardFile:
                 )
             self._verified[chunk] = True
             self._all_verified = bool(self._verified.all())
+            if self._all_verified and self._stamps is not None and self.state is not None:
+                self._stamps.add(self.path.name, self.sha256, self.state)
 
 
 class TokenSource:
     """The shards of one source and split as one sequence of tokens."""
 
-    def __init__(self, name: str, weight: int, shards: Sequence[ShardFile]) -> None:
+    def __init__(
+        self,
+        name: str,
+        weight: int,
+        shards: Sequence[ShardFile],
+        index: DocumentIndex | None = None,
+    ) -> None:
         self.name = name
         self.weight = weight
         self.shards = tuple(shards)
+        self.index = index
         self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
         self.n_tokens = int(self._ends[-1]) if len(shards) else 0
 
-    def gather(self, starts: npt.NDArray[np.int64], length: int) -> TokenArray:
-        """uint16[len(starts), length]: `length` tokens from each start, wrapping at the end."""
-        out = np.empty((len(starts), length), dtype=np.uint16)
+    def gather(
+        self,
+        starts: npt.NDArray[np.int64],
+        length: int,
+        out: TokenArray,
+        rows: npt.NDArray[np.intp],
+    ) -> None:
+        """`out[rows[i]]` = the `length` tokens from `starts[i]` on, wrapping round at the end.
+
+        Args:
+            starts: int64[n] positions in [0, n_tokens).
+            length: tokens a row.
+            out: uint16[any, length].
+            rows: int[n].
+        """
         which = np.searchsorted(self._ends, starts, side="right")
         whole = starts + length <= self._ends[which]
         for number in np.unique(which[whole]).tolist():
-            rows = np.flatnonzero(whole & (which == number))
+            members = np.flatnonzero(whole & (which == number))
             shard = self.shards[number]
-            local = starts[rows] - (self._ends[number] - shard.n_tokens)
+            local = starts[members] - (self._ends[number] - shard.n_tokens)
             shard.require(local, local + length - 1)
             tokens = shard.tokens
-            for row, start in zip(rows.tolist(), local.tolist(), strict=True):
+            for row, start in zip(rows[members].tolist(), local.tolist(), strict=True):
                 out[row] = tokens[start : start + length]
-        for row in np.flatnonzero(~whole).tolist():
-            self._read_across(int(starts[row]), out[row])
+        for member in np.flatnonzero(~whole).tolist():
+            self.read_into(int(starts[member]), out[rows[member]])
+
+    def read(self, start: int, length: int) -> TokenArray:
+        """uint16[length] tokens from `start` on, wrapping round at the end."""
+        out = np.empty(length, dtype=np.uint16)
+        self.read_into(start, out)
         return out
 
-    def _read_across(self, start: int, out: TokenArray) -> None:
+    def read_into(self, start: int, out: TokenArray) -> None:
+        """Fill `out` with the tokens from `start` on, wrapping round at the end."""
         filled = 0
         while filled < len(out):
             number = int(np.searchsorted(self._ends, start, side="right"))
             shard = self.shards[number]
             local = start - int(self._ends[number] - shard.n_tokens)
             take = min(shard.n_tokens - local, len(out) - filled)
-            positions = np.arange(local, local + take, max(CHUNK_TOKENS, 1), dtype=np.int64)
-            shard.require(positions, np.array([local + take - 1], dtype=np.int64))
+            touched = np.arange(local, local + take, CHUNK_TOKENS, dtype=np.int64)
+            shard.require(touched, np.array([local + take - 1], dtype=np.int64))
             out[filled : filled + take] = shard.tokens[local : local + take]
             filled += take
             start = (start + take) % self.n_tokens
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """The shard file and the position in it of token `position`."""
+        number = int(np.searchsorted(self._ends, position, side="right"))
+        shard = self.shards[number]
+        return shard.path.name, position - int(self._ends[number] - shard.n_tokens)
 
 
 class TokenDataset:
@@ -134,30 +190,54 @@ class TokenDataset:
         tokenizer_name, tokenizer_sha256, vocab_size, eot_id: the tokenizer that made the tokens.
         n_tokens, n_documents: totals of this split, end-of-text included.
         sources: the parts of the mixture that have tokens in this split.
-        manifest: everything else.
+        manifest: everything else; None for plain `.bin` files.
+        directory: where it lies.
     """
 
-    def __init__(self, directory: Path, manifest: Manifest, split: str) -> None:
+    def __init__(
+        self,
+        *,
+        directory: Path,
+        manifest: Manifest | None,
+        data_id: str,
+        split: str,
+        tokenizer_name: str,
+        tokenizer_sha256: str,
+        vocab_size: int,
+        eot_id: int,
+        n_documents: int,
+        sources: Sequence[TokenSource],
+    ) -> None:
         self.directory = directory
         self.manifest = manifest
-        self.data_id = manifest.data_id
+        self.data_id = data_id
         self.split = split
-        self.tokenizer_name = str(manifest.tokenizer["name"])
-        self.tokenizer_sha256 = str(manifest.tokenizer["sha256"])
-        self.vocab_size = int(manifest.tokenizer["vocab_size"])
-        self.eot_id = int(manifest.tokenizer["eot_id"])
-        self.n_tokens = manifest.total_tokens(split)
-        self.n_documents = manifest.total_documents(split)
-        sources = []
-        for source in manifest.sources:
-            shards = [
-                ShardFile(directory / entry.file, entry.tokens, entry.chunk_sha256)
-                for entry in manifest.shards
-                if entry.split == split and entry.source == source.name
-            ]
-            if shards:
-                sources.append(TokenSource(source.name, source.weight, shards))
+        self.tokenizer_name = tokenizer_name
+        self.tokenizer_sha256 = tokenizer_sha256
+        self.vocab_size = vocab_size
+        self.eot_id = eot_id
+        self.n_documents = n_documents
         self.sources = tuple(sources)
+        self.n_tokens = sum(source.n_tokens for source in self.sources)
+
+    def verify_ahead(self) -> threading.Thread:
+        """Verify all chunks in a daemon thread, so that first touches find them verified.
+
+        Damage found there is not raised: the first touch of the chunk raises it. Hashing releases
+        the interpreter lock (about 1.5 GB/s on one core).
+        """
+
+        def verify_all() -> None:
+            for source in self.sources:
+                for shard in source.shards:
+                    try:
+                        shard.verify()
+                    except DataError:
+                        continue
+
+        thread = threading.Thread(target=verify_all, name="matilda-data-verify", daemon=True)
+        thread.start()
+        return thread
 
     def __repr__(self) -> str:
         return (
@@ -166,11 +246,14 @@ class TokenDataset:
         )
 
 
-def open_dataset(data_dir: str | os.PathLike[str], split: str = "train") -> TokenDataset:
+def open_dataset(
+    data_dir: str | os.PathLike[str], split: str = "train", *, stamps: bool = True
+) -> TokenDataset:
     """Open one split of the data set in `data_dir`.
 
     Every shard's header and length is checked here, in milliseconds; contents are checked chunk by
-    chunk before their first token is handed out.
+    chunk before their first token is handed out, once: a stamp remembers a verified shard as long
+    as nothing touches the file (`stamps=False` neither trusts nor writes any).
 
     Raises:
         DataError: not a data set, incomplete (with the command that finishes it), a shard missing,
@@ -182,14 +265,45 @@ def open_dataset(data_dir: str | os.PathLike[str], split: str = "train") -> Toke
     manifest = read_manifest(directory)
     for entry in manifest.shards:
         check_entry(directory, entry)
-    dataset = TokenDataset(directory, manifest, split)
-    if not dataset.n_tokens:
+    known = Stamps(directory, manifest.data_id) if stamps else None
+    sources = []
+    for source in manifest.sources:
+        entries = [
+            entry
+            for entry in manifest.shards
+            if entry.split == split and entry.source == source.name
+        ]
+        if entries:
+            shards = [
+                ShardFile(
+                    directory / entry.file,
+                    entry.tokens,
+                    sha256=entry.sha256,
+                    chunk_sha256=entry.chunk_sha256,
+                    stamps=known,
+                )
+                for entry in entries
+            ]
+            index = DocumentIndex(directory, entries)
+            sources.append(TokenSource(source.name, source.weight, shards, index))
+    if not sources:
         other = "a larger" if split == "val" else "a smaller"
         raise DataError(
             f"data set {str(directory)!r} has no {split!r} documents; prepare it again with "
             f"{other} `val_fraction` or more text"
         )
-    return dataset
+    return TokenDataset(
+        directory=directory,
+        manifest=manifest,
+        data_id=manifest.data_id,
+        split=split,
+        tokenizer_name=str(manifest.tokenizer["name"]),
+        tokenizer_sha256=str(manifest.tokenizer["sha256"]),
+        vocab_size=int(manifest.tokenizer["vocab_size"]),
+        eot_id=int(manifest.tokenizer["eot_id"]),
+        n_documents=manifest.total_documents(split),
+        sources=sources,
+    )
 
 
 def check_entry(directory: Path, entry: ShardEntry) -> None:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from matilda_data.documents import ReadOptions
-from matilda_data.durable import fsync_directory
+from matilda_data.durable import TEMP_PREFIX, fsync_directory
 from matilda_data.errors import DataError
 from matilda_data.inputs import Unit, find_files, plan_units
 from matilda_data.journal import Journal
@@ -148,12 +148,15 @@ def prepare_text(
     )
     plan = _Plan(sources, units, encoder, options, pack_options, val_fraction)
     directory = Path(out_dir)
-    if (finished := _finished(directory, plan)) is not None:
+    work = directory / WORK_DIR
+    if (finished := _finished(directory, plan)) is not None and not work.exists():
         return finished
     created = not directory.exists()
     directory.mkdir(parents=True, exist_ok=True)
-    work = directory / WORK_DIR
     with _exclusive(work):
+        if (finished := _finished(directory, plan)) is not None:
+            _tidy(directory, work)  # a run was killed after it had published
+            return finished
         try:
             return _run(plan, directory, work, workers, progress, command)
         except DataError:
@@ -301,9 +304,14 @@ def _run(
         journal.close()
 
 
-def _clear_temporaries(parts: Path) -> None:
-    for leftover in parts.glob(".tmp-*"):
+def _clear_temporaries(directory: Path) -> None:
+    for leftover in directory.glob(f"{TEMP_PREFIX}*"):
         leftover.unlink(missing_ok=True)
+
+
+def _tidy(directory: Path, work: Path) -> None:
+    _clear_temporaries(directory)
+    shutil.rmtree(work)
 
 
 class _Meter:
@@ -420,6 +428,6 @@ def _publish(
             (shards_dir / name).replace(directory / name)
     fsync_directory(directory)
     write_manifest(directory, manifest)
-    shutil.rmtree(work)
+    _tidy(directory, work)
     meter.report("done")
     return manifest

@@ -15,13 +15,16 @@ from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
 from matilda_data.mixture import Mixture, Phase
 from matilda_data.order import ORDER, keys, permute
+from matilda_data.skipping import SkipMap
 
 __all__ = ["BinStream", "batch_sha256"]
 
 FORMAT = "matilda-stream/1"
+CACHED_KEYS = 256
 
 TokenArray = npt.NDArray[np.uint16]
 Int64Array = npt.NDArray[np.int64]
+Weights = Mapping[str, int]
 
 
 class BinStream:
@@ -40,7 +43,7 @@ class BinStream:
         next_sample: THE position; `take` advances it.
         n_windows: windows of one epoch over all sources.
         data_id: identity of the data.
-        seq_len, seed, split, shuffle: as given.
+        dataset, seq_len, seed, split, shuffle, max_repeats: as given.
     """
 
     def __init__(
@@ -51,7 +54,9 @@ class BinStream:
         seed: int,
         split: str = "train",
         shuffle: bool = True,
-        weights: Mapping[str, int] | None = None,
+        weights: Weights | Sequence[tuple[int, Weights]] | None = None,
+        skip: Sequence[tuple[int, int]] = (),
+        max_repeats: int | None = None,
     ) -> None:
         """Open a stream at sample 0.
 
@@ -59,7 +64,13 @@ class BinStream:
             dataset: an open data set, or its directory (then `split` of it is opened).
             seq_len: inputs a sample; it holds one token more.
             seed: any integer; other seeds give unrelated orders.
-            weights: integer weight for each source name; None takes the manifest's.
+            split: `"train"` or `"val"`, for a directory.
+            shuffle: False for file order.
+            weights: integer weight for each source name (sources not named are left out); a list
+                of (first sample, weights) changes the mixture on the way, for annealing; None
+                takes the manifest's weights.
+            skip: half-open intervals of sample numbers to leave out, as after a loss spike.
+            max_repeats: refuse samples past this many epochs of any source.
 
         Raises:
             DataError: the data set cannot be opened or is shorter than one sample, or an argument
@@ -71,28 +82,44 @@ class BinStream:
             raise DataError(f"`seq_len` is {seq_len!r}; give an integer ≥ 1")
         if not isinstance(seed, int):
             raise DataError(f"`seed` is {seed!r}; give an integer")
+        if max_repeats is not None and (not isinstance(max_repeats, int) or max_repeats < 1):
+            raise DataError(f"`max_repeats` is {max_repeats!r}; give an integer ≥ 1 or None")
         self.dataset = dataset
         self.data_id = dataset.data_id
         self.split = dataset.split
         self.seq_len = seq_len
         self.seed = seed
         self.shuffle = shuffle
+        self.max_repeats = max_repeats
         self.next_sample = 0
-        self._weights = _resolve_weights(dataset, weights)
-        self._sources = [
-            source for source, weight in zip(dataset.sources, self._weights, strict=True) if weight
-        ]
+        phases = _resolve_phases(dataset, weights)
+        used = [any(phase[1][number] for phase in phases) for number in range(len(dataset.sources))]
+        self._sources = [s for s, wanted in zip(dataset.sources, used, strict=True) if wanted]
+        self._mixture_id = [[source.name for source in dataset.sources], phases]
+        self._skip = SkipMap(skip)
         spare = 0 if shuffle else 1  # a shuffled source wraps round, a plain one ends
-        self._n_windows = [(source.n_tokens - spare) // seq_len for source in self._sources]
+        self._n_windows = np.array(
+            [(source.n_tokens - spare) // seq_len for source in self._sources], dtype=np.int64
+        )
         for source in self._sources:
             if source.n_tokens <= seq_len:
                 raise DataError(
                     f"source {source.name!r} has {source.n_tokens} {self.split!r} tokens, fewer "
                     f"than one sample of {seq_len + 1}; use a smaller `seq_len` or more text"
                 )
-        self.n_windows = sum(self._n_windows)
-        phase = Phase(start=0, weights=tuple(weight for weight in self._weights if weight))
-        self._mixture = Mixture([phase], self.data_id, self.split, seed)
+        self.n_windows = int(self._n_windows.sum())
+        self._mixture = Mixture(
+            [
+                Phase(
+                    start=start,
+                    weights=tuple(w for w, wanted in zip(row, used, strict=True) if wanted),
+                )
+                for start, row in phases
+            ],
+            self.data_id,
+            self.split,
+            seed,
+        )
         self._ends = np.cumsum(self._n_windows, dtype=np.int64)
         self._keys: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
 
@@ -103,43 +130,54 @@ class BinStream:
         tokens if given (same shape and dtype) and is returned.
 
         Raises:
-            DataError: a negative number, or a shard proves damaged.
+            DataError: a negative number, samples past `max_repeats`, or a damaged shard.
         """
-        if first < 0 or count < 0:
-            raise DataError(f"samples {first!r} to {first + count!r} do not exist; start at 0")
         shape = (count, self.seq_len + 1)
         if out is None:
             out = np.empty(shape, dtype=np.uint16)
         elif out.shape != shape or out.dtype != np.uint16:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
-        source, start = self._locate(np.arange(first, first + count, dtype=np.int64))
+        source, start = self.positions(first, count)
         for number in np.unique(source).tolist():
             rows = np.flatnonzero(source == number)
-            out[rows] = self._sources[number].gather(start[rows], self.seq_len + 1)
+            self._sources[number].gather(start[rows], self.seq_len + 1, out, rows)
         return out
 
-    def _locate(self, samples: Int64Array) -> tuple[Int64Array, Int64Array]:
-        """For each sample its source and its first token's position there."""
+    def positions(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
+        """Where the samples come from: int64[count] numbers into `source_names`, int64[count]
+        positions of their first tokens among that source's tokens."""
+        if first < 0 or count < 0:
+            raise DataError(f"samples {first!r} to {first + count!r} do not exist; start at 0")
+        samples = self._skip.original(np.arange(first, first + count, dtype=np.int64))
         if not self.shuffle:
             window = samples % self.n_windows
             source = np.searchsorted(self._ends, window, side="right").astype(np.int64)
-            begin = self._ends[source] - np.array(self._n_windows, dtype=np.int64)[source]
+            begin = self._ends[source] - self._n_windows[source]
             return source, (window - begin) * self.seq_len
         source, index = self._mixture.locate(samples)
         start = np.empty_like(index)
         for number in np.unique(source).tolist():
             rows = source == number
-            n_windows, n_tokens = self._n_windows[number], self._sources[number].n_tokens
-            epoch, window = np.divmod(index[rows], n_windows)
-            first_token = np.empty_like(window)
-            for each in np.unique(epoch).tolist():
-                members = epoch == each
-                key = self._key(number, each)
-                border = int(key[8]) % n_tokens
-                moved = permute(window[members], n_windows, key) * self.seq_len + border
-                first_token[members] = moved % n_tokens
-            start[rows] = first_token
+            start[rows] = self._shuffled(number, index[rows])
         return source, start
+
+    def _shuffled(self, source: int, index: Int64Array) -> Int64Array:
+        """First tokens of a source's windows `index`, counted over epochs."""
+        n_windows, n_tokens = int(self._n_windows[source]), self._sources[source].n_tokens
+        epoch, window = np.divmod(index, n_windows)
+        if self.max_repeats is not None and (epoch >= self.max_repeats).any():
+            raise DataError(
+                f"source {self._sources[source].name!r} is used up after {self.max_repeats} "
+                "epochs (`max_repeats`); prepare more text, lower its weight or allow more repeats"
+            )
+        start = np.empty_like(window)
+        for each in np.unique(epoch).tolist():
+            members = epoch == each
+            key = self._key(source, each)
+            border = int(key[8]) % n_tokens
+            moved = permute(window[members], n_windows, key) * self.seq_len + border
+            start[members] = moved % n_tokens
+        return start
 
     def _key(self, source: int, epoch: int) -> npt.NDArray[np.uint64]:
         """Nine keys: eight for the permutation's rounds, one for the window borders."""
@@ -147,10 +185,25 @@ class BinStream:
         if found is None:
             name = self._sources[source].name
             found = keys(9, "windows", self.data_id, self.split, self.seed, name, epoch)
-            if len(self._keys) >= 64:
+            if len(self._keys) >= CACHED_KEYS:
                 self._keys.clear()
             self._keys[source, epoch] = found
         return found
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Names of the sources in use; `positions` gives numbers into it."""
+        return tuple(source.name for source in self._sources)
+
+    def epochs(self, samples: int | None = None) -> dict[str, float]:
+        """How often each source has been read after `samples` samples (None: `next_sample`)."""
+        used = self.next_sample if samples is None else samples
+        last = int(self._skip.original(np.array([max(used - 1, 0)], dtype=np.int64))[0])
+        total = last + 1 if used else 0
+        if not self.shuffle:
+            return dict.fromkeys(self.source_names, total / self.n_windows)
+        counts = self._mixture.counts(total)
+        return dict(zip(self.source_names, (counts / self._n_windows).tolist(), strict=True))
 
     def take(self, count: int) -> TokenArray:
         """`windows(next_sample, count)`, then `next_sample` advances by `count`."""
@@ -159,7 +212,6 @@ class BinStream:
         return tokens
 
     def _identity(self) -> dict[str, Any]:
-        mixture = [[s.name, w] for s, w in zip(self.dataset.sources, self._weights, strict=True)]
         return {
             "format": FORMAT,
             "order": ORDER if self.shuffle else "sequential",
@@ -167,15 +219,18 @@ class BinStream:
             "split": self.split,
             "seq_len": self.seq_len,
             "seed": self.seed,
-            "mixture_sha256": hashlib.sha256(canonical_json(mixture)).hexdigest(),
+            "mixture_sha256": hashlib.sha256(canonical_json(self._mixture_id)).hexdigest(),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Plain JSON of a few hundred bytes: what the order depends on, and `next_sample`."""
-        return {**self._identity(), "next_sample": self.next_sample}
+        skip = [list(interval) for interval in self._skip.intervals]
+        return {**self._identity(), "skip": skip, "next_sample": self.next_sample}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken, on any number of ranks.
+
+        This stream may skip other samples than the saved one did, as long as those lie ahead.
 
         Raises:
             DataError: the state belongs to other data, another seed, sequence length or mixture;
@@ -185,11 +240,18 @@ class BinStream:
             if state.get(field) != mine:
                 raise DataError(
                     f"the saved stream has `{field}` {state.get(field)!r} and this one {mine!r}; "
-                    f"resume with the same data and settings, or start a new run"
+                    "resume with the same data and settings, or start a new run"
                 )
         position = state.get("next_sample")
         if not isinstance(position, int) or isinstance(position, bool) or position < 0:
             raise DataError(f"the saved stream has `next_sample` {position!r}; it is damaged")
+        passed = SkipMap(state.get("skip", ())).before(position)
+        if passed != self._skip.before(position):
+            raise DataError(
+                f"the saved stream has passed `skip` intervals {passed!r} and this one would have "
+                f"passed {self._skip.before(position)!r}; only samples ahead of {position} can be "
+                "skipped anew"
+            )
         self.next_sample = position
 
     def __repr__(self) -> str:
@@ -199,14 +261,19 @@ class BinStream:
         )
 
 
-def _resolve_weights(dataset: TokenDataset, weights: Mapping[str, int] | None) -> Sequence[int]:
+def _resolve_phases(
+    dataset: TokenDataset, weights: Weights | Sequence[tuple[int, Weights]] | None
+) -> list[tuple[int, list[int]]]:
+    """(first sample, one weight for each source of the data set) rows."""
     if weights is None:
-        return [source.weight for source in dataset.sources]
+        return [(0, [source.weight for source in dataset.sources])]
     names = [source.name for source in dataset.sources]
-    for name in weights:
-        if name not in names:
-            raise DataError(f"no source {name!r} in the data set; it has {', '.join(names)}")
-    return [weights.get(name, 0) for name in names]
+    rows = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
+    for _, row in rows:
+        for name in row:
+            if name not in names:
+                raise DataError(f"no source {name!r} in the data set; it has {', '.join(names)}")
+    return [(int(start), [row.get(name, 0) for name in names]) for start, row in rows]
 
 
 def batch_sha256(tokens: npt.ArrayLike) -> str:
