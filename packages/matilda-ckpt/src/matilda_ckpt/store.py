@@ -225,6 +225,9 @@ class Store(Catalog):
             if not os.path.basename(path).startswith("."):  # noqa: PTH119
                 trash = f"{self.root}/{TRASH_PREFIX}{self._nonce()}"
                 self.fs.rename_noreplace(path, trash)
+                # Emptying it before the new name is durable could leave a torn directory under
+                # the old one; when this fails the next start removes it.
+                self.fs.fsync_dir(self.root)
                 path = trash
             remove_tree(self.fs, path)
         except OSError:

@@ -7,6 +7,8 @@ publish, that someone else has taken over.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import secrets
 
@@ -17,6 +19,8 @@ from matilda_ckpt.fs import Fs, Lock, remove_tree
 LOCK_NAME = "LOCK"
 TEMP_PREFIX = ".tmp-"
 TRASH_PREFIX = ".trash-"
+_NOT_OURS_TO_SYNC = {errno.EACCES, errno.EPERM, errno.EINVAL, errno.EROFS, errno.EOPNOTSUPP}
+"""Errors of a directory above ours that we may not open, or that lives on something read-only."""
 
 
 class WriterLock:
@@ -66,20 +70,20 @@ class WriterLock:
             )
 
     def _make_root(self) -> None:
-        missing = []
-        path = self._root
-        while self._fs.entry(path) is None:
-            missing.append(path)
-            parent = os.path.dirname(path)  # noqa: PTH120
-            if parent == path:
-                break
-            path = parent
-        for path in reversed(missing):
+        above = [self._root]
+        while (parent := os.path.dirname(above[-1])) != above[-1]:  # noqa: PTH120
+            above.append(parent)
+        for path in reversed(above):
+            if self._fs.entry(path) is None:
+                with contextlib.suppress(FileExistsError):
+                    self._fs.mkdir(path)
+        # All the way up, and every time: an earlier attempt may have died between mkdir and fsync.
+        for path in above[1:]:
             try:
-                self._fs.mkdir(path)
-            except FileExistsError:
-                continue
-            self._fs.fsync_dir(os.path.dirname(path) or ".")  # noqa: PTH120
+                self._fs.fsync_dir(path)
+            except OSError as error:
+                if error.errno not in _NOT_OURS_TO_SYNC:
+                    raise
 
     def _clear_leftovers(self) -> None:
         for entry in self._fs.listdir(self._root):
