@@ -13,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from matilda_model.cache import LayerCache
 from matilda_model.config import ModelConfig
+from matilda_model.device import has_triton
 from matilda_model.layers import Linear, RMSNorm, apply_rope
 
 _SDPA_ORDER = {
@@ -50,7 +51,10 @@ class Attention(nn.Module):
         super().__init__()
         e = config.resolved_head_dim
         self.head_dim = e
+        self.n_heads = config.n_heads
+        self.n_kv_heads = config.n_kv_heads
         self.backend = config.attention
+        self.norm = config.norm
         self.q = Linear(config.d_model, config.n_heads * e)
         self.k = Linear(config.d_model, config.n_kv_heads * e)
         self.v = Linear(config.d_model, config.n_kv_heads * e)
@@ -61,10 +65,13 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
-        q_BHTE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin).transpose(1, 2)
-        k_BKTE = _norm_and_rotate(k_BTKE, self.k_norm, cos, sin).transpose(1, 2)
-        v_BKTE = v_BTKE.transpose(1, 2)
+        if cache is None and self._fuses(x_BTD):
+            q_BTHE, k_BTKE, v_BTKE = self._project_fused(x_BTD, cos, sin)
+        else:
+            q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
+            q_BTHE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin)
+            k_BTKE = _norm_and_rotate(k_BTKE, self.k_norm, cos, sin)
+        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         if cache is None:
             y_BHTE = causal_attention(q_BHTE, k_BKTE, v_BKTE, self.backend)
         else:
@@ -81,10 +88,38 @@ class Attention(nn.Module):
                 F.linear(x_BTD, k).view(heads),
                 F.linear(x_BTD, v).view(heads),
             )
+        qkv = self._joint_product(x_BTD).view(heads)
+        sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, sizes, dim=-2)
+        return q_BTHE, k_BTKE, v_BTKE
+
+    def _joint_product(self, x_BTD: Tensor) -> Tensor:
         # the weights are cast anyway, so joining them is free and one wide matmul runs faster
-        qkv = F.linear(x_BTD, torch.cat((q, k, v)).to(x_BTD.dtype)).view(heads)
-        n_q, n_kv = q.shape[0] // self.head_dim, k.shape[0] // self.head_dim
-        q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, [n_q, n_kv, n_kv], dim=-2)
+        joint = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTD.dtype)
+        return F.linear(x_BTD, joint)
+
+    def _fuses(self, x_BTD: Tensor) -> bool:
+        if self.norm == "plain" or x_BTD.device.type != "cuda" or self.q_norm is None:
+            return False
+        return self.norm == "fused" or (x_BTD.dtype == torch.bfloat16 and bool(has_triton()))
+
+    def _project_fused(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from matilda_model.triton_qkv import FusedQKVNormRope
+
+        assert self.q_norm is not None
+        assert self.k_norm is not None
+        q_BTHE, k_BTKE, v_BTKE = FusedQKVNormRope.apply(
+            self._joint_product(x_BTD),
+            self.q_norm.weight,
+            self.k_norm.weight,
+            cos,
+            sin,
+            self.n_heads,
+            self.n_kv_heads,
+            self.q_norm.eps,
+        )
         return q_BTHE, k_BTKE, v_BTKE
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "math")
 LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "plain")
+NORM_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
 
 
@@ -87,6 +88,10 @@ class ModelConfig:
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
     bf16, Hopper or later), `"plain"` leaves it to torch, `"auto"` fuses where that runs."""
 
+    norm: str = "auto"
+    """QK-norm and RoPE: `"fused"` is one Triton pass over the joint q, k, v product (CUDA),
+    `"plain"` leaves them to torch, `"auto"` fuses where that runs."""
+
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
             _check_positive_int(name, getattr(self, name))
@@ -105,6 +110,7 @@ class ModelConfig:
         _check_choice("mlp", self.mlp, MLP_KINDS)
         _check_choice("attention", self.attention, ATTENTION_BACKENDS)
         _check_choice("loss", self.loss, LOSS_BACKENDS)
+        _check_choice("norm", self.norm, NORM_BACKENDS)
         _check_choice("matmul", self.matmul, MATMUL_BACKENDS)
         if self.n_heads % self.n_kv_heads:
             raise ValueError(

@@ -15,10 +15,28 @@ import triton.language as tl
 from torch import Tensor
 
 _CHUNK_ROWS = 16384  # 1.6 GB of bf16 logits at 50304; the matmuls are no faster with more rows
-_BLOCK = 8192
-_WARPS = 16
+_BLOCK = 4096
+_WARPS = 32
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BOUND = 64.0  # exp(±64) * vocabulary fits float32, so a smaller soft-cap needs no running maximum
+
+
+@triton.jit
+def _tanh(x):  # type: ignore[no-untyped-def]
+    """Eigen's rational tanh: one slow instruction (the division) instead of two; error 4e-7."""
+    x = tl.maximum(x, -7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
+    x = tl.minimum(x, 7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
+    s = x * x
+    p = -2.76076847742355e-16 * s + 2.00018790482477e-13
+    p = p * s - 8.60467152213735e-11
+    p = p * s + 5.12229709037114e-08
+    p = p * s + 1.48572235717979e-05
+    p = p * s + 6.37261928875436e-04
+    p = p * s + 4.89352455891786e-03
+    q = 1.19825839466702e-06 * s + 1.18534705686654e-04
+    q = q * s + 2.26843463243900e-03
+    q = q * s + 4.89352518554385e-03
+    return x * p / q
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -50,21 +68,18 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
                 tl.store(logits_ptr + start + cols, zero, mask=start + cols < n_cols)
         return
 
-    # all in base 2; tanh(x / cap) = 1 - t with t = 2 / (1 + 2 ** (x * slope))
-    slope = 2.0 * _LOG2E / softcap
+    # all in base 2
+    slope = 1.0 / softcap
     scale = softcap * _LOG2E
     x_target = tl.load(logits_ptr + target).to(tl.float32)
-    if HAS_CAP:
-        z_target = scale * (1.0 - 2.0 / (1.0 + tl.exp2(x_target * slope)))
-    else:
-        z_target = x_target * _LOG2E
+    z_target = scale * _tanh(x_target * slope) if HAS_CAP else x_target * _LOG2E
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
     peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     for start in range(0, n_cols, BLOCK):
         inside = start + cols < n_cols
         x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-        z = scale * (1.0 - 2.0 / (1.0 + tl.exp2(x * slope))) if HAS_CAP else x * _LOG2E
+        z = scale * _tanh(x * slope) if HAS_CAP else x * _LOG2E
         if BOUNDED:
             total += tl.where(inside, tl.exp2(z), 0.0)
         else:
@@ -91,13 +106,13 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             # second read of the row: it is still in L2
             x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
             if HAS_CAP:
-                t = 2.0 / (1.0 + tl.exp2(x * slope))
-                p = tl.exp2(scale * (1.0 - t) - lse)
+                tanh = _tanh(x * slope)
+                p = tl.exp2(scale * tanh - lse)
             else:
                 p = tl.exp2(x * _LOG2E - lse)
             grad = p * weight_p - tl.where(start + cols == target, weight, 0.0)
             if HAS_CAP:
-                grad *= t * (2.0 - t)  # 1 - tanh ** 2
+                grad *= 1.0 - tanh * tanh
             tl.store(
                 logits_ptr + start + cols,
                 grad.to(logits_ptr.dtype.element_ty),
