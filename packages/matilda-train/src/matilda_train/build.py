@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from matilda_data import load_tokenizer
 from matilda_model import Transformer
@@ -17,6 +19,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_schedule",
+    "compile_model",
     "set_learning_rates",
     "token_byte_lengths",
 ]
@@ -28,6 +31,11 @@ def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
     model = Transformer(config.model)
     model.compute_dtype = dtype
     return model.to(device)
+
+
+def compile_model(model: Transformer) -> nn.Module:
+    """`model` compiled for static shapes, sharing its parameters; `model` itself stays eager."""
+    return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
 def build_optimizer(config: OptimConfig, model: Transformer) -> Muon:

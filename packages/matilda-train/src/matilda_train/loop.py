@@ -18,6 +18,7 @@ from matilda_train.build import (
     build_model,
     build_optimizer,
     build_schedule,
+    compile_model,
     set_learning_rates,
     token_byte_lengths,
 )
@@ -166,9 +167,8 @@ def train(
             skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
         )
 
-        if config.train.compile:
-            model.compile(dynamic=False)
-        wrapped = ranks.wrap(model, device)
+        # Sampling keeps to `model` itself: its shapes change with every token.
+        wrapped = ranks.wrap(compile_model(model) if config.train.compile else model, device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         reader = BatchReader(
             stream.windows,
