@@ -1,4 +1,4 @@
-"""Two processes train the same run as one: the same batches by hash, the same losses but rounding."""
+"""Two processes train the run that one does: equal batches by hash, losses but for rounding."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from killable_runs import TrainServer, untimed_rows
 from matilda_train.metrics_log import read_rows
 
