@@ -35,17 +35,15 @@ __all__ = [
 ]
 
 # Parts of the standard library that are data or tests rather than code worth imitating.
-STDLIB_EXCLUDED = frozenset(
-    {
-        "__pycache__",
-        "ensurepip",
-        "idlelib",
-        "lib2to3",
-        "site-packages",
-        "test",
-        "tests",
-        "turtledemo",
-    }
+STDLIB_EXCLUDED = (
+    "__pycache__",
+    "ensurepip",
+    "idlelib",
+    "lib2to3",
+    "site-packages",
+    "test",
+    "tests",
+    "turtledemo",
 )
 
 
@@ -115,25 +113,21 @@ def prepare_corpus(
         open_dataset(data_dir)
         return
     library = Path(sysconfig.get_paths()["stdlib"])
-    sources = [
-        path
-        for path in sorted(library.rglob("*.py"))
-        if STDLIB_EXCLUDED.isdisjoint(path.relative_to(library).parts)
-    ]
-    if not sources:
+    if not (library / "abc.py").is_file():
         raise ValueError(
             f"The standard library of {sys.executable!r} has no .py sources in {str(library)!r}; "
             "use a Python that ships them, or prepare another corpus with `apps/prepare_text.py`."
         )
     with suppress(PreparationStoppedError):
         prepare_with_display(
-            sources,
+            [library],
             data_dir,
             stop=stop,
             display=display,
             tokenizer=config.tokenizer,
             val_fraction=0.05,
-            root=library,
+            exclude=STDLIB_EXCLUDED,
+            include=lambda name: name.endswith(".py"),
         )
 
 
