@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.optim.adamw import adamw as torch_adamw
 
-_FUSED_DEVICES = ("cpu", "cuda", "mps", "xpu")
+# not "cpu": torch's fused CPU kernel rounds a vector's tail differently, so its bits depend on how
+# a parameter is sharded
+_FUSED_DEVICES = ("cuda", "mps", "xpu")
 
 
 def init_adamw_state(state: dict[str, Any], param: Tensor) -> None:
@@ -23,33 +25,33 @@ def init_adamw_state(state: dict[str, Any], param: Tensor) -> None:
 def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> None:
     """One decoupled-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101) of `group`.
 
-    fp32 parameters go through torch's own fused kernel, so they equal
-    `torch.optim.AdamW(fused=True)` bit for bit. 16-bit parameters are updated in fp32 from fp32
-    moments and rounded once.
+    fp32 parameters go through torch's own code, fused on CUDA, so they equal `torch.optim.AdamW`
+    bit for bit. 16-bit parameters are updated in fp32 from fp32 moments and rounded once.
     """
-    active = [p for p in group["params"] if p.grad is not None]
-    native = [p for p in active if p.dtype == torch.float32 and p.device.type in _FUSED_DEVICES]
-    if native:
-        _torch_step(native, [p.grad for p in native], group, states)
-    rest = [p for p in active if not (p.dtype == torch.float32 and p.device.type in _FUSED_DEVICES)]
-    if rest:
-        masters = [p.detach().float() for p in rest]
-        grads = [p.grad.float() for p in rest]
-        _torch_step(masters, grads, group, states, owners=rest)
-        for p, master in zip(rest, masters, strict=True):
-            p.copy_(master)
+    for fused in (True, False):
+        owners = [
+            p
+            for p in group["params"]
+            if p.grad is not None and (p.device.type in _FUSED_DEVICES) is fused
+        ]
+        if not owners:
+            continue
+        masters = [p if p.dtype == torch.float32 else p.detach().float() for p in owners]
+        grads = [p.grad.float() for p in owners]
+        _torch_step(masters, grads, group, [states[p] for p in owners], fused)
+        for p, master in zip(owners, masters, strict=True):
+            if master is not p:
+                p.copy_(master)
 
 
 def _torch_step(
     params: list[Tensor],
     grads: list[Tensor],
     group: dict[str, Any],
-    states: dict[Tensor, dict[str, Any]],
-    owners: list[Tensor] | None = None,
+    rows: list[dict[str, Any]],
+    fused: bool,
 ) -> None:
-    rows = [states[p] for p in (owners or params)]
     beta1, beta2 = group["betas"]
-    fused = params[0].device.type in _FUSED_DEVICES
     torch_adamw(
         params,
         grads,

@@ -109,7 +109,7 @@ class Muon(Optimizer):
             "maximize": maximize,
             "cautious": cautious,
             "nonfinite": nonfinite,
-            # `__setstate__` of the base class adds it on load: a state must not grow by a round trip.
+            # the base class adds it on load: a state must not grow by a round trip
             "differentiable": False,
         }
         self._adam_eps = adam_eps

@@ -16,6 +16,7 @@ from matilda_optim.coefficients import Quintic
 from matilda_optim.reference import Share
 
 ELEMENT_TILE = 64
+GATHER_LAG = 192
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _RING = 4
 
@@ -28,6 +29,17 @@ class ProductConfig(NamedTuple):
     block_k: int
     warps: int
     stages: int
+
+
+class ChainConfig(NamedTuple):
+    """Tile, depth, warps, stages, matrices in flight together, operands by bulk copy or loads."""
+
+    tile: int
+    block_k: int
+    warps: int
+    stages: int
+    group: int
+    bulk: bool
 
 
 class Matrix(NamedTuple):
@@ -60,6 +72,11 @@ class KernelKey(NamedTuple):
 def symmetric_config(rows: int) -> ProductConfig:
     """Fixed by the padded row count, never by the batch: the same bits in any composition."""
     return ProductConfig(128, 128, 64, 4, 4) if rows > 64 else ProductConfig(64, 64, 64, 4, 4)
+
+
+def chain_config(rows: int) -> ChainConfig:
+    """Likewise; `group` sets the order of work only."""
+    return ChainConfig(128 if rows > 64 else 64, 64, 4, 3, max(1, 12 * 768**2 // rows**2), True)
 
 
 def apply_config(rows: int, cols: int) -> ProductConfig:
@@ -133,6 +150,7 @@ class KernelClass:
         self.matrices = list(matrices)
         self.m, self.n = padded_shape(key.rows, key.cols)
         batch, device = len(self.matrices), key.device
+        self.phases = gram_phases(key.quintics, device)
         self.addresses = DeviceTable(3 * batch, torch.int64, device)
         self.hyper = DeviceTable(4 * batch, torch.float32, device)
         shapes = [[matrix.rows, matrix.cols] for matrix in self.matrices]
@@ -151,7 +169,7 @@ class KernelClass:
         hyper = self._hyper()
         x_BMN = torch.empty(batch, self.m, self.n, dtype=key.ns_dtype, device=key.device)
         partial = torch.empty(batch * self.tiles, dtype=torch.float64, device=key.device)
-        kernels.gather_kernel[(2 * (batch + 1) * self.tiles,)](
+        kernels.gather_kernel[(2 * ((batch + 1) * self.tiles + GATHER_LAG),)](
             addresses[:batch],
             addresses[batch : 2 * batch],
             self.shapes,
@@ -161,6 +179,7 @@ class KernelClass:
             self.counters,
             self.norms,
             batch,
+            GATHER_LAG,
             self.m,
             self.n,
             self.tiles_n,
@@ -173,7 +192,7 @@ class KernelClass:
             EVEN=even,
             PHASE=0,
         )
-        x_BMN = share(x_BMN, lambda x: newton_schulz(x, key.quintics))
+        x_BMN = share(x_BMN, lambda x: newton_schulz(x, self.phases))
         kernels.update_kernel[(batch * self.tiles,)](
             addresses[2 * batch :],
             self.shapes,
@@ -244,33 +263,105 @@ class KernelClass:
         return torch.stack([table[:, 0], table[:, 1], keep, rates * table[:, 3]], dim=1)
 
 
-def newton_schulz(x_BMN: Tensor, quintics: Sequence[Quintic]) -> Tensor:
-    """The quintics on padded, normalised matrices; the Gram form for N ≥ 2·M, restarted.
+class Phase(NamedTuple):
+    """Symmetric products from one Gram matrix to the polynomial Q of several steps."""
 
-    In 16 bits the Gram matrix resolves σ only down to 2 % of σ₁, so it is formed anew once two
-    steps have lifted the small ones; the result is as exact as the direct form.
+    program: Tensor
+    weights: Tensor
+    ops: int
+    result: int
+
+
+SLOTS = 4
+
+
+def gram_phases(quintics: Sequence[Quintic], device: torch.device) -> list[Phase]:
+    """The products of the Gram form, restarted after two steps and then every three.
+
+    In 16 bits a Gram matrix resolves σ only down to about 1 % of σ₁. Forming it anew, once two
+    steps have lifted the small ones, makes the result as exact as the direct iteration.
     """
-    m, n = x_BMN.shape[-2:]
-    if n < 2 * m:
-        for a, b, c in quintics:
-            r_BMM = symmetric(x_BMN, x_BMN)
-            h_BMM = symmetric(r_BMM, r_BMM, alpha=c, addend=r_BMM, beta=b, gamma=a)
-            x_BMN = apply(h_BMM, x_BMN)
-        return x_BMN
+    phases = []
     start = 0
     while start < len(quintics):
-        phase = quintics[start : start + (2 if start == 0 else 3)]
-        start += len(phase)
-        r_BMM = symmetric(x_BMN, x_BMN)
-        q_BMM: Tensor | None = None
-        for i, (a, b, c) in enumerate(phase):
-            h_BMM = symmetric(r_BMM, r_BMM, alpha=c, addend=r_BMM, beta=b, gamma=a)
-            q_BMM = h_BMM if q_BMM is None else symmetric(h_BMM, q_BMM)
-            if i + 1 < len(phase):
-                r_BMM = symmetric(symmetric(h_BMM, r_BMM), h_BMM)
-        assert q_BMM is not None
-        x_BMN = apply(q_BMM, x_BMN)
+        part = quintics[start : start + (2 if start == 0 else 3)]
+        start += len(part)
+        program, weights, result = _products(part)
+        phases.append(
+            Phase(
+                torch.tensor(program, dtype=torch.int32, device=device),
+                torch.tensor(weights, dtype=torch.float32, device=device),
+                len(program),
+                result,
+            )
+        )
+    return phases
+
+
+def _products(
+    quintics: Sequence[Quintic],
+) -> tuple[list[tuple[int, int, int, int]], list[tuple[float, float, float]], int]:
+    """(a, b, out, add) and (alpha, beta, gamma) of each product; R is slot 0 throughout."""
+    program: list[tuple[int, int, int, int]] = []
+    weights: list[tuple[float, float, float]] = []
+    free = list(range(1, SLOTS))
+    q = -1
+    for i, (a, b, c) in enumerate(quintics):
+        h = free.pop()
+        program.append((0, 0, h, 1))
+        weights.append((c, b, a))
+        old = q
+        if q < 0:
+            q = h
+        else:
+            q = free.pop()
+            program.append((h, old, q, 0))
+            weights.append((1.0, 0.0, 0.0))
+            free.append(old)
+        if i + 1 < len(quintics):
+            t = free.pop()
+            program += [(h, 0, t, 0), (t, h, 0, 0)]
+            weights += [(1.0, 0.0, 0.0)] * 2
+            free.append(t)
+        if q != h:
+            free.append(h)
+    return program, weights, q
+
+
+def newton_schulz(x_BMN: Tensor, phases: Sequence[Phase]) -> Tensor:
+    """The quintics behind `phases` on padded, normalised matrices."""
+    batch, m, _ = x_BMN.shape
+    work = torch.empty(SLOTS, batch, m, m, dtype=x_BMN.dtype, device=x_BMN.device)
+    for phase in phases:
+        symmetric(x_BMN, x_BMN, out=work[0])
+        chain(work, phase)
+        x_BMN = apply(work[phase.result], x_BMN)
     return x_BMN
+
+
+def chain(work: Tensor, phase: Phase, *, config: ChainConfig | None = None) -> None:
+    """Runs the products of `phase` in `work`, (SLOTS, B, M, M)."""
+    batch, m = work.shape[1:3]
+    config = config or chain_config(m)
+    tiles = m // config.tile
+    progress = torch.zeros(batch, phase.ops, dtype=torch.int32, device=work.device)
+    kernels.chain_kernel[(batch * phase.ops * tiles * (tiles + 1) // 2,)](
+        _descriptor(work, config.tile, config.block_k),
+        work,
+        phase.program,
+        phase.weights,
+        progress,
+        batch,
+        m,
+        phase.ops,
+        tiles,
+        config.group,
+        TILE=config.tile,
+        BLOCK_K=config.block_k,
+        BULK=config.bulk,
+        num_warps=config.warps,
+        num_stages=config.stages,
+    )
 
 
 def _descriptor(x: Tensor, rows: int, cols: int) -> Any:
@@ -285,12 +376,14 @@ def symmetric(
     addend: Tensor | None = None,
     beta: float = 0.0,
     gamma: float = 0.0,
+    out: Tensor | None = None,
     config: ProductConfig | None = None,
 ) -> Tensor:
     """alpha·A·Bᵀ + beta·addend + gamma·I, (B, M, M), where the result is known to be symmetric."""
     batch, m, k = a.shape
     config = config or symmetric_config(m)
-    out = torch.empty(batch, m, m, dtype=a.dtype, device=a.device)
+    if out is None:
+        out = torch.empty(batch, m, m, dtype=a.dtype, device=a.device)
     tiles = m // config.tile_m
     kernels.symmetric_kernel[(batch * tiles * (tiles + 1) // 2,)](
         _descriptor(a, config.tile_m, config.block_k),

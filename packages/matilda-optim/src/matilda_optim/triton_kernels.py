@@ -56,6 +56,7 @@ def gather_kernel(
     counters,  # int32 (B, 2): zero before and after
     norms,  # fp64 (B,): out, Frobenius norms
     batch,
+    lag,  # tiles between the two programs of a pair, beyond one matrix
     M,
     N,
     TILES_N,
@@ -76,17 +77,16 @@ def gather_kernel(
     """
     pid = tl.program_id(0)
     if PHASE == 0:
-        pair = pid // 2
         first = pid % 2 == 0
-        index = pair // TILES
+        slot = pid // 2
         if not first:
-            index -= 1
+            slot -= TILES + lag
     else:
-        pair = pid
         first = PHASE == 1
-        index = pair // TILES
-    tile = pair % TILES
-    if (index >= 0) & (index < batch):
+        slot = pid
+    index = slot // TILES
+    tile = slot % TILES
+    if (slot >= 0) & (index < batch):
         rows = tl.load(shapes + index * 2)
         cols = tl.load(shapes + index * 2 + 1)
         blend = tl.load(hyper + index * 4)
@@ -111,22 +111,29 @@ def gather_kernel(
         if first:
             wide = direction.to(tl.float64)
             tl.store(partial + index * TILES + tile, tl.sum(wide * wide))
-            if PHASE == 0:
+            tl.debug_barrier()
+            arrived = tl.atomic_add(counters + index * 2, 1, sem="acq_rel")
+            if arrived == TILES - 1:
+                # the last one adds up, in a fixed order
+                tl.debug_barrier()
+                slots = tl.arange(0, TILES_POW2)
+                sums = tl.load(
+                    partial + index * TILES + slots,
+                    mask=slots < TILES,
+                    other=0.0,
+                    cache_modifier=".cg",
+                )
+                tl.store(norms + index, tl.sqrt(tl.sum(sums)))
                 tl.debug_barrier()
                 tl.atomic_add(counters + index * 2, 1, sem="release")
         else:
             if PHASE == 0:
-                while tl.atomic_add(counters + index * 2, 0, sem="acquire") < TILES:
+                while tl.atomic_add(counters + index * 2, 0, sem="acquire") <= TILES:
                     pass
                 tl.debug_barrier()
-            slots = tl.arange(0, TILES_POW2)
-            sums = tl.load(
-                partial + index * TILES + slots, mask=slots < TILES, other=0.0, cache_modifier=".cg"
-            )
-            total = tl.sum(sums)
-            norm = tl.sqrt(total)
-            inverse = tl.where(total == 0.0, 0.0, 1.0 / norm).to(tl.float32)
-            finite = total < float("inf")
+            norm = tl.load(norms + index, cache_modifier=".cg")
+            inverse = tl.where(norm == 0.0, 0.0, 1.0 / norm).to(tl.float32)
+            finite = norm < float("inf")
             scaled = direction * inverse
             if SKIP:
                 scaled = tl.where(finite, scaled, 0.0)
@@ -138,13 +145,10 @@ def gather_kernel(
             c = j + tl.arange(0, TILE)[None, :]
             out = x + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c
             tl.store(out, scaled.to(x.dtype.element_ty))
-            if tile == 0:
-                tl.store(norms + index, norm)
-            if PHASE == 0:
-                done = tl.atomic_add(counters + index * 2 + 1, 1)
-                if done == TILES - 1:
-                    tl.store(counters + index * 2, 0)
-                    tl.store(counters + index * 2 + 1, 0)
+            done = tl.atomic_add(counters + index * 2 + 1, 1)
+            if done == TILES - 1:
+                tl.store(counters + index * 2, 0)
+                tl.store(counters + index * 2 + 1, 0)
 
 
 @triton.jit
@@ -199,6 +203,119 @@ def symmetric_kernel(
         r2 = pn * TILE + tl.arange(0, TILE)[:, None]
         c2 = pm * TILE + tl.arange(0, TILE)[None, :]
         tl.store(out + base + r2.to(tl.int64) * M + c2, tl.trans(value))
+
+
+@triton.jit
+def _publish(counter, BULK: tl.constexpr):
+    """Makes this program's stores visible to whoever acquires `counter`, bulk copies included."""
+    if BULK:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, $1;",
+            "=r,r",
+            [tl.zeros((128,), dtype=tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    tl.debug_barrier()
+    tl.atomic_add(counter, 1, sem="release")
+
+
+@triton.jit
+def _await(counter, count, BULK: tl.constexpr):
+    """Waits until `count` programs have published, all of them launched earlier than this one."""
+    while tl.atomic_add(counter, 0, sem="acquire") < count:
+        pass
+    tl.debug_barrier()
+    if BULK:
+        tl.inline_asm_elementwise(
+            "fence.proxy.async.global; mov.b32 $0, $1;",
+            "=r,r",
+            [tl.zeros((128,), dtype=tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
+def chain_kernel(
+    desc,  # (SLOTS·B·M, M): descriptor of the workspace, block (TILE, BLOCK_K)
+    work,  # (SLOTS, B, M, M): the same memory; slot 0 holds the Gram matrices
+    program,  # int32 (OPS, 4): slots of the operands a and b, of the result, whether to add
+    weights,  # fp32 (OPS, 3): alpha, beta, gamma
+    progress,  # int32 (B, OPS): zero before
+    B,
+    M,
+    OPS,
+    TILES,
+    GROUP,  # matrices whose operations run together, so that they stay in L2
+    TILE: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BULK: tl.constexpr,
+):
+    """A sequence of symmetric products per matrix, out = alpha·A·Bᵀ + beta·A + gamma·I.
+
+    Each program makes one tile, as in `symmetric_kernel`. It waits for the tiles of its matrix's
+    preceding operation, which belong to earlier programs.
+    """
+    pid = tl.program_id(0)
+    per_matrix = TILES * (TILES + 1) // 2
+    per_group = GROUP * per_matrix * OPS
+    group = pid // per_group
+    size = tl.minimum(GROUP, B - group * GROUP)
+    rest = pid - group * per_group
+    op = rest // (size * per_matrix)
+    rest = rest % (size * per_matrix)
+    index = group * GROUP + rest // per_matrix
+    t = rest % per_matrix
+    pn = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
+    pn = tl.where(pn * (pn + 1) // 2 > t, pn - 1, pn)
+    pn = tl.where((pn + 1) * (pn + 2) // 2 <= t, pn + 1, pn)
+    pm = t - pn * (pn + 1) // 2
+    slot_a = tl.load(program + op * 4)
+    slot_b = tl.load(program + op * 4 + 1)
+    slot_out = tl.load(program + op * 4 + 2)
+    add = tl.load(program + op * 4 + 3)
+    alpha = tl.load(weights + op * 3)
+    beta = tl.load(weights + op * 3 + 1)
+    gamma = tl.load(weights + op * 3 + 2)
+    if op > 0:
+        _await(progress + index * OPS + op - 1, per_matrix, BULK)
+    row_a = (slot_a * B + index) * M + pm * TILE
+    row_b = (slot_b * B + index) * M + pn * TILE
+    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
+    if BULK:
+        for k in range(0, M, BLOCK_K):
+            a = desc.load([row_a, k])
+            b = desc.load([row_b, k])
+            acc = tl.dot(a, b.T, acc)
+    else:
+        depth = tl.arange(0, BLOCK_K)[None, :]
+        lane = tl.arange(0, TILE)[:, None]
+        a_tile = work + (row_a + lane).to(tl.int64) * M + depth
+        b_tile = work + (row_b + lane).to(tl.int64) * M + depth
+        for k in range(0, M, BLOCK_K):
+            a = tl.load(a_tile + k, cache_modifier=".cg")
+            b = tl.load(b_tile + k, cache_modifier=".cg")
+            acc = tl.dot(a, b.T, acc)
+    acc *= alpha
+    r = pm * TILE + tl.arange(0, TILE)[:, None]
+    c = pn * TILE + tl.arange(0, TILE)[None, :]
+    if add > 0:
+        addend = work + (slot_a * B + index).to(tl.int64) * M * M + r.to(tl.int64) * M + c
+        acc += beta * tl.load(addend, cache_modifier=".cg").to(tl.float32)
+        acc = tl.where(r == c, acc + gamma, acc)
+    if pm == pn:
+        acc = tl.where(r <= c, acc, tl.trans(acc))
+    base = (slot_out * B + index).to(tl.int64) * M * M
+    value = acc.to(work.dtype.element_ty)
+    tl.store(work + base + r.to(tl.int64) * M + c, value)
+    if pm != pn:
+        r2 = pn * TILE + tl.arange(0, TILE)[:, None]
+        c2 = pm * TILE + tl.arange(0, TILE)[None, :]
+        tl.store(work + base + r2.to(tl.int64) * M + c2, tl.trans(value))
+    _publish(progress + index * OPS + op, BULK)
 
 
 @triton.jit
