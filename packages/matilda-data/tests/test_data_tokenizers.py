@@ -97,4 +97,4 @@ def test_id_outside_the_vocabulary_is_refused() -> None:
 def test_damaged_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "GPT2_RANKS_SHA256", hashlib.sha256(b"").hexdigest())
     with pytest.raises(DataError, match="damaged"):
-        tokenizer_module.gpt2_ranks()
+        tokenizer_module.gpt2_ranks_file()

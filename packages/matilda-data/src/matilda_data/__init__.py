@@ -5,7 +5,8 @@ from matilda_data.dataset import TokenDataset, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.manifest import Manifest, ShardEntry, SourceEntry
 from matilda_data.prefetch import Prefetcher
-from matilda_data.prepare import Progress, TextSource, prepare_text
+from matilda_data.prepare import TextSource, prepare_text
+from matilda_data.progress import Progress
 from matilda_data.provenance import DocumentSpan, cu_seqlens, documents_of
 from matilda_data.stream import BinStream, batch_sha256
 from matilda_data.tokenizer import Tokenizer, load_tokenizer

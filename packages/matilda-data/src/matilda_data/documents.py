@@ -27,6 +27,10 @@ class ReadOptions:
     invalid_utf8: str = "error"
     """`"error"` refuses the input; `"replace"` puts U+FFFD for undecodable bytes."""
 
+    def __post_init__(self) -> None:
+        if self.invalid_utf8 not in ("error", "replace"):
+            raise DataError(f"`invalid_utf8` is {self.invalid_utf8!r}; choose 'error' or 'replace'")
+
 
 @dataclass(frozen=True, slots=True)
 class Document:

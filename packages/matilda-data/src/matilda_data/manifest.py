@@ -135,9 +135,9 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_durably(directory / MANIFEST_NAME, render(manifest.to_json(), manifest.data_id))
 
 
-def write_incomplete(directory: Path, plan_id: str, command: str) -> None:
+def write_incomplete(directory: Path, command: str) -> None:
     """Mark `directory` as a preparation under way, with the `command` that finishes it."""
-    content = {"format": FORMAT, "complete": False, "plan_id": plan_id, "command": command}
+    content = {"format": FORMAT, "complete": False, "command": command}
     write_durably(directory / MANIFEST_NAME, canonical_json(content) + b"\n")
 
 

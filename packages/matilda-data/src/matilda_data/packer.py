@@ -19,7 +19,10 @@ from matilda_data.parts import Part, PartRecord, read_documents_table, read_toke
 from matilda_data.shard import ShardWriter
 from matilda_data.tokenizer import Tokenizer
 
-__all__ = ["PackOptions", "SourceParts", "pack"]
+__all__ = ["PackOptions", "Packed", "Selection", "SourceParts", "pack", "select"]
+
+# Parts are copied into shards about this many tokens at a time.
+PIECE_TOKENS = 4 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +43,8 @@ class SourceParts:
     weight: int
     origin: Mapping[str, Any]
     records: Sequence[PartRecord]
+    train_tokens: int | None = None
+    """Take documents in order until the train split has this many tokens; None takes all."""
 
 
 class SplitWriter:
@@ -147,40 +152,107 @@ class SplitWriter:
             self._shard = None
 
 
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What the manifest says of packed sources."""
+
+    sources: list[SourceEntry]
+    shards: list[ShardEntry]
+    dropped: dict[str, int]
+    """Documents left out, by reason."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """Which documents of one source go where."""
+
+    train: list[npt.NDArray[np.bool_]]
+    """For each part, documents of the train split."""
+    val: list[npt.NDArray[np.bool_]]
+    """For each part, documents of the val split."""
+    train_tokens: int
+    satisfied: bool
+    """Whether the train split reached the tokens asked for (True if none were)."""
+    duplicates: int
+    """Documents before the cut that equal an earlier one."""
+    parts_used: int
+    """Parts up to the cut."""
+
+
+def select(
+    sources: Sequence[SourceParts], parts: Path, options: PackOptions
+) -> Iterator[Selection]:
+    """Decide, source after source, which documents to keep; reads document tables only.
+
+    A document is kept if its text equals no document kept before it, until the train split has
+    the tokens asked for. What follows the cut has no influence on anything.
+    """
+    seen = np.empty(0, dtype="V16")
+    for source in sources:
+        tables = [read_documents_table(parts, record) for record in source.records]
+        counts = [len(table.lengths) for table in tables]
+        hashes = np.concatenate([np.empty((0, 32), np.uint8), *(table.hashes for table in tables)])
+        lengths = np.concatenate([np.empty(0, np.int64), *(table.lengths for table in tables)])
+        first = np.ones(len(hashes), dtype=np.bool_)
+        rows = np.ascontiguousarray(hashes[:, :16]).view("V16").reshape(-1)
+        if options.deduplicate and len(rows):
+            _, places = np.unique(np.concatenate([seen, rows]), return_index=True)
+            first[:] = False
+            first[places[places >= len(seen)] - len(seen)] = True
+        leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
+        held_out = leading < np.uint64(options.val_threshold)
+        train_ends = np.cumsum(np.where(first & ~held_out, lengths, 0))
+        total = int(train_ends[-1]) if len(train_ends) else 0
+        satisfied, end = True, len(rows)
+        if source.train_tokens is not None:
+            satisfied = total >= source.train_tokens
+            if satisfied:
+                end = int(np.searchsorted(train_ends, source.train_tokens)) + 1
+        before_cut = np.arange(len(rows)) < end
+        keep = first & before_cut
+        seen = np.concatenate([seen, rows[keep]])
+        bounds = list(itertools.pairwise(np.cumsum([0, *counts]).tolist()))
+        yield Selection(
+            train=[(keep & ~held_out)[a:b] for a, b in bounds],
+            val=[(keep & held_out)[a:b] for a, b in bounds],
+            train_tokens=int(lengths[keep & ~held_out].sum()),
+            satisfied=satisfied,
+            duplicates=int((before_cut & ~first).sum()),
+            parts_used=sum(1 for a, _ in bounds if a < end),
+        )
+
+
 def pack(
     sources: Sequence[SourceParts],
     parts: Path,
     directory: Path,
     tokenizer: Tokenizer,
     options: PackOptions,
-) -> tuple[list[SourceEntry], list[ShardEntry], int]:
-    """Write shards and indexes into `directory` (empty); returns what the manifest says of them.
-
-    The last value is the number of documents dropped as copies of an earlier one.
+) -> Packed:
+    """Write shards and indexes into `directory` (empty).
 
     Raises:
         DamagedPartError: a part is not what the journal says; do its unit again, then call this.
     """
-    kept, duplicates = _first_copies(sources, parts, options.deduplicate)
     entries: list[SourceEntry] = []
     shards: list[ShardEntry] = []
-    for source in sources:
+    duplicates = empty = 0
+    for source, selection in zip(sources, select(sources, parts, options), strict=True):
+        duplicates += selection.duplicates
+        empty += sum(record.empty for record in source.records[: selection.parts_used])
         writers = {
             split: SplitWriter(directory, source.name, split, tokenizer, options.shard_tokens)
             for split in SPLITS
         }
         try:
-            for record in source.records:
-                part = read_documents_table(parts, record)
-                tokens = read_tokens(parts, record)
-                keep = next(kept)
-                held_out = _held_out(part, options.val_threshold)
-                for split, wanted in (("train", keep & ~held_out), ("val", keep & held_out)):
-                    if wanted.any():
-                        chosen = np.flatnonzero(wanted)
-                        mask = np.repeat(wanted, part.lengths)
-                        picked = tokens if mask.all() else tokens[mask]
-                        writers[split].add(picked, part, chosen)
+            for record, train, val in zip(
+                source.records, selection.train, selection.val, strict=True
+            ):
+                if train.any() or val.any():
+                    part = read_documents_table(parts, record)
+                    tokens = read_tokens(parts, record)
+                    _add_part(writers["train"], tokens, part, train)
+                    _add_part(writers["val"], tokens, part, val)
             for writer in writers.values():
                 writer.close()
         except BaseException:
@@ -198,30 +270,26 @@ def pack(
                 text_bytes={split: writers[split].text_bytes for split in SPLITS},
             )
         )
-    return entries, shards, duplicates
+    return Packed(
+        sources=entries, shards=shards, dropped={"duplicates": duplicates, "empty": empty}
+    )
 
 
-def _held_out(part: Part, threshold: int) -> npt.NDArray[np.bool_]:
-    leading = np.ascontiguousarray(part.hashes[:, :8]).view(">u8").reshape(-1)
-    return leading < np.uint64(threshold)
-
-
-def _first_copies(
-    sources: Sequence[SourceParts], parts: Path, deduplicate: bool
-) -> tuple[Iterator[npt.NDArray[np.bool_]], int]:
-    """For each part in order, which documents to keep; and how many are dropped in all."""
-    hashes = [
-        read_documents_table(parts, record).hashes[:, :16] if deduplicate else None
-        for source in sources
-        for record in source.records
-    ]
-    counts = [record.documents for source in sources for record in source.records]
-    keep = np.ones(sum(counts), dtype=np.bool_)
-    if deduplicate and len(keep):
-        rows = np.ascontiguousarray(np.concatenate([item for item in hashes if item is not None]))
-        _, first = np.unique(rows.view("V16").reshape(-1), return_index=True)
-        keep[:] = False
-        keep[first] = True
-    bounds = np.cumsum([0, *counts])
-    masks = (keep[a:b] for a, b in itertools.pairwise(bounds))
-    return masks, int((~keep).sum())
+def _add_part(
+    writer: SplitWriter,
+    tokens: npt.NDArray[np.uint16],
+    part: Part,
+    wanted: npt.NDArray[np.bool_],
+) -> None:
+    """Add the `wanted` documents of a part, a bounded number of tokens at a time."""
+    ends = np.cumsum(part.lengths)
+    first = position = 0
+    while first < len(wanted):
+        last = max(int(np.searchsorted(ends, position + PIECE_TOKENS, side="right")), first + 1)
+        chosen = np.flatnonzero(wanted[first:last]) + first
+        stop = int(ends[last - 1])
+        if len(chosen):
+            mask = np.repeat(wanted[first:last], part.lengths[first:last])
+            piece = tokens[position:stop]
+            writer.add(piece if mask.all() else piece[mask], part, chosen)
+        first, position = last, stop

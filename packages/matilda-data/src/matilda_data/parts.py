@@ -6,8 +6,9 @@ column file with lengths, text bytes, SHA-256 of the text, ids and origins.
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import numpy as np
 import numpy.typing as npt
 
 from matilda_data.columns import pack_columns, pack_strings, unpack_columns
-from matilda_data.documents import ReadOptions, read_documents
+from matilda_data.documents import Document, ReadOptions, read_documents
 from matilda_data.durable import durable_file, write_durably
 from matilda_data.errors import DataError
+from matilda_data.fast import BatchEncoder
 from matilda_data.inputs import Unit
+from matilda_data.shard import file_sha256
 from matilda_data.tokenizer import load_tokenizer
 
 __all__ = [
@@ -31,8 +34,8 @@ __all__ = [
     "read_tokens",
 ]
 
-# Tokens are gathered to about this many before they are written.
-FLUSH_TOKENS = 1 << 20
+# Documents are encoded in batches of about this many characters.
+BATCH_CHARS = 1 << 20
 
 
 class DamagedPartError(Exception):
@@ -74,66 +77,98 @@ class Part:
 
 
 def encode_unit(
-    unit: Unit, key: str, directory: Path, *, tokenizer: str, options: ReadOptions
+    unit: Unit, key: str, directory: Path, *, tokenizer: str, backend: str, options: ReadOptions
 ) -> PartRecord:
     """Encode `unit` into durable part files in `directory`; a rerun writes the same bytes."""
-    encoder = load_tokenizer(tokenizer)
-    begin = np.array([encoder.eot_id], dtype=np.uint16)
-    lengths: list[int] = []
-    sizes: list[int] = []
-    hashes: list[bytes] = []
-    ids: list[str] = []
-    origins: list[str] = []
-    empty = total = waiting = 0
-    buffer: list[npt.NDArray[np.uint16]] = []
+    eot_id = load_tokenizer(tokenizer).eot_id
+    encode = _encoder(tokenizer, backend)
+    table = _TableBuilder()
+    empty = total = 0
     digest = hashlib.sha256()
     with durable_file(directory / f"{key}.tokens") as file:
-
-        def flush() -> None:
-            raw = np.concatenate(buffer).astype("<u2", copy=False).tobytes()
+        for batch in _batches(read_documents(unit, options)):
+            full = [document for document in batch if document.text]
+            empty += len(batch) - len(full)
+            ids, lengths = encode([document.text for document in full])
+            tokens = _begin_each(ids, lengths, eot_id)
+            raw = tokens.astype("<u2", copy=False).data.cast("B")
             digest.update(raw)
             file.write(raw)
-            buffer.clear()
-
-        for document in read_documents(unit, options):
-            if not document.text:
-                empty += 1
-                continue
-            raw = document.text.encode("utf-8")
-            tokens = encoder.encode(document.text)
-            buffer += (begin, tokens)
-            lengths.append(len(tokens) + 1)
-            sizes.append(len(raw))
-            hashes.append(hashlib.sha256(raw).digest())
-            ids.append(document.id)
-            origins.append(document.origin)
-            waiting += len(tokens) + 1
-            total += len(tokens) + 1
-            if waiting >= FLUSH_TOKENS:
-                flush()
-                waiting = 0
-        if buffer:
-            flush()
-    table = pack_columns(
-        {"unit": key, "documents": len(lengths)},
-        {
-            "lengths": np.array(lengths, dtype=np.int64),
-            "text_bytes": np.array(sizes, dtype=np.int64),
-            "hashes": np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32),
-            **pack_strings("id", ids),
-            **pack_strings("origin", origins),
-        },
-    )
-    write_durably(directory / f"{key}.docs", table)
+            total += len(tokens)
+            table.add(full, lengths + 1)
+    packed = table.pack(key)
+    write_durably(directory / f"{key}.docs", packed)
     return PartRecord(
         unit=key,
         tokens=total,
-        documents=len(lengths),
-        text_bytes=sum(sizes),
+        documents=len(table.ids),
+        text_bytes=sum(table.sizes),
         empty=empty,
         tokens_sha256=digest.hexdigest(),
-        docs_sha256=hashlib.sha256(table).hexdigest(),
+        docs_sha256=hashlib.sha256(packed).hexdigest(),
     )
+
+
+@functools.cache
+def _encoder(tokenizer: str, backend: str) -> BatchEncoder:
+    return load_tokenizer(tokenizer).batch_encoder(backend)[0]
+
+
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    batch: list[Document] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if characters >= BATCH_CHARS:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _begin_each(
+    ids: npt.NDArray[np.uint16], lengths: npt.NDArray[np.int64], eot_id: int
+) -> npt.NDArray[np.uint16]:
+    """`ids` with `eot_id` before each document."""
+    tokens = np.empty(len(ids) + len(lengths), dtype=np.uint16)
+    is_text = np.ones(len(tokens), dtype=np.bool_)
+    is_text[np.cumsum(lengths + 1) - (lengths + 1)] = False
+    tokens[is_text] = ids
+    tokens[~is_text] = eot_id
+    return tokens
+
+
+class _TableBuilder:
+    """Collects the document table of a part."""
+
+    def __init__(self) -> None:
+        self.lengths: list[npt.NDArray[np.int64]] = []
+        self.sizes: list[int] = []
+        self.hashes: list[bytes] = []
+        self.ids: list[str] = []
+        self.origins: list[str] = []
+
+    def add(self, documents: list[Document], lengths: npt.NDArray[np.int64]) -> None:
+        self.lengths.append(lengths)
+        for document in documents:
+            raw = document.text.encode("utf-8")
+            self.sizes.append(len(raw))
+            self.hashes.append(hashlib.sha256(raw).digest())
+            self.ids.append(document.id)
+            self.origins.append(document.origin)
+
+    def pack(self, key: str) -> bytes:
+        return pack_columns(
+            {"unit": key, "documents": len(self.ids)},
+            {
+                "lengths": np.concatenate([np.empty(0, np.int64), *self.lengths]),
+                "text_bytes": np.array(self.sizes, dtype=np.int64),
+                "hashes": np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 32),
+                **pack_strings("id", self.ids),
+                **pack_strings("origin", self.origins),
+            },
+        )
 
 
 def _read(path: Path, sha256: str, key: str) -> bytes:
@@ -166,10 +201,17 @@ def read_documents_table(directory: Path, record: PartRecord) -> Part:
 
 
 def read_tokens(directory: Path, record: PartRecord) -> npt.NDArray[np.uint16]:
-    """The verified tokens of a part, uint16[record.tokens].
+    """The verified tokens of a part as a read-only map, uint16[record.tokens].
 
     Raises:
         DamagedPartError: missing or damaged.
     """
-    raw = _read(directory / f"{record.unit}.tokens", record.tokens_sha256, record.unit)
-    return np.frombuffer(raw, dtype="<u2")
+    path = directory / f"{record.unit}.tokens"
+    try:
+        if file_sha256(path) != record.tokens_sha256:
+            raise DamagedPartError(record.unit)
+        if not record.tokens:
+            return np.empty(0, dtype=np.uint16)
+        return np.memmap(path, dtype="<u2", mode="r").view(np.ndarray)
+    except OSError:
+        raise DamagedPartError(record.unit) from None

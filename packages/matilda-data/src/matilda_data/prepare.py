@@ -1,70 +1,41 @@
-"""Text files to a data set: `prepare_text`.
-
-Inputs divide into units; units become durable parts, in any order, on any number of workers, each
-recorded in a journal; the packer turns parts into shards in unit order; the manifest comes last.
-Killed at any point, the next call goes on from the journal and ends with the same bytes.
-"""
+"""Text files to a data set: `prepare_text`."""
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from matilda_data.documents import ReadOptions
-from matilda_data.durable import TEMP_PREFIX, fsync_directory
-from matilda_data.errors import DataError
-from matilda_data.inputs import Unit, find_files, plan_units
-from matilda_data.journal import Journal
-from matilda_data.manifest import (
-    MANIFEST_NAME,
-    Manifest,
-    canonical_json,
-    read_incomplete,
-    read_manifest,
-    write_incomplete,
-    write_manifest,
+from matilda_data.engine import (
+    WORK_DIR,
+    Engine,
+    PlannedSource,
+    finished_manifest,
+    locked,
+    tidy,
 )
-from matilda_data.packer import PackOptions, SourceParts, pack
-from matilda_data.parts import DamagedPartError, PartRecord
+from matilda_data.errors import DataError
+from matilda_data.inputs import find_files, plan_units
+from matilda_data.journal import Journal
+from matilda_data.manifest import Manifest, canonical_json, write_incomplete
+from matilda_data.packer import PackOptions
+from matilda_data.progress import Meter, ProgressCallback
 from matilda_data.shard import MAX_TOKENS
-from matilda_data.tokenizer import Tokenizer, load_tokenizer
-from matilda_data.worker import EncodeSettings, run_units
+from matilda_data.tokenizer import BACKENDS, Tokenizer, load_tokenizer
+from matilda_data.worker import load_runner
 
-__all__ = ["Progress", "TextSource", "prepare_text"]
+__all__ = ["Settings", "TextSource", "prepare_text"]
 
 PIPELINE = "matilda-prepare/1"
-WORK_DIR = ".prepare"
-# Below this much input, starting worker processes costs more than it saves.
-BYTES_PER_WORKER = 16 << 20
 
 PathLike = str | os.PathLike[str]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """How far a preparation is: plain numbers for a progress bar. All counts only grow."""
-
-    stage: str
-    """`"encode"`, `"pack"` or `"done"`."""
-    tokens: int
-    """Tokens encoded so far, end-of-text included, resumed work included."""
-    documents: int
-    """Documents encoded so far."""
-    bytes_done: int
-    """Input bytes (uncompressed) encoded so far."""
-    bytes_total: int
-    """Input bytes (uncompressed) in all."""
-    source_tokens: Mapping[str, int] = field(default_factory=dict)
-    """`tokens` per source name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,12 +50,100 @@ class TextSource:
     """Integer weight in the default mixture: 83 and 17 give 83 and 17 samples of every 100."""
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", self.name):
+        check_source(self.name, self.weight)
+
+
+def check_source(name: str, weight: int) -> None:
+    """Raise DataError unless `name` and `weight` can be a source's."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.-]*", name):
+        raise DataError(f"source name {name!r} is part of file names; use letters, digits, - or .")
+    if not isinstance(weight, int) or weight < 1:
+        raise DataError(f"source {name!r} has weight {weight!r}; give an integer ≥ 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Options that every way of preparing shares; checked here."""
+
+    tokenizer: str
+    shard_tokens: int
+    val_fraction: float
+    workers: int | None
+    runner: str
+    backend: str
+    deduplicate: bool
+    read: ReadOptions
+
+    def __post_init__(self) -> None:
+        load_tokenizer(self.tokenizer)
+        if not isinstance(self.shard_tokens, int) or not 1024 <= self.shard_tokens <= MAX_TOKENS:
+            raise DataError(f"`shard_tokens` is {self.shard_tokens!r}; give 1024 to {MAX_TOKENS}")
+        if not 0 <= self.val_fraction < 1:
+            raise DataError(f"`val_fraction` is {self.val_fraction!r}; give a share in [0, 1)")
+        if self.workers is not None and (not isinstance(self.workers, int) or self.workers < 1):
             raise DataError(
-                f"source name {self.name!r} is part of file names; use letters, digits, - or ."
+                f"`workers` is {self.workers!r}; give an integer ≥ 1, or None for automatic"
             )
-        if not isinstance(self.weight, int) or self.weight < 1:
-            raise DataError(f"source {self.name!r} has weight {self.weight!r}; give an integer ≥ 1")
+        if self.backend not in BACKENDS:
+            raise DataError(
+                f"`backend` is {self.backend!r}; choose one of {', '.join(map(repr, BACKENDS))}"
+            )
+        load_runner(self.runner)
+
+    @property
+    def encoder(self) -> Tokenizer:
+        """The tokenizer."""
+        return load_tokenizer(self.tokenizer)
+
+    @property
+    def pack(self) -> PackOptions:
+        """What the packer is told."""
+        return PackOptions(
+            shard_tokens=self.shard_tokens,
+            val_threshold=min(math.floor(self.val_fraction * 2**64), 2**64 - 1),
+            deduplicate=self.deduplicate,
+        )
+
+    def unit_settings(self) -> dict[str, Any]:
+        """What a part depends on beside its unit."""
+        encoder = self.encoder
+        return {
+            "pipeline": PIPELINE,
+            "tokenizer": [encoder.name, encoder.sha256, encoder.pattern],
+            **asdict(self.read),
+        }
+
+    def preparation(self, inputs: object) -> dict[str, Any]:
+        """What the data set's bytes depend on, for the manifest."""
+        return {
+            "pipeline": PIPELINE,
+            "inputs_sha256": hashlib.sha256(canonical_json(inputs)).hexdigest(),
+            "tokenizer_sha256": self.encoder.sha256,
+            "shard_tokens": self.shard_tokens,
+            "val_fraction": self.val_fraction,
+            "split_rule": "val if sha256(text)[:8] as a big-endian integer < val_fraction * 2**64",
+            "deduplicate": "exact" if self.deduplicate else "none",
+            "text_policy": {
+                **asdict(self.read),
+                "normalization": "none",
+                "nul": "kept",
+                "empty_documents": "dropped",
+            },
+        }
+
+    def engine(self, directory: Path, journal: Journal, meter: Meter) -> Engine:
+        """The engine that works to these settings."""
+        return Engine(
+            directory=directory,
+            tokenizer=self.encoder,
+            read_options=self.read,
+            pack_options=self.pack,
+            backend=self.backend,
+            workers=self.workers,
+            runner=load_runner(self.runner),
+            meter=meter,
+            journal=journal,
+        )
 
 
 def prepare_text(
@@ -95,12 +154,16 @@ def prepare_text(
     shard_tokens: int = 100_000_000,
     val_fraction: float = 0.01,
     workers: int | None = None,
-    progress: Callable[[Progress], None] | None = None,
+    progress: ProgressCallback | None = None,
     exclude: Sequence[str] = (),
     include: Callable[[str], bool] | None = None,
     text_field: str = "text",
     invalid_utf8: str = "error",
     deduplicate: bool = True,
+    backend: str = "auto",
+    runner: str = "local",
+    partition: tuple[int, int] | None = None,
+    merge: Sequence[PathLike] = (),
     command: str | None = None,
 ) -> Manifest:
     """Write `inputs` as verified uint16 shards with a manifest into `out_dir`.
@@ -108,7 +171,8 @@ def prepare_text(
     Call it again after any interruption and it continues; on a finished data set of the same
     inputs and options it returns at once. The bytes written depend only on the inputs' content
     and names (relative to the input directory, a file's own directory, or the fixed start of a
-    glob) and on the options, not on `workers`, interruptions or absolute paths.
+    glob) and on the options above `backend`; not on workers, runner, partitions, interruptions or
+    absolute paths.
 
     Args:
         inputs: files, directories (searched for known types) and globs; or `TextSource`s for a
@@ -127,97 +191,105 @@ def prepare_text(
         text_field: JSON key or parquet column that holds the text.
         invalid_utf8: `"error"`, or `"replace"` to put U+FFFD for undecodable bytes.
         deduplicate: drop a document whose text equals an earlier one's, over all sources.
+        backend: what tokenizes: `"tiktoken"`, `"fastokens"` or `"auto"`; the ids are the same.
+        runner: `"local"` processes, or `"ray"` for a Ray cluster that shares the file system.
+        partition: (i, n) encodes only every n-th unit from the i-th on, into an `out_dir` of its
+            own that `merge` takes; the manifest returned is empty and the directory unfinished.
+        merge: `out_dir`s of partitions whose work is taken over; what is missing is done here.
         command: shell command that continues this preparation, named in errors until it is done.
 
     Raises:
         DataError: nothing to read, an unreadable or malformed input, an unknown tokenizer, a bad
             option, an `out_dir` with another data set or with a preparation still running.
     """
-    encoder = load_tokenizer(tokenizer)
-    _check_options(shard_tokens, val_fraction, workers, invalid_utf8)
-    sources = _as_sources(inputs)
-    options = ReadOptions(text_field=text_field, invalid_utf8=invalid_utf8)
-    units = [
-        plan_units(find_files(_as_list(source.inputs), exclude=exclude, include=include))
+    settings = Settings(
+        tokenizer=tokenizer,
+        shard_tokens=shard_tokens,
+        val_fraction=val_fraction,
+        workers=workers,
+        runner=runner,
+        backend=backend,
+        deduplicate=deduplicate,
+        read=ReadOptions(text_field=text_field, invalid_utf8=invalid_utf8),
+    )
+    unit_settings = settings.unit_settings()
+    sources = [
+        PlannedSource(
+            name=source.name,
+            weight=source.weight,
+            origin={"kind": "files"},
+            units=[
+                (unit.key(unit_settings), unit)
+                for unit in plan_units(
+                    find_files(_as_list(source.inputs), exclude=exclude, include=include)
+                )
+            ],
+        )
+        for source in _as_sources(inputs)
+    ]
+    preparation = settings.preparation(
+        [[source.name, source.weight, [key for key, _ in source.units]] for source in sources]
+    )
+    directory = Path(out_dir)
+    finished = finished_manifest(directory, preparation)
+    if finished is not None and not (directory / WORK_DIR).exists():
+        return finished
+    with locked(directory) as journal:
+        if (finished := finished_manifest(directory, preparation)) is not None:
+            tidy(directory)
+            return finished
+        write_incomplete(directory, command or "")
+        engine = settings.engine(directory, journal, Meter(progress))
+        for other in merge:
+            take_over(Path(other), engine)
+        if partition is not None:
+            sources = _own_share(sources, partition)
+        engine.expect(sources)
+        engine.encode(sources)
+        if partition is not None:
+            return Manifest(tokenizer={}, sources=(), shards=(), preparation=preparation)
+        return engine.publish(sources, preparation)
+
+
+def _own_share(sources: list[PlannedSource], partition: tuple[int, int]) -> list[PlannedSource]:
+    index, count = partition
+    if not 0 <= index < count:
+        raise DataError(f"`partition` is {partition!r}; give (i, n) with 0 ≤ i < n")
+    numbered = [item for source in sources for item in source.units]
+    mine = {key for key, _ in numbered[index::count]}
+    return [
+        PlannedSource(
+            name=source.name,
+            weight=source.weight,
+            origin=source.origin,
+            units=[item for item in source.units if item[0] in mine],
+        )
         for source in sources
     ]
-    pack_options = PackOptions(
-        shard_tokens=shard_tokens,
-        val_threshold=min(math.floor(val_fraction * 2**64), 2**64 - 1),
-        deduplicate=deduplicate,
-    )
-    plan = _Plan(sources, units, encoder, options, pack_options, val_fraction)
-    directory = Path(out_dir)
-    work = directory / WORK_DIR
-    if (finished := _finished(directory, plan)) is not None and not work.exists():
-        return finished
-    created = not directory.exists()
-    directory.mkdir(parents=True, exist_ok=True)
-    with _exclusive(work):
-        if (finished := _finished(directory, plan)) is not None:
-            _tidy(directory, work)  # a run was killed after it had published
-            return finished
-        try:
-            return _run(plan, directory, work, workers, progress, command)
-        except DataError:
-            _forget_if_nothing_done(directory, work, created)
-            raise
 
 
-class _Plan:
-    """Everything the output bytes depend on."""
+def take_over(other: Path, engine: Engine) -> None:
+    """Take the finished parts of the unfinished data set `other` into `engine`'s.
 
-    def __init__(
-        self,
-        sources: Sequence[TextSource],
-        units: Sequence[Sequence[Unit]],
-        tokenizer: Tokenizer,
-        options: ReadOptions,
-        pack_options: PackOptions,
-        val_fraction: float,
-    ) -> None:
-        settings = {
-            "pipeline": PIPELINE,
-            "tokenizer": [tokenizer.name, tokenizer.sha256, tokenizer.pattern],
-            **asdict(options),
-        }
-        self.sources = sources
-        self.tokenizer = tokenizer
-        self.options = options
-        self.pack_options = pack_options
-        self.units = [[(unit.key(settings), unit) for unit in group] for group in units]
-        inputs = [
-            [source.name, source.weight, [key for key, _ in group]]
-            for source, group in zip(sources, self.units, strict=True)
-        ]
-        self.preparation: dict[str, Any] = {
-            "pipeline": PIPELINE,
-            "inputs_sha256": hashlib.sha256(canonical_json(inputs)).hexdigest(),
-            "shard_tokens": pack_options.shard_tokens,
-            "val_fraction": val_fraction,
-            "split_rule": "val if sha256(text)[:8] as a big-endian integer < val_fraction * 2**64",
-            "deduplicate": "exact" if pack_options.deduplicate else "none",
-            "text_policy": {
-                **asdict(options),
-                "normalization": "none",
-                "nul": "kept",
-                "empty_documents": "dropped",
-            },
-        }
-        self.id = hashlib.sha256(canonical_json(self.preparation)).hexdigest()
-
-
-def _check_options(
-    shard_tokens: int, val_fraction: float, workers: int | None, invalid_utf8: str
-) -> None:
-    if not isinstance(shard_tokens, int) or not 1024 <= shard_tokens <= MAX_TOKENS:
-        raise DataError(f"`shard_tokens` is {shard_tokens!r}; give 1024 to {MAX_TOKENS}")
-    if not 0 <= val_fraction < 1:
-        raise DataError(f"`val_fraction` is {val_fraction!r}; give a share in [0, 1)")
-    if workers is not None and (not isinstance(workers, int) or workers < 1):
-        raise DataError(f"`workers` is {workers!r}; give an integer ≥ 1, or None for automatic")
-    if invalid_utf8 not in ("error", "replace"):
-        raise DataError(f"`invalid_utf8` is {invalid_utf8!r}; choose 'error' or 'replace'")
+    Raises:
+        DataError: `other` holds no such work.
+    """
+    work = other / WORK_DIR
+    if not (work / "journal.jsonl").exists():
+        raise DataError(f"{str(other)!r} holds no partition's work; name the partition's `out_dir`")
+    with_records = Journal(work / "journal.jsonl")
+    with_records.close()
+    for key, record in with_records.records.items():
+        if key in engine.journal.records:
+            continue
+        for suffix in ("tokens", "docs"):
+            name = f"{key}.{suffix}"
+            (engine.parts / name).unlink(missing_ok=True)
+            try:
+                os.link(work / "parts" / name, engine.parts / name)
+            except OSError:
+                shutil.copyfile(work / "parts" / name, engine.parts / name)
+        engine.journal.append(record)
 
 
 def _as_list(inputs: PathLike | Sequence[PathLike]) -> list[PathLike]:
@@ -237,197 +309,3 @@ def _as_sources(
     if len(set(names)) != len(names):
         raise DataError(f"source names {names!r} are not distinct")
     return named
-
-
-def _finished(directory: Path, plan: _Plan) -> Manifest | None:
-    """The manifest if `directory` holds the very data set of `plan`; None if it is to be made."""
-    if not (directory / MANIFEST_NAME).exists() or read_incomplete(directory) is not None:
-        return None
-    manifest = read_manifest(directory)
-    made = {**manifest.preparation}
-    made.pop("dropped", None)
-    if made != plan.preparation:
-        raise DataError(
-            f"{str(directory)!r} already holds a data set of other inputs or options; "
-            "choose another output directory or delete it"
-        )
-    return manifest
-
-
-@contextlib.contextmanager
-def _exclusive(work: Path) -> Iterator[None]:
-    work.mkdir(exist_ok=True)
-    with (work / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise DataError(
-                f"another process is preparing {str(work.parent)!r}; wait for it to finish"
-            ) from None
-        yield
-
-
-def _forget_if_nothing_done(directory: Path, work: Path, created: bool) -> None:
-    """After a bad input with nothing worth keeping yet, leave the disk as it was."""
-    journal = Journal(work / "journal.jsonl")
-    journal.close()
-    if any(record.documents for record in journal.records.values()):
-        return
-    shutil.rmtree(work, ignore_errors=True)
-    if read_incomplete(directory) is not None:
-        (directory / MANIFEST_NAME).unlink()
-    if created and not any(directory.iterdir()):
-        directory.rmdir()
-
-
-def _run(
-    plan: _Plan,
-    directory: Path,
-    work: Path,
-    workers: int | None,
-    progress: Callable[[Progress], None] | None,
-    command: str | None,
-) -> Manifest:
-    write_incomplete(directory, plan.id, command or "")
-    parts = work / "parts"
-    parts.mkdir(exist_ok=True)
-    journal = Journal(work / "journal.jsonl")
-    try:
-        _clear_temporaries(parts)
-        while True:
-            _encode(plan, journal, parts, workers, progress)
-            try:
-                return _publish(plan, journal, directory, work, progress)
-            except DamagedPartError as damaged:
-                journal.discard(damaged.key)
-    finally:
-        journal.close()
-
-
-def _clear_temporaries(directory: Path) -> None:
-    for leftover in directory.glob(f"{TEMP_PREFIX}*"):
-        leftover.unlink(missing_ok=True)
-
-
-def _tidy(directory: Path, work: Path) -> None:
-    _clear_temporaries(directory)
-    shutil.rmtree(work)
-
-
-class _Meter:
-    """Sums finished parts for `Progress`."""
-
-    def __init__(self, plan: _Plan, progress: Callable[[Progress], None] | None) -> None:
-        self._progress = progress
-        self._places: dict[str, list[tuple[str, int]]] = {}
-        for source, group in zip(plan.sources, plan.units, strict=True):
-            for key, unit in group:
-                self._places.setdefault(key, []).append((source.name, unit.input_bytes))
-        self._tokens = {source.name: 0 for source in plan.sources}
-        self._documents = self._bytes = 0
-        self._total = sum(size for places in self._places.values() for _, size in places)
-
-    def add(self, record: PartRecord) -> None:
-        for name, size in self._places.get(record.unit, ()):
-            self._tokens[name] += record.tokens
-            self._documents += record.documents
-            self._bytes += size
-
-    def report(self, stage: str) -> None:
-        if self._progress is not None:
-            self._progress(
-                Progress(
-                    stage=stage,
-                    tokens=sum(self._tokens.values()),
-                    documents=self._documents,
-                    bytes_done=self._bytes,
-                    bytes_total=self._total,
-                    source_tokens=dict(self._tokens),
-                )
-            )
-
-
-def _encode(
-    plan: _Plan,
-    journal: Journal,
-    parts: Path,
-    workers: int | None,
-    progress: Callable[[Progress], None] | None,
-) -> None:
-    meter = _Meter(plan, progress)
-    todo: dict[str, Unit] = {}
-    for key, unit in (item for group in plan.units for item in group):
-        if key not in journal.records:
-            todo[key] = unit
-    for key in {key for group in plan.units for key, _ in group} - set(todo):
-        meter.add(journal.records[key])
-    meter.report("encode")
-    settings = EncodeSettings(
-        directory=str(parts.absolute()), tokenizer=plan.tokenizer.name, options=plan.options
-    )
-    count = workers or _automatic_workers(list(todo.values()))
-    running = run_units(list(todo.items()), settings, min(count, len(todo)))
-    with contextlib.closing(running):
-        for record in running:
-            journal.append(record)
-            meter.add(record)
-            meter.report("encode")
-    if not any(record.documents for record in journal.records.values()):
-        raise DataError("no documents: every input is empty; give files with text")
-
-
-def _automatic_workers(todo: Sequence[Unit]) -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    useful = sum(unit.input_bytes for unit in todo) // BYTES_PER_WORKER
-    return max(1, min(cores or 1, useful))
-
-
-def _publish(
-    plan: _Plan,
-    journal: Journal,
-    directory: Path,
-    work: Path,
-    progress: Callable[[Progress], None] | None,
-) -> Manifest:
-    meter = _Meter(plan, progress)
-    for key in {key for group in plan.units for key, _ in group}:
-        meter.add(journal.records[key])
-    meter.report("pack")
-    shards_dir = work / "shards"
-    shutil.rmtree(shards_dir, ignore_errors=True)
-    shards_dir.mkdir()
-    records = [
-        SourceParts(
-            name=source.name,
-            weight=source.weight,
-            origin={"kind": "files"},
-            records=[journal.records[key] for key, _ in group],
-        )
-        for source, group in zip(plan.sources, plan.units, strict=True)
-    ]
-    sources, shards, duplicates = pack(
-        records, work / "parts", shards_dir, plan.tokenizer, plan.pack_options
-    )
-    empty = sum(record.empty for source in records for record in source.records)
-    encoder = plan.tokenizer
-    manifest = Manifest(
-        tokenizer={
-            "name": encoder.name,
-            "vocab_size": encoder.vocab_size,
-            "eot_id": encoder.eot_id,
-            "sha256": encoder.sha256,
-            "pattern": encoder.pattern,
-        },
-        sources=tuple(sources),
-        shards=tuple(shards),
-        preparation={**plan.preparation, "dropped": {"duplicates": duplicates, "empty": empty}},
-    )
-    fsync_directory(shards_dir)
-    for shard in shards:
-        for name in (shard.file, shard.index_file):
-            (shards_dir / name).replace(directory / name)
-    fsync_directory(directory)
-    write_manifest(directory, manifest)
-    _tidy(directory, work)
-    meter.report("done")
-    return manifest

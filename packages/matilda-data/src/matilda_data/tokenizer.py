@@ -7,7 +7,7 @@ import difflib
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ import tiktoken
 import zstandard
 
 from matilda_data.errors import DataError
+from matilda_data.fast import BatchEncoder, load_fast_encoder
 
 __all__ = ["TOKENIZERS", "Tokenizer", "load_tokenizer"]
 
@@ -25,6 +26,8 @@ GPT2_RANKS_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 GPT2_EOT = 50256
 BYTE_EOT = 256
+
+BACKENDS = ("auto", "tiktoken", "fastokens")
 
 # Longer texts are encoded in pieces of about this many characters, which bounds memory.
 PIECE_CHARS = 1 << 20
@@ -52,6 +55,7 @@ class Tokenizer:
         eot_id: int,
         token_bytes: list[bytes],
         encode_piece: Callable[[str], TokenArray],
+        ranks_file: bytes | None = None,
     ) -> None:
         self.name = name
         self.sha256 = sha256
@@ -64,6 +68,7 @@ class Tokenizer:
         self.token_byte_lengths.setflags(write=False)
         self._token_bytes = token_bytes
         self._encode_piece = encode_piece
+        self._ranks_file = ranks_file
 
     def encode(self, text: str) -> TokenArray:
         """uint16[n] ids of `text`; special-token spellings in it are encoded as plain text.
@@ -71,14 +76,51 @@ class Tokenizer:
         Raises:
             DataError: `text` holds lone surrogates, which have no UTF-8 form.
         """
-        try:
-            if len(text) <= PIECE_CHARS:
-                return self._encode_piece(text)
-            return np.concatenate([self._encode_piece(piece) for piece in _pieces(text)])
-        except UnicodeEncodeError as error:
-            raise DataError(
-                f"text has a lone surrogate at character {error.start} and no UTF-8 form"
-            ) from None
+        _check_utf8(text)
+        if len(text) <= PIECE_CHARS:
+            return self._encode_piece(text)
+        return np.concatenate([self._encode_piece(piece) for piece in _pieces(text)])
+
+    def batch_encoder(self, backend: str = "auto") -> tuple[BatchEncoder, str]:
+        """A function from texts to (flat uint16 ids, int64 length of each), and what it runs on.
+
+        Args:
+            backend: `"tiktoken"`; `"fastokens"`; or `"auto"`, fastokens where it is installed and
+                agrees with tiktoken. The ids are the same. `byte` has one way only, named itself.
+
+        Raises:
+            DataError: unknown, or fastokens is not installed or does not agree.
+        """
+        if backend not in BACKENDS:
+            raise DataError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
+        if self._ranks_file is None:
+            return self._batched(self._one_by_one), self.name
+        if backend != "tiktoken":
+            fast, reason = load_fast_encoder(self._ranks_file, self.pattern, self._one_by_one)
+            if fast is not None:
+                return self._batched(fast), "fastokens"
+            if backend == "fastokens":
+                raise DataError(f"backend 'fastokens' cannot be used: {reason}")
+        return self._batched(self._one_by_one), "tiktoken"
+
+    def _one_by_one(self, texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+        encoded = [self._encode_piece(text) for text in texts]
+        lengths = np.array([len(ids) for ids in encoded], dtype=np.int64)
+        return np.concatenate([np.empty(0, np.uint16), *encoded]), lengths
+
+    def _batched(self, encode_pieces: BatchEncoder) -> BatchEncoder:
+        """`encode_pieces` for texts of any length."""
+
+        def encode(texts: Sequence[str]) -> tuple[TokenArray, npt.NDArray[np.int64]]:
+            for text in texts:
+                _check_utf8(text)
+            groups = [_pieces(text) for text in texts]
+            ids, lengths = encode_pieces([piece for group in groups for piece in group])
+            ends = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+            counts = np.cumsum([0, *(len(group) for group in groups)])
+            return ids, np.diff(ends[counts])
+
+        return encode
 
     def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
         """The UTF-8 bytes of `ids` (any integer array); end-of-text decodes to nothing.
@@ -140,8 +182,17 @@ def _byte_tokenizer() -> Tokenizer:
     )
 
 
-def gpt2_ranks() -> dict[bytes, int]:
-    """The shipped GPT-2 merge ranks, checked against the hash tiktoken pins."""
+def _check_utf8(text: str) -> None:
+    try:
+        text.encode("utf-8")  # tiktoken would replace lone surrogates in silence
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"text has a lone surrogate at character {error.start} and no UTF-8 form"
+        ) from None
+
+
+def gpt2_ranks_file() -> bytes:
+    """The shipped GPT-2 merge ranks in tiktoken form, checked against the hash tiktoken pins."""
     packed = importlib.resources.files("matilda_data").joinpath("vocab/gpt2.tiktoken.zst")
     try:
         raw = zstandard.ZstdDecompressor().decompress(packed.read_bytes())
@@ -155,12 +206,13 @@ def gpt2_ranks() -> dict[bytes, int]:
             "the GPT-2 vocabulary file inside matilda-data is damaged (its SHA-256 is not the one "
             "tiktoken pins for r50k_base); reinstall matilda-data"
         )
-    pairs = (line.split() for line in raw.splitlines() if line)
-    return {base64.b64decode(token): int(rank) for token, rank in pairs}
+    return raw
 
 
 def _gpt2_tokenizer() -> Tokenizer:
-    ranks = gpt2_ranks()
+    ranks_file = gpt2_ranks_file()
+    pairs = (line.split() for line in ranks_file.splitlines() if line)
+    ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     encoding = tiktoken.Encoding(
         "gpt2",
         pat_str=GPT2_PATTERN,
@@ -173,7 +225,6 @@ def _gpt2_tokenizer() -> Tokenizer:
         token_bytes[rank] = token
 
     def encode_piece(text: str) -> TokenArray:
-        text.encode("utf-8")  # tiktoken would replace lone surrogates in silence
         ids = encoding.encode_to_numpy(text, allowed_special=set(), disallowed_special=())
         return ids.astype(np.uint16)
 
@@ -184,6 +235,7 @@ def _gpt2_tokenizer() -> Tokenizer:
         eot_id=GPT2_EOT,
         token_bytes=token_bytes,
         encode_piece=encode_piece,
+        ranks_file=ranks_file,
     )
 
 

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,9 @@ from matilda_data.errors import DataError
 from matilda_data.inputs import Unit
 from matilda_data.parts import PartRecord, encode_unit
 
-__all__ = ["EncodeSettings", "run_units"]
+__all__ = ["RUNNERS", "EncodeSettings", "load_runner", "run_units"]
+
+RUNNERS = ("local", "ray")
 
 # A unit whose worker dies (out of memory, killed) is tried this many times.
 TRIES = 3
@@ -37,12 +39,18 @@ class EncodeSettings:
 
     directory: str
     tokenizer: str
+    backend: str
     options: ReadOptions
 
     def encode(self, unit: Unit, key: str) -> PartRecord:
         """Encode `unit` in this process."""
         return encode_unit(
-            unit, key, Path(self.directory), tokenizer=self.tokenizer, options=self.options
+            unit,
+            key,
+            Path(self.directory),
+            tokenizer=self.tokenizer,
+            backend=self.backend,
+            options=self.options,
         )
 
 
@@ -121,6 +129,21 @@ def run_units(
                     _close(pipe)
 
 
+def load_runner(name: str) -> Callable[..., Generator[PartRecord, None, None]]:
+    """The function that runs units: `run_units` for `"local"`, or that of the Ray extra.
+
+    Raises:
+        DataError: unknown, or Ray is not installed.
+    """
+    if name not in RUNNERS:
+        raise DataError(f"`runner` is {name!r}; choose one of {', '.join(map(repr, RUNNERS))}")
+    if name == "local":
+        return run_units
+    from matilda_data.ray_runner import run_units_on_ray
+
+    return run_units_on_ray
+
+
 def _close(pipe: IO[str]) -> None:
     with contextlib.suppress(OSError):  # the worker is gone, and so is what was buffered for it
         pipe.close()
@@ -135,7 +158,7 @@ def _start_worker(settings: EncodeSettings) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
-        env={**os.environ, "PYTHONPATH": search},
+        env={**os.environ, "PYTHONPATH": search, "RAYON_NUM_THREADS": "1"},
     )
 
 

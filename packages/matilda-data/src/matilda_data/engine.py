@@ -1,0 +1,261 @@
+"""The engine under every preparation: units to durable parts, parts to a published data set.
+
+Units become parts in any order, on any number of workers, each recorded in a journal; the packer
+turns parts into shards in unit order; the manifest comes last. Killed at any point, the next run
+goes on from the journal and ends with the same bytes.
+
+    <data set>/.prepare/lock            held while a preparation runs
+    <data set>/.prepare/journal.jsonl   one durable line a finished unit
+    <data set>/.prepare/parts/          what units became
+    <data set>/.prepare/shards/         shards before they are published
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from matilda_data.documents import ReadOptions
+from matilda_data.durable import TEMP_PREFIX, fsync_directory
+from matilda_data.errors import DataError
+from matilda_data.inputs import Unit
+from matilda_data.journal import Journal
+from matilda_data.manifest import (
+    MANIFEST_NAME,
+    Manifest,
+    read_incomplete,
+    read_manifest,
+    write_manifest,
+)
+from matilda_data.packer import PackOptions, SourceParts, pack
+from matilda_data.parts import DamagedPartError, PartRecord
+from matilda_data.progress import Meter
+from matilda_data.tokenizer import Tokenizer
+from matilda_data.worker import EncodeSettings, run_units
+
+__all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "finished_manifest", "locked"]
+
+WORK_DIR = ".prepare"
+# Below this much input, starting worker processes costs more than it saves.
+BYTES_PER_WORKER = 16 << 20
+
+Runner = Callable[[Sequence[tuple[str, Unit]], EncodeSettings, int], Iterator[PartRecord]]
+"""Encodes (key, unit) pairs, yielding records as parts become durable, in any order."""
+
+
+@dataclass(kw_only=True)
+class PlannedSource:
+    """A source with its units in order; the hub adds units while it goes."""
+
+    name: str
+    weight: int
+    origin: Mapping[str, Any]
+    units: list[tuple[str, Unit]] = field(default_factory=list)
+    """(key, unit) in the order of the data set."""
+    train_tokens: int | None = None
+    """Documents are taken in order until the train split has this many tokens; None takes all."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Engine:
+    """One preparation at work in a locked directory."""
+
+    directory: Path
+    tokenizer: Tokenizer
+    read_options: ReadOptions
+    pack_options: PackOptions
+    backend: str
+    workers: int | None
+    runner: Runner | None
+    meter: Meter
+    journal: Journal
+
+    @property
+    def work(self) -> Path:
+        """Where unfinished work lies."""
+        return self.directory / WORK_DIR
+
+    @property
+    def parts(self) -> Path:
+        """Where parts lie."""
+        return self.work / "parts"
+
+    def expect(self, sources: Sequence[PlannedSource]) -> None:
+        """Count the units of `sources`, and what the journal already has of them, for progress."""
+        for source in sources:
+            for key, unit in source.units:
+                self.meter.expect(source.name, unit.input_bytes)
+                if (record := self.journal.records.get(key)) is not None:
+                    self._count(source.name, unit, record)
+        self.meter.report("encode")
+
+    def _count(self, name: str, unit: Unit, record: PartRecord) -> None:
+        self.meter.finish(name, unit.input_bytes, record.tokens, record.documents)
+
+    def encode(self, sources: Sequence[PlannedSource]) -> None:
+        """Make every part that the journal does not have yet.
+
+        Raises:
+            DataError: an input cannot be used.
+        """
+        places: dict[str, list[tuple[str, Unit]]] = {}
+        for source in sources:
+            for key, unit in source.units:
+                if key not in self.journal.records:
+                    places.setdefault(key, []).append((source.name, unit))
+        todo = [(key, found[0][1]) for key, found in places.items()]
+        settings = EncodeSettings(
+            directory=str(self.parts.absolute()),
+            tokenizer=self.tokenizer.name,
+            backend=self.backend,
+            options=self.read_options,
+        )
+        count = min(self.workers or _automatic_workers(todo), len(todo))
+        running = (self.runner or run_units)(todo, settings, count)
+        try:
+            for record in running:
+                self.journal.append(record)
+                for name, unit in places[record.unit]:
+                    self._count(name, unit, record)
+                self.meter.report("encode")
+        finally:
+            if (close := getattr(running, "close", None)) is not None:
+                close()
+
+    def source_parts(self, sources: Sequence[PlannedSource]) -> list[SourceParts]:
+        """The finished parts of `sources` in order."""
+        return [
+            SourceParts(
+                name=source.name,
+                weight=source.weight,
+                origin=source.origin,
+                records=[self.journal.records[key] for key, _ in source.units],
+                train_tokens=source.train_tokens,
+            )
+            for source in sources
+        ]
+
+    def publish(self, sources: Sequence[PlannedSource], preparation: Mapping[str, Any]) -> Manifest:
+        """Pack the parts, move the shards in place and write the manifest; then tidy up.
+
+        Parts that prove damaged are made again.
+
+        Raises:
+            DataError: there is no document at all.
+        """
+        while True:
+            try:
+                return self._publish(self.source_parts(sources), preparation)
+            except DamagedPartError as damaged:
+                self.journal.discard(damaged.key)
+                self.encode(sources)
+
+    def _publish(self, parts: list[SourceParts], preparation: Mapping[str, Any]) -> Manifest:
+        if not any(record.documents for source in parts for record in source.records):
+            raise DataError("no documents: every input is empty; give files with text")
+        self.meter.report("pack")
+        shards_dir = self.work / "shards"
+        shutil.rmtree(shards_dir, ignore_errors=True)
+        shards_dir.mkdir()
+        packed = pack(parts, self.parts, shards_dir, self.tokenizer, self.pack_options)
+        encoder = self.tokenizer
+        manifest = Manifest(
+            tokenizer={
+                "name": encoder.name,
+                "vocab_size": encoder.vocab_size,
+                "eot_id": encoder.eot_id,
+                "sha256": encoder.sha256,
+                "pattern": encoder.pattern,
+            },
+            sources=tuple(packed.sources),
+            shards=tuple(packed.shards),
+            preparation={**preparation, "dropped": packed.dropped},
+        )
+        fsync_directory(shards_dir)
+        for shard in manifest.shards:
+            for name in (shard.file, shard.index_file):
+                (shards_dir / name).replace(self.directory / name)
+        fsync_directory(self.directory)
+        write_manifest(self.directory, manifest)
+        tidy(self.directory)
+        self.meter.report("done")
+        return manifest
+
+
+def _automatic_workers(todo: Sequence[tuple[str, Unit]]) -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    useful = sum(unit.input_bytes for _, unit in todo) // BYTES_PER_WORKER
+    return max(1, min(cores or 1, useful))
+
+
+@contextlib.contextmanager
+def locked(directory: Path) -> Iterator[Journal]:
+    """Hold the data set's directory for one preparation and open its journal.
+
+    After a bad input with nothing worth keeping, the disk is left as it was.
+
+    Raises:
+        DataError: another process is preparing this directory.
+    """
+    created = not directory.exists()
+    work = directory / WORK_DIR
+    (work / "parts").mkdir(parents=True, exist_ok=True)
+    with (work / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError(
+                f"another process is preparing {str(directory)!r}; wait for it to finish"
+            ) from None
+        journal = Journal(work / "journal.jsonl")
+        try:
+            _clear_temporaries(work / "parts")
+            yield journal
+        except DataError:
+            if not any(record.documents for record in journal.records.values()):
+                _forget(directory, created)
+            raise
+        finally:
+            journal.close()
+
+
+def _forget(directory: Path, created: bool) -> None:
+    shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
+    if read_incomplete(directory) is not None:
+        (directory / MANIFEST_NAME).unlink()
+    if created and not any(directory.iterdir()):
+        directory.rmdir()
+
+
+def _clear_temporaries(directory: Path) -> None:
+    for leftover in directory.glob(f"{TEMP_PREFIX}*"):
+        leftover.unlink(missing_ok=True)
+
+
+def tidy(directory: Path) -> None:
+    """Remove what a finished preparation leaves, also one killed right after it had published."""
+    _clear_temporaries(directory)
+    shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
+
+
+def finished_manifest(directory: Path, preparation: Mapping[str, Any]) -> Manifest | None:
+    """The manifest if `directory` holds the very data set of `preparation`; None if none yet.
+
+    Raises:
+        DataError: it holds another finished data set.
+    """
+    if not (directory / MANIFEST_NAME).exists() or read_incomplete(directory) is not None:
+        return None
+    manifest = read_manifest(directory)
+    if any(manifest.preparation.get(name) != value for name, value in preparation.items()):
+        raise DataError(
+            f"{str(directory)!r} already holds a data set of other inputs or options; "
+            "choose another output directory or delete it"
+        )
+    return manifest
