@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import logging
 import os
 import secrets
@@ -340,9 +341,27 @@ class Checkpointer:
         """Every checkpoint, newest first: names, sizes and seals checked, contents not."""
         return self._store.scan()
 
-    def scan(self) -> list[CheckpointInfo]:  # type: ignore[valid-type]
+    def scan(self) -> builtins.list[CheckpointInfo]:
         """The same as `list()`."""
         return self._store.scan()
+
+    def retire(self, keep: Keep | None = None) -> builtins.list[str]:
+        """Delete what the rule (default: this checkpointer's) does not keep; returns the names."""
+        self._background.settle()
+        self._store.acquire()
+        return self._store.retire(keep or self.keep)
+
+    def repair(self) -> builtins.list[Skipped]:
+        """Verify every byte, quarantine what is damaged, clear what dead writers left."""
+        self._background.settle()
+        self._store.acquire()
+        moved = []
+        for info in self._store.scan():
+            try:
+                self._store.verify(info.name)
+            except DamagedError as error:
+                moved.append(self._set_aside(info, str(error)))
+        return moved
 
     # -- end -----------------------------------------------------------------------------------
 

@@ -160,9 +160,11 @@ class Store(Catalog):
                 handle.close()
         sealed = [info for info in found if info.problem is None]
         newest = max(sealed, key=lambda info: info.sequence, default=None)
+        # One that cannot be read at the moment may hold a higher number.
+        unknown = len(found) - len(sealed)
         manifest = Manifest(
             step=request.step,
-            sequence=newest.sequence + 1 if newest else 1,
+            sequence=(newest.sequence if newest else 0) + unknown + 1,
             run_id=self.run_id,
             created=self._now().isoformat(timespec="milliseconds"),
             parent=newest.manifest_sha256 if newest else None,

@@ -1,0 +1,159 @@
+"""The command line: tables for people, JSON for scripts, exit codes for both."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from matilda_ckpt import Checkpointer, Keep
+from matilda_ckpt.cli import main
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    with Checkpointer(tmp_path / "checkpoints", keep=Keep(last=9)) as checkpoints:
+        for step in (10, 20, 30):
+            state = {"model": model, "loop": {"step": step, "tokens": 7}}
+            checkpoints.save(step, state, metrics={"val_loss": 5.0 / step})
+            with torch.no_grad():
+                model.weight[1, 2] += 0.5
+    return tmp_path
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str]:
+    status = main([str(a) for a in arguments])
+    return status, capsys.readouterr().out
+
+
+def damage(run_dir: Path) -> None:
+    path = run_dir / "checkpoints/step-00000020/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_ls_lists_newest_first_for_people_and_scripts(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = call(capsys, "ls", run_dir)
+    assert status == 0
+    assert out.splitlines()[1].startswith("step-00000030  30")
+    assert "healthy" in out
+    assert "val_loss=0.16667" in out
+    status, out = call(capsys, "ls", "--json", run_dir / "checkpoints")
+    assert [info["step"] for info in json.loads(out)] == [30, 20, 10]
+    (run_dir / "checkpoints/step-00000010/COMMIT").unlink()
+    status, out = call(capsys, "ls", run_dir)
+    assert status == 1
+    assert "`COMMIT` is missing" in out
+
+
+def test_verify_names_the_damaged_tensor(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "verify", run_dir)[0] == 0
+    damage(run_dir)
+    status, out = call(capsys, "verify", run_dir)
+    assert status == 1
+    assert "damaged tensor" in out
+    assert call(capsys, "verify", "--shallow", run_dir)[0] == 0
+    one = run_dir / "checkpoints/step-00000020"
+    status, out = call(capsys, "verify", "--json", one)
+    assert (status, json.loads(out)[0]["ok"]) == (1, False)
+
+
+def test_inspect_shows_tensors(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    status, out = call(capsys, "inspect", run_dir)
+    assert status == 0
+    assert "model/weight" in out
+    assert "3×4" in out
+    data = json.loads(call(capsys, "inspect", "--json", run_dir)[1])
+    assert data["step"] == 30
+    assert {t["name"]: t["shape"] for t in data["tensors"]}["model/weight"] == [3, 4]
+
+
+def test_diff_names_tensors_and_values_that_differ(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a, b = (run_dir / f"checkpoints/step-000000{n}" for n in (10, 20))
+    status, out = call(capsys, "diff", a, b)
+    assert status == 1
+    assert "model/weight" in out
+    assert "1 of 12" in out
+    assert "5.000e-01" in out
+    assert "loop.step: 10 → 20" in out
+    assert "model/bias" not in out
+    assert call(capsys, "diff", a, a)[0] == 0
+    data = json.loads(call(capsys, "diff", "--json", a, b)[1])
+    assert data["tensors"][0]["max_abs"] == pytest.approx(0.5)
+
+
+def test_gc_deletes_by_the_rule_and_dry_run_does_not(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    status, out = call(capsys, "gc", run_dir, "--last", 1, "--dry-run")
+    assert (status, "would delete 1: step-00000010" in out) == (0, True)
+    status, out = call(capsys, "gc", run_dir, "--last", 1, "--best", "val_loss:1:max", "--json")
+    assert json.loads(out)["deleted"] == []
+    call(capsys, "gc", run_dir, "--last", 1)
+    assert not (run_dir / "checkpoints/step-00000010").exists()
+
+
+def test_export_writes_plain_weights_once(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "weights.safetensors"
+    assert call(capsys, "export", run_dir, out)[0] == 0
+    loaded = load_file(out)
+    assert loaded["weight"].shape == (3, 4)
+    assert main(["export", str(run_dir), str(out)]) == 2
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith(".tmp")] == []
+    assert main(["export", str(run_dir), str(tmp_path / "x"), "--name", "loop"]) == 2
+    assert "no tensor" in capsys.readouterr().err
+
+
+def test_repair_quarantines_damage_and_clears_leftovers(
+    run_dir: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(run_dir)
+    (run_dir / "checkpoints/.tmp-step-1-x").mkdir()
+    status, out = call(capsys, "repair", run_dir)
+    assert status == 1
+    assert "2 intact, 1 quarantined" in out
+    assert call(capsys, "repair", run_dir)[0] == 0
+    assert sorted(p.name for p in (run_dir / "checkpoints").iterdir()) == [
+        "LOCK",
+        "quarantine",
+        "step-00000010",
+        "step-00000030",
+    ]
+
+
+def test_mistakes_are_one_sentence_and_status_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["ls", str(tmp_path / "nope")]) == 2
+    assert capsys.readouterr().err.strip().endswith("is not a directory")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert "no intact checkpoint" in capsys.readouterr().err
+
+
+def test_module_runs_and_ls_imports_no_torch(run_dir: Path) -> None:
+    code = f"""
+import sys
+from matilda_ckpt.cli import main
+status = main(["verify", {str(run_dir)!r}])
+assert "torch" not in sys.modules
+sys.exit(status)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "matilda_ckpt", "ls", str(run_dir)], check=True, capture_output=True
+    )
+    assert b"step-00000030" in done.stdout
