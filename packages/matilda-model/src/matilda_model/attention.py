@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from matilda_model.cache import LayerCache
 from matilda_model.config import ModelConfig
 from matilda_model.device import has_triton
-from matilda_model.layers import Linear, RMSNorm, apply_rope
+from matilda_model.layers import Linear, RMSNorm, add_product, apply_rope
 
 _SDPA_ORDER = {
     # cuDNN first: 276 against 180 TFLOP/s (flash) at head dim 64, T=2048, forward + backward, H100
@@ -30,18 +30,26 @@ _SDPA_ORDER = {
 }
 
 
-def causal_attention(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, backend: str) -> Tensor:
-    """Causal softmax attention, scale `1/sqrt(E)`; [B, H, T, E] in the dtype of the inputs."""
-    gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
-    if backend == "auto" and q_BHTE.device.type == "cpu":
+def causal_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: str) -> Tensor:
+    """Causal softmax attention, scale `1/sqrt(E)`; [B, T, H, E] in the dtype of the inputs."""
+    if backend == "fa4":
+        from matilda_model.flash4 import FlashAttention4
+
+        fa4_BTHE: Tensor = FlashAttention4.apply(q_BTHE, k_BTKE, v_BTKE)
+        return fa4_BTHE
+    q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+    gqa = q_BTHE.shape[2] != k_BTKE.shape[2]
+    if backend == "auto" and q_BTHE.device.type == "cpu":
         # torch's own choice on a CPU is the flash kernel; a context manager a layer costs more
-        return F.scaled_dot_product_attention(
+        y_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
         )
-    with sdpa_kernel(_SDPA_ORDER[backend], set_priority=True):
-        return F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
-        )
+    else:
+        with sdpa_kernel(_SDPA_ORDER[backend], set_priority=True):
+            y_BHTE = F.scaled_dot_product_attention(
+                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+            )
+    return y_BHTE.transpose(1, 2)
 
 
 class Attention(nn.Module):
@@ -63,21 +71,25 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        residual_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        cache: LayerCache | None = None,
     ) -> Tensor:
+        """`residual_BTD` plus the attention's output for the normed input `x_BTD`."""
         if cache is None and self._fuses(x_BTD):
             q_BTHE, k_BTKE, v_BTKE = self._project_fused(x_BTD, cos, sin)
         else:
             q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
             q_BTHE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin)
             k_BTKE = _norm_and_rotate(k_BTKE, self.k_norm, cos, sin)
-        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         if cache is None:
-            y_BHTE = causal_attention(q_BHTE, k_BKTE, v_BKTE, self.backend)
+            y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend)
         else:
-            y_BHTE = cache.attend(q_BHTE, k_BKTE, v_BKTE)
-        out: Tensor = self.o(y_BHTE.transpose(1, 2).flatten(2))
-        return out
+            y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE)
+        return add_product(residual_BTD, y_BTHE.flatten(2), self.o.weight)
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)

@@ -24,8 +24,12 @@ class LayerCache:
         self.k_BKSE = k_BKSE
         self.v_BKSE = v_BKSE
 
-    def attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    def attend(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         """Store the new keys and values, then attend to everything up to each new token."""
+        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        return self._attend(q_BHTE, k_BKTE, v_BKTE).transpose(1, 2)
+
+    def _attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
         gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
         n_new = q_BHTE.shape[2]
         if self.owner.filled == 0:

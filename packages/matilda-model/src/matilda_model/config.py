@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "math")
+ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "math")
 LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
@@ -78,7 +78,7 @@ class ModelConfig:
 
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
-    `"math"`."""
+    `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package)."""
 
     loss: str = "auto"
     """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"plain"`,

@@ -21,22 +21,26 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _BOUND = 64.0  # exp(±64) * vocabulary fits float32, so a smaller soft-cap needs no running maximum
 
 
-@triton.jit
-def _tanh(x):  # type: ignore[no-untyped-def]
-    """Eigen's rational tanh: one slow instruction (the division) instead of two; error 4e-7."""
-    x = tl.maximum(x, -7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
-    x = tl.minimum(x, 7.90531110763549805, propagate_nan=tl.PropagateNan.ALL)
-    s = x * x
-    p = -2.76076847742355e-16 * s + 2.00018790482477e-13
-    p = p * s - 8.60467152213735e-11
-    p = p * s + 5.12229709037114e-08
-    p = p * s + 1.48572235717979e-05
-    p = p * s + 6.37261928875436e-04
-    p = p * s + 4.89352455891786e-03
-    q = 1.19825839466702e-06 * s + 1.18534705686654e-04
-    q = q * s + 2.26843463243900e-03
-    q = q * s + 4.89352518554385e-03
-    return x * p / q
+@triton.jit  # type: ignore[untyped-decorator]
+def _exp2(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FAST:  # without the scaling for denormals: results under 1e-38 become 0
+        x = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        x = tl.exp2(x)
+    return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _two_over(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+    if FAST:  # one instruction and 1 ulp; the plain division expands to eight
+        x = 2.0 * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        x = 2.0 / x
+    return x
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -53,47 +57,56 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     HAS_CAP: tl.constexpr,
     BOUNDED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    FAST: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
     target = tl.load(targets_ptr + row)
     cols = tl.arange(0, BLOCK)
+    kind = logits_ptr.dtype.element_ty
     if target < 0:
         tl.store(ce_ptr + row, 0.0)
         tl.store(z_ptr + row, 0.0)
         if WITH_GRAD:
             for start in range(0, n_cols, BLOCK):
-                zero = tl.zeros([BLOCK], dtype=logits_ptr.dtype.element_ty)
+                zero = tl.zeros([BLOCK], dtype=kind)
                 tl.store(logits_ptr + start + cols, zero, mask=start + cols < n_cols)
         return
 
-    # all in base 2
-    slope = 1.0 / softcap
+    # all in base 2; tanh(x / cap) = 1 - t with t = 2 / (1 + 2 ** (x * slope))
+    slope = 2.0 * _LOG2E / softcap
     scale = softcap * _LOG2E
     x_target = tl.load(logits_ptr + target).to(tl.float32)
-    z_target = scale * _tanh(x_target * slope) if HAS_CAP else x_target * _LOG2E
+    t_target = _two_over(1.0 + _exp2(x_target * slope, FAST), FAST)
+    z_target = scale * (1.0 - t_target) if HAS_CAP else x_target * _LOG2E
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
     peak = tl.full([BLOCK], float("-inf"), dtype=tl.float32)
     for start in range(0, n_cols, BLOCK):
         inside = start + cols < n_cols
-        x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
-        z = scale * _tanh(x * slope) if HAS_CAP else x * _LOG2E
+        x = tl.load(logits_ptr + start + cols, mask=inside, other=float("-inf")).to(tl.float32)
+        if HAS_CAP:
+            t = _two_over(1.0 + _exp2(x * slope, FAST), FAST)
+            z = scale - scale * t
+        else:
+            z = x * _LOG2E
         if BOUNDED:
-            total += tl.where(inside, tl.exp2(z), 0.0)
+            total += _exp2(z, FAST)
         else:
             # each lane keeps its own maximum, finite from its first column on
             z = tl.where(inside, z, float("-inf"))
             new_peak = tl.maximum(peak, z)
             safe = tl.where(new_peak == float("-inf"), 0.0, new_peak)
-            total = total * tl.exp2(peak - safe) + tl.exp2(z - safe)
+            total = total * _exp2(peak - safe, FAST) + _exp2(z - safe, FAST)
             peak = new_peak
     if BOUNDED:
-        lse = tl.log2(tl.sum(total, 0))
+        # columns past the end were read as -inf, so each added exp(-cap)
+        outside = (n_cols + BLOCK - 1) // BLOCK * BLOCK - n_cols
+        lse = tl.log2(tl.sum(total, 0) - outside * tl.exp2(-scale))
     else:
         top = tl.max(peak, 0)
-        lse = top + tl.log2(tl.sum(total * tl.exp2(peak - top), 0))
+        lse = top + tl.log2(tl.sum(total * _exp2(peak - top, FAST), 0))
 
     lse_e = lse / _LOG2E
     tl.store(ce_ptr + row, (lse - z_target) / _LOG2E)
@@ -101,23 +114,25 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     if WITH_GRAD:
         weight = 1.0 / tl.load(count_ptr)
         weight_p = weight * (1.0 + 2.0 * z_loss * lse_e)
+        shift = scale - lse
         for start in range(0, n_cols, BLOCK):
             inside = start + cols < n_cols
             # second read of the row: it is still in L2
             x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
             if HAS_CAP:
-                tanh = _tanh(x * slope)
-                p = tl.exp2(scale * tanh - lse)
+                t = _two_over(1.0 + _exp2(x * slope, FAST), FAST)
+                # 1 - tanh ** 2 = t (2 - t)
+                grad = _exp2(shift - scale * t, FAST) * (weight_p * t) * (2.0 - t)
             else:
-                p = tl.exp2(x * _LOG2E - lse)
-            grad = p * weight_p - tl.where(start + cols == target, weight, 0.0)
-            if HAS_CAP:
-                grad *= 1.0 - tanh * tanh
-            tl.store(
-                logits_ptr + start + cols,
-                grad.to(logits_ptr.dtype.element_ty),
-                mask=inside,
-            )
+                grad = _exp2(x * _LOG2E - lse, FAST) * weight_p
+            tl.store(logits_ptr + start + cols, grad.to(kind), mask=inside)
+        # the target's column, apart, costs the loop nothing; the barrier orders it after the loop
+        p_target = tl.exp2(z_target - lse)
+        grad_target = p_target * weight_p - weight
+        if HAS_CAP:
+            grad_target *= t_target * (2.0 - t_target)
+        tl.debug_barrier()
+        tl.store(logits_ptr + target, grad_target.to(kind))
 
 
 def cross_entropy_(
@@ -152,6 +167,7 @@ def cross_entropy_(
         HAS_CAP=softcap is not None,
         BOUNDED=softcap is not None and softcap <= _BOUND,
         WITH_GRAD=with_grad,
+        FAST=logits_NV.device.type == "cuda",
         BLOCK=block,
         num_warps=warps,
     )
