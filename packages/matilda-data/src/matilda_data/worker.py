@@ -1,4 +1,4 @@
-"""Worker processes: `python -m matilda_data.worker` encodes units that arrive as JSON lines.
+"""Worker processes that encode units, which arrive as JSON lines.
 
 Plain subprocesses rather than `multiprocessing`, so that calling `prepare_text` needs no
 `if __name__ == "__main__"` guard, forks nothing and leaves no shared memory. A worker ends when its
@@ -28,6 +28,8 @@ from matilda_data.parts import PartRecord, encode_unit
 __all__ = ["RUNNERS", "EncodeSettings", "load_runner", "run_units"]
 
 RUNNERS = ("local", "ray")
+
+WORKER_PROGRAM = "from matilda_data.worker import main; main()"
 
 # A unit whose worker dies (out of memory, killed) is tried this many times.
 TRIES = 3
@@ -153,7 +155,8 @@ def _start_worker(settings: EncodeSettings) -> subprocess.Popen[str]:
     package_root = str(Path(__file__).resolve().parents[1])
     search = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
-        [sys.executable, "-m", "matilda_data.worker", json.dumps(asdict(settings))],
+        # Not `-m`: the package imports this module, so that would run it twice, with a warning.
+        [sys.executable, "-c", WORKER_PROGRAM, json.dumps(asdict(settings))],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -207,7 +210,3 @@ def main() -> None:
             reply = {"fault": f"{type(error).__name__}: {error}"}
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
