@@ -17,7 +17,7 @@ from matilda_optim.reference import Work, reference_step
 from matilda_optim.sharing import Sharing
 
 if TYPE_CHECKING:
-    from matilda_optim.triton_backend import KernelClass
+    from matilda_optim.triton_backend import KernelPlan
 
 BACKENDS = ("auto", "reference", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -41,19 +41,20 @@ def is_sharded(param: Tensor) -> bool:
 class MuonStep:
     """One Muon step over groups; keeps the kernels' tables between steps, which hold no state."""
 
-    def __init__(self, backend: str, sharing: Sharing | None = None) -> None:
+    def __init__(self, backend: str, sharing: Sharing | None = None, graph: bool = True) -> None:
         if backend not in BACKENDS:
             raise ValueError(
                 f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"
             )
         self.backend = backend
         self.sharing = sharing or Sharing("none")
+        self.graph = graph
         self._key: Hashable = None
-        self._classes: list[KernelClass] = []
+        self._plan: KernelPlan | None = None
         self._devices: dict[torch.device, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"backend": self.backend, "sharing": self.sharing}
+        return {"backend": self.backend, "sharing": self.sharing, "graph": self.graph}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
@@ -121,14 +122,14 @@ class MuonStep:
             for group, params in work
         )
         if key != self._key:
-            self._classes = _build_classes(work, states)
+            self._plan = _build_plan(work, states, self.graph)
             self._key = key
-        for kernel_class in self._classes:
-            kernel_class.step(self.sharing)
+        assert self._plan is not None
+        self._plan.step(self.sharing, self.sharing.mode != "none")
 
 
-def _build_classes(work: Work, states: dict[Tensor, dict[str, Any]]) -> list[KernelClass]:
-    from matilda_optim.triton_backend import KernelClass, KernelKey, Matrix
+def _build_plan(work: Work, states: dict[Tensor, dict[str, Any]], graph: bool) -> KernelPlan:
+    from matilda_optim.triton_backend import KernelClass, KernelKey, KernelPlan, Matrix
 
     members: dict[KernelKey, list[Matrix]] = {}
     for group, params in work:
@@ -154,8 +155,4 @@ def _build_classes(work: Work, states: dict[Tensor, dict[str, Any]]) -> list[Ker
                 members.setdefault(key, []).append(
                     Matrix(p, momentum, offset, rows, cols, ratio, group)
                 )
-    # largest first: the small classes fill the tail
-    return sorted(
-        (KernelClass(key, matrices) for key, matrices in members.items()),
-        key=lambda c: -c.m * c.n * len(c.matrices),
-    )
+    return KernelPlan([KernelClass(key, group) for key, group in members.items()], graph)

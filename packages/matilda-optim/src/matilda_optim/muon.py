@@ -63,6 +63,8 @@ class Muon(Optimizer):
             `process_group`, whose gradients must be equal (as after DDP's all-reduce); "auto" does
             so for the shapes where it is measured to be faster. The parameters are the same bits
             in all three. DTensor parameters (FSDP2) need no setting.
+        graph: the Triton back end replays its launches as a CUDA graph of its own from the third
+            step on, which keeps the workspace allocated; False launches them one by one.
 
     Group keys beside these: `algorithm` ("muon" or "adamw"), `name`, `param_names`, and for fused
     weights `split` (rows of each block), `heads` (equal blocks of rows) or `stacked` (leading
@@ -93,6 +95,7 @@ class Muon(Optimizer):
         backend: str = "auto",
         distribute: str = "none",
         process_group: Any = None,
+        graph: bool = True,
     ) -> None:
         defaults = {
             "lr": lr,
@@ -113,7 +116,7 @@ class Muon(Optimizer):
             "differentiable": False,
         }
         self._adam_eps = adam_eps
-        self._muon_step = MuonStep(backend, Sharing(distribute, process_group))
+        self._muon_step = MuonStep(backend, Sharing(distribute, process_group), graph)
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:

@@ -31,10 +31,10 @@ def _source_tile(
 
 
 @triton.jit
-def _load(pointers, mask, EVEN: tl.constexpr):
+def _load(pointers, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = ""):
     if EVEN:
-        return tl.load(pointers).to(tl.float32)
-    return tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+        return tl.load(pointers, eviction_policy=EVICT).to(tl.float32)
+    return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
 
 
 @triton.jit
@@ -56,7 +56,7 @@ def gather_kernel(
     counters,  # int32 (B, 2): zero before and after
     norms,  # fp64 (B,): out, Frobenius norms
     batch,
-    lag,  # tiles between the two programs of a pair, beyond one matrix
+    lead,  # tiles of the next matrix that are summed before this one is finished
     M,
     N,
     TILES_N,
@@ -71,16 +71,19 @@ def gather_kernel(
 ):
     """Momentum, direction, norm and the scaled 16-bit copy in one pass over DRAM.
 
-    Programs come in pairs: one sums the squares of matrix k + 1, the other, whose operands are
-    still in L2, finishes matrix k. A finishing program waits for the sums of its matrix, all of
-    which belong to earlier programs. PHASE 0 is that; 1 and 2 are the halves as two launches.
+    All programs of matrix k that sum squares come before those that finish it, which find their
+    operands in L2 and wait for the sum. Before these run, `lead` programs of matrix k + 1 start,
+    so that DRAM stays busy. PHASE 0 is that; 1 and 2 are the halves as two launches.
     """
     pid = tl.program_id(0)
     if PHASE == 0:
-        first = pid % 2 == 0
-        slot = pid // 2
+        rest = pid - lead
+        block = rest // (2 * TILES)
+        within = rest % (2 * TILES)
+        first = (rest < 0) | (within < TILES)
+        slot = tl.where(rest < 0, pid, block * TILES + within + lead)
         if not first:
-            slot -= TILES + lag
+            slot = block * TILES + within - TILES
     else:
         first = PHASE == 1
         slot = pid
@@ -102,8 +105,12 @@ def gather_kernel(
         moments, _ = _source_tile(
             tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
         )
-        grad = _load(grads, mask, EVEN) * sign
-        moment = _load(moments, mask, EVEN)
+        if first:
+            grad = _load(grads, mask, EVEN, "evict_last") * sign
+            moment = _load(moments, mask, EVEN, "evict_last")
+        else:
+            grad = _load(grads, mask, EVEN, "evict_first") * sign
+            moment = _load(moments, mask, EVEN, "evict_first")
         new = moment + blend * (grad - moment)
         direction = new
         if NESTEROV:
@@ -144,7 +151,7 @@ def gather_kernel(
             r = i + tl.arange(0, TILE)[:, None]
             c = j + tl.arange(0, TILE)[None, :]
             out = x + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c
-            tl.store(out, scaled.to(x.dtype.element_ty))
+            tl.store(out, scaled.to(x.dtype.element_ty), eviction_policy="evict_first")
             done = tl.atomic_add(counters + index * 2 + 1, 1)
             if done == TILES - 1:
                 tl.store(counters + index * 2, 0)
@@ -206,119 +213,6 @@ def symmetric_kernel(
 
 
 @triton.jit
-def _publish(counter, BULK: tl.constexpr):
-    """Makes this program's stores visible to whoever acquires `counter`, bulk copies included."""
-    if BULK:
-        tl.inline_asm_elementwise(
-            "fence.proxy.async.global; mov.b32 $0, $1;",
-            "=r,r",
-            [tl.zeros((128,), dtype=tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release")
-
-
-@triton.jit
-def _await(counter, count, BULK: tl.constexpr):
-    """Waits until `count` programs have published, all of them launched earlier than this one."""
-    while tl.atomic_add(counter, 0, sem="acquire") < count:
-        pass
-    tl.debug_barrier()
-    if BULK:
-        tl.inline_asm_elementwise(
-            "fence.proxy.async.global; mov.b32 $0, $1;",
-            "=r,r",
-            [tl.zeros((128,), dtype=tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
-def chain_kernel(
-    desc,  # (SLOTS·B·M, M): descriptor of the workspace, block (TILE, BLOCK_K)
-    work,  # (SLOTS, B, M, M): the same memory; slot 0 holds the Gram matrices
-    program,  # int32 (OPS, 4): slots of the operands a and b, of the result, whether to add
-    weights,  # fp32 (OPS, 3): alpha, beta, gamma
-    progress,  # int32 (B, OPS): zero before
-    B,
-    M,
-    OPS,
-    TILES,
-    GROUP,  # matrices whose operations run together, so that they stay in L2
-    TILE: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BULK: tl.constexpr,
-):
-    """A sequence of symmetric products per matrix, out = alpha·A·Bᵀ + beta·A + gamma·I.
-
-    Each program makes one tile, as in `symmetric_kernel`. It waits for the tiles of its matrix's
-    preceding operation, which belong to earlier programs.
-    """
-    pid = tl.program_id(0)
-    per_matrix = TILES * (TILES + 1) // 2
-    per_group = GROUP * per_matrix * OPS
-    group = pid // per_group
-    size = tl.minimum(GROUP, B - group * GROUP)
-    rest = pid - group * per_group
-    op = rest // (size * per_matrix)
-    rest = rest % (size * per_matrix)
-    index = group * GROUP + rest // per_matrix
-    t = rest % per_matrix
-    pn = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
-    pn = tl.where(pn * (pn + 1) // 2 > t, pn - 1, pn)
-    pn = tl.where((pn + 1) * (pn + 2) // 2 <= t, pn + 1, pn)
-    pm = t - pn * (pn + 1) // 2
-    slot_a = tl.load(program + op * 4)
-    slot_b = tl.load(program + op * 4 + 1)
-    slot_out = tl.load(program + op * 4 + 2)
-    add = tl.load(program + op * 4 + 3)
-    alpha = tl.load(weights + op * 3)
-    beta = tl.load(weights + op * 3 + 1)
-    gamma = tl.load(weights + op * 3 + 2)
-    if op > 0:
-        _await(progress + index * OPS + op - 1, per_matrix, BULK)
-    row_a = (slot_a * B + index) * M + pm * TILE
-    row_b = (slot_b * B + index) * M + pn * TILE
-    acc = tl.zeros((TILE, TILE), dtype=tl.float32)
-    if BULK:
-        for k in range(0, M, BLOCK_K):
-            a = desc.load([row_a, k])
-            b = desc.load([row_b, k])
-            acc = tl.dot(a, b.T, acc)
-    else:
-        depth = tl.arange(0, BLOCK_K)[None, :]
-        lane = tl.arange(0, TILE)[:, None]
-        a_tile = work + (row_a + lane).to(tl.int64) * M + depth
-        b_tile = work + (row_b + lane).to(tl.int64) * M + depth
-        for k in range(0, M, BLOCK_K):
-            a = tl.load(a_tile + k, cache_modifier=".cg")
-            b = tl.load(b_tile + k, cache_modifier=".cg")
-            acc = tl.dot(a, b.T, acc)
-    acc *= alpha
-    r = pm * TILE + tl.arange(0, TILE)[:, None]
-    c = pn * TILE + tl.arange(0, TILE)[None, :]
-    if add > 0:
-        addend = work + (slot_a * B + index).to(tl.int64) * M * M + r.to(tl.int64) * M + c
-        acc += beta * tl.load(addend, cache_modifier=".cg").to(tl.float32)
-        acc = tl.where(r == c, acc + gamma, acc)
-    if pm == pn:
-        acc = tl.where(r <= c, acc, tl.trans(acc))
-    base = (slot_out * B + index).to(tl.int64) * M * M
-    value = acc.to(work.dtype.element_ty)
-    tl.store(work + base + r.to(tl.int64) * M + c, value)
-    if pm != pn:
-        r2 = pn * TILE + tl.arange(0, TILE)[:, None]
-        c2 = pm * TILE + tl.arange(0, TILE)[None, :]
-        tl.store(work + base + r2.to(tl.int64) * M + c2, tl.trans(value))
-    _publish(progress + index * OPS + op, BULK)
-
-
-@triton.jit
 def apply_kernel(
     q_desc,  # (B·M, M): descriptor, block (TILE_M, BLOCK_K)
     x_desc,  # (B·M, N): descriptor, block (BLOCK_K, TILE_N)
@@ -326,24 +220,26 @@ def apply_kernel(
     M,
     TILES_M,
     TILES_N,
+    TOTAL,  # tiles of all matrices
+    PROGRAMS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Q·X, a dense product per matrix."""
-    pid = tl.program_id(0)
+    """out = Q·X, a dense product per matrix; each program makes every PROGRAMS-th tile."""
     per_matrix = TILES_M * TILES_N
-    index = pid // per_matrix
-    t = pid % per_matrix
-    pm = t % TILES_M
-    pn = t // TILES_M
-    row = index * M
-    acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
-    for k in range(0, M, BLOCK_K):
-        q = q_desc.load([row + pm * TILE_M, k])
-        x = x_desc.load([row + k, pn * TILE_N])
-        acc = tl.dot(q, x, acc)
-    out_desc.store([row + pm * TILE_M, pn * TILE_N], acc.to(out_desc.dtype))
+    # flattened, so that the next tile's loads overlap this one's store
+    for tile in tl.range(tl.program_id(0), TOTAL, PROGRAMS, flatten=True):
+        row = tile // per_matrix * M
+        t = tile % per_matrix
+        m = row + t % TILES_M * TILE_M
+        n = t // TILES_M * TILE_N
+        acc = tl.zeros((TILE_M, TILE_N), dtype=tl.float32)
+        for k in tl.range(0, M, BLOCK_K):
+            q = q_desc.load([m, k])
+            x = x_desc.load([row + k, n])
+            acc = tl.dot(q, x, acc)
+        out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
 @triton.jit
