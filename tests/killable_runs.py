@@ -9,10 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from matilda_ckpt import Checkpointer
-from matilda_train.metrics_log import read_rows
+from matilda_train.verify_resume import state_hashes
 
 SERVER = Path(__file__).with_name("train_server.py")
 
@@ -61,29 +58,5 @@ class TrainServer:
 
 def state_sha256(run_dir: Path) -> str:
     """Hash of everything in a run's newest checkpoint: weights, optimizer, stream, loop, RNG."""
-    digest = hashlib.sha256()
-
-    def feed(name: str, value: Any) -> None:
-        if isinstance(value, dict):
-            for key in sorted(value, key=repr):
-                feed(f"{name}/{key!r}", value[key])
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                feed(f"{name}/{index}", item)
-        elif isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
-            digest.update(value.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{name} {value!r}\n".encode())
-
-    feed("", Checkpointer(run_dir / "checkpoints", read_only=True).load_state())
-    return digest.hexdigest()
-
-
-TIMING = ("step_ms", "tokens_per_second", "data_wait_ms", "mfu_palm", "mfu_causal")
-
-
-def untimed_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Every metrics row of a run without what the clock decides."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows]
+    hashes = json.dumps(state_hashes(run_dir), sort_keys=True)
+    return hashlib.sha256(hashes.encode()).hexdigest()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from killable_runs import TrainServer, untimed_rows
+from killable_runs import TrainServer
 from matilda_train.metrics_log import read_rows
+from matilda_train.verify_resume import untimed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

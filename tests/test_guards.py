@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from killable_runs import TrainServer, state_sha256, untimed_rows
+from killable_runs import TrainServer, state_sha256
 from matilda_train.metrics_log import read_rows
+from matilda_train.verify_resume import untimed_rows
 
 
 def test_nan_is_skipped_then_recovered(

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from killable_runs import TrainServer, state_sha256, untimed_rows
+from killable_runs import TrainServer, state_sha256
 from matilda_train.metrics_log import read_rows
+from matilda_train.verify_resume import untimed_rows
 
 
 def finish(server: TrainServer, config: Path, run_dir: Path, corpus: Path) -> None:

@@ -31,6 +31,7 @@ from matilda_train.guards import TrainingDivergedError, clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
+from matilda_train.phases import PhaseClock
 from matilda_train.provenance import collect_provenance
 from matilda_train.run_dir import RunDir
 from matilda_train.sample import sample_text
@@ -77,17 +78,20 @@ def train(
     dry_run: bool = False,
     stop: Callable[[], bool] = lambda: False,
     display: Display | None = None,
+    on_phase: Callable[[str], None] | None = None,
 ) -> TrainResult:
     """Train `config` in `run_dir`, going on from its newest healthy checkpoint if there is one.
 
     `stop()` is asked at every safe point; once true, the state is saved and the result's status
     is "preempted". A dry run takes at most 20 small steps on synthetic tokens and keeps nothing.
+    `on_phase(name)` is called whenever the run begins to do something else; see `PHASES`.
 
     Raises `ValueError` for whatever the user can mend (config, data, run directory),
     `TrainingDivergedError` after too many non-finite steps, and `OSError` or
     `matilda_ckpt.CheckpointError` when the disk fails; the newest checkpoint stands in each case.
     """
     with ExitStack() as cleanup:
+        phase = PhaseClock(on_phase)
         device = choose_device(config.train.device)
         ranks = cleanup.enter_context(Ranks.join(device))
         device = ranks.own_device(device)
@@ -107,7 +111,8 @@ def train(
         else:
             data = Path(data_dir or config.data.dir or "data")
             if ranks.is_main and config.data.corpus is not None:
-                prepare_corpus(config.data, data, stop=stop, display=display)
+                with phase.during("preparing data"):
+                    prepare_corpus(config.data, data, stop=stop, display=display)
             if ranks.any(stop(), device):
                 return TrainResult("preempted", Path(run_dir), 0)
             ranks.barrier()
@@ -147,7 +152,7 @@ def train(
             read_only=not ranks.is_main,
         )
         cleanup.callback(checkpoints.close)
-        with ranks.main_first():
+        with phase.during("restoring"), ranks.main_first():
             restored = checkpoints.restore(everything)
         with ranks.main_first():
             metrics = MetricsLog(
@@ -188,6 +193,7 @@ def train(
             at_end = state.step == config.train.total_steps
             evaluation_due = at_end or state.step % config.eval.every_steps == 0
             if evaluation_due and metrics.evaluated_step != state.step:
+                phase.enter("evaluating")
                 evaluation = evaluate(
                     wrapped,
                     held_out,
@@ -206,6 +212,7 @@ def train(
             stopping = ranks.any(stop(), device)
             save_due = at_end or (state.step > 0 and state.step % config.ckpt.every_steps == 0)
             if (save_due or stopping) and saved_step != state.step:
+                phase.enter("saving")
                 metrics.sync()
                 if ranks.is_main:
                     checkpoints.save(
@@ -218,11 +225,12 @@ def train(
                 saved_step = state.step
                 events.write("save", step=state.step)
             if stopping:
-                events.write("preempted", step=state.step)
+                events.write("preempted", step=state.step, seconds=phase.seconds())
                 return TrainResult("preempted", run_dir, state.step)
             if at_end:
                 break
 
+            phase.enter("training")
             meter.begin_step()
             factor = schedule(state.step)
             set_learning_rates(optimizer, factor)
@@ -273,11 +281,12 @@ def train(
                 events.write("diverged", step=state.step)
                 raise TrainingDivergedError(state.step, state.consecutive_skips)
 
+        phase.enter("sampling")
         sample = None
         if ranks.is_main:
             sample = sample_text(model, config)
             opened.write_sample(state.step, sample)
-        events.write("finish", step=state.step)
+        events.write("finish", step=state.step, seconds=phase.seconds())
         return TrainResult(
             "finished",
             run_dir,

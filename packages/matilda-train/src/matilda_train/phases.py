@@ -1,0 +1,58 @@
+"""What a run is doing right now, and how long it has done each thing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+__all__ = ["PHASES", "PhaseClock"]
+
+PHASES = (
+    "preparing data",
+    "starting",
+    "restoring",
+    "training",
+    "evaluating",
+    "saving",
+    "sampling",
+)
+"""Every phase of a run, in the order in which an undisturbed one meets them first."""
+
+
+class PhaseClock:
+    """Knows the current phase; `on_phase(name)` is called at the beginning of each.
+
+    Every second since the clock was made belongs to one phase: goodput is the share of "training".
+    """
+
+    def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
+        self._on_phase = on_phase
+        self._seconds: dict[str, float] = {}
+        self._since = time.monotonic()
+        self.current = "starting"
+        self.enter("starting")
+
+    def enter(self, phase: str) -> None:
+        """End the current phase and begin `phase`."""
+        assert phase in PHASES
+        now = time.monotonic()
+        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
+        self._since = now
+        self.current = phase
+        if self._on_phase is not None:
+            self._on_phase(phase)
+
+    @contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """Be in `phase` for a block, then in the phase before it again."""
+        before = self.current
+        self.enter(phase)
+        yield
+        self.enter(before)
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds spent in each phase so far, the current one included."""
+        now = time.monotonic() - self._since
+        spent = self._seconds | {self.current: self._seconds.get(self.current, 0.0) + now}
+        return {phase: round(spent[phase], 3) for phase in PHASES if phase in spent}
