@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from matilda_data.blobs import fetch_blobs
 from matilda_data.errors import DataError
 from matilda_data.inputs import InputFile, Unit, blocks, import_parquet
+from matilda_data.persistence import Retry
 
 __all__ = ["Document", "ReadOptions", "read_documents"]
 
@@ -68,7 +70,8 @@ def _check_unchanged(file: InputFile) -> None:
         stat = Path(file.path).stat()
     except OSError as error:
         raise DataError(f"cannot read input {file.path!r}: {error.strerror}") from None
-    if (stat.st_size, stat.st_mtime_ns) != (file.size, file.mtime_ns):
+    # A time of 0 stands for content that is pinned by its hash.
+    if stat.st_size != file.size or file.mtime_ns not in (0, stat.st_mtime_ns):
         raise DataError(f"input {file.path!r} changed while it was being prepared; start again")
 
 
@@ -144,26 +147,31 @@ def _lines_between(file: InputFile, start: int, stop: int) -> Iterator[bytes]:
 def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:
     file, parquet = unit.files[0], import_parquet()
     number = unit.first_line - 1
+    text_field = "blob_id" if unit.blob_url else unit.text_field or options.text_field
     try:
         with parquet.ParquetFile(file.path) as opened:
             names = set(opened.schema_arrow.names)
-            if options.text_field not in names:
+            if text_field not in names:
                 raise DataError(
-                    f"{file.path!r} has no column `{options.text_field}`; it has "
-                    f"{', '.join(sorted(names))}"
+                    f"{file.path!r} has no column `{text_field}`; it has {', '.join(sorted(names))}"
                 )
-            columns = [options.text_field, *sorted(names & {"id", "source"})]
+            columns = [text_field, *sorted(names & {"id", "source", "repo_name"})]
             groups = range(unit.start, unit.stop)
             for batch in opened.iter_batches(256, row_groups=list(groups), columns=columns):
-                for record in batch.to_pylist():
-                    number += 1
-                    text = record[options.text_field]
+                records = batch.to_pylist()
+                texts = [record[text_field] for record in records]
+                for row, text in enumerate(texts, start=number + 1):
                     if not isinstance(text, str):
-                        raise DataError(
-                            f"row {number} of {file.path!r} has no string `{options.text_field}`"
-                        )
-                    name = _label(record.get("id"), f"{file.name}:{number}")
-                    yield Document(text, name, _label(record.get("source"), ""))
+                        raise DataError(f"row {row} of {file.path!r} has no string `{text_field}`")
+                if unit.blob_url:
+                    ids, texts = texts, fetch_blobs(unit.blob_url, texts, Retry())
+                else:
+                    ids = [record.get("id") for record in records]
+                for record, text, each in zip(records, texts, ids, strict=True):
+                    number += 1
+                    name = _label(each, f"{file.name}:{number}")
+                    origin = record.get("source") or record.get("repo_name")
+                    yield Document(text, name, _label(origin, ""))
     except DataError:
         raise
     except (OSError, ValueError) as error:

@@ -75,6 +75,8 @@ class Engine:
     runner: Runner | None
     meter: Meter
     journal: Journal
+    provide: Callable[[Sequence[Unit]], None] | None = None
+    """Called with units about to be encoded, to have their files here."""
 
     @property
     def work(self) -> Path:
@@ -110,6 +112,8 @@ class Engine:
                 if key not in self.journal.records:
                     places.setdefault(key, []).append((source.name, unit))
         todo = [(key, found[0][1]) for key, found in places.items()]
+        if self.provide is not None and todo:
+            self.provide([unit for _, unit in todo])
         settings = EncodeSettings(
             directory=str(self.parts.absolute()),
             tokenizer=self.tokenizer.name,

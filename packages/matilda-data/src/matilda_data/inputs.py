@@ -60,11 +60,16 @@ class Unit:
     """Line number (or row number) at `start`."""
     input_bytes: int = field(default=0, compare=False)
     """Uncompressed bytes, for progress."""
+    text_field: str = ""
+    """Column of the text if it is not the one of `ReadOptions`."""
+    blob_url: str = ""
+    """Where texts lie if rows only have a `blob_id`, with `{blob_id}` in it."""
 
     def key(self, settings: dict[str, Any]) -> str:
         """Identity of the part this unit makes under `settings`: content and names, no paths."""
         files = [[file.name, file.size, file.sha256] for file in self.files]
         content = [settings, self.kind, files, self.start, self.stop, self.first_line]
+        content += [self.text_field, self.blob_url]
         return hashlib.sha256(canonical_json(content)).hexdigest()[:32]
 
     def to_json(self) -> dict[str, Any]:

@@ -1,0 +1,52 @@
+"""Texts that a row only points to, by git blob id: the Software Heritage store of Python-Edu."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from matilda_data.errors import DataError
+from matilda_data.persistence import Retry
+
+__all__ = ["SOFTWARE_HERITAGE", "fetch_blobs"]
+
+SOFTWARE_HERITAGE = "https://softwareheritage.s3.amazonaws.com/content/{blob_id}"
+CONNECTIONS = 32
+TIMEOUT_SECONDS = 30.0
+
+
+def fetch_blobs(url: str, blob_ids: Sequence[str], retry: Retry) -> list[str]:
+    """The texts of `blob_ids`, undecodable bytes as U+FFFD; "" for what the store does not have.
+
+    Each content is checked against its id (the SHA-1 of a git blob), so that a cut or garbled
+    answer is asked for again.
+    """
+    with ThreadPoolExecutor(CONNECTIONS) as pool:
+        return list(pool.map(lambda blob_id: _fetch(url, blob_id, retry), blob_ids))
+
+
+def _fetch(url: str, blob_id: str, retry: Retry) -> str:
+    address = url.format(blob_id=blob_id)
+
+    def get() -> bytes | None:
+        try:
+            with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
+                raw: bytes = response.read()
+        except urllib.error.HTTPError as error:
+            error.close()
+            if error.code in (403, 404):
+                return None
+            raise
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+        sha1 = hashlib.sha1(b"blob %d\0" % len(raw) + raw, usedforsecurity=False).hexdigest()
+        if sha1 != blob_id:
+            raise DataError(f"the content at {address!r} is not the one asked for")
+        return raw
+
+    content = retry.call(get, f"fetching {address!r}")
+    return "" if content is None else content.decode("utf-8", errors="replace")

@@ -1,0 +1,80 @@
+"""One line on a terminal about a preparation under way."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from matilda_data.progress import Progress
+
+__all__ = ["ProgressLine"]
+
+SECONDS_BETWEEN = 0.2
+
+
+class ProgressLine:
+    """A progress callback that keeps one line up to date: share, tokens/s, ETA, sources.
+
+    On a terminal the line is rewritten; elsewhere a line is printed every `interval` seconds.
+
+    Args:
+        stream: where to write; None for standard error.
+        interval: seconds between lines that are not rewritten.
+    """
+
+    def __init__(self, stream: TextIO | None = None, interval: float = 30.0) -> None:
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._interval = SECONDS_BETWEEN if self._terminal else interval
+        self._began: tuple[float, int] | None = None
+        self._written = 0.0
+        self._stage = ""
+
+    def __call__(self, row: Progress) -> None:
+        """Show `row`, unless the last one is too recent."""
+        now = time.monotonic()
+        if self._began is None:
+            self._began = (now, row.tokens)  # resumed work is not this run's speed
+        due = now - self._written >= self._interval or row.stage != self._stage or row.note
+        if not due:
+            return
+        self._written, self._stage = now, row.stage
+        text = describe(row, now - self._began[0], row.tokens - self._began[1])
+        if self._terminal:
+            self._stream.write(f"\r\x1b[K{text}" + ("\n" if row.stage == "done" else ""))
+        else:
+            self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+def describe(row: Progress, seconds: float, new_tokens: int) -> str:
+    """The line for `row`, `seconds` and `new_tokens` after the first one."""
+    rate = new_tokens / seconds if seconds > 0 else 0.0
+    fraction = None
+    if row.target_tokens:
+        fraction = min(row.tokens / row.target_tokens, 1.0)
+    elif row.bytes_total:
+        fraction = row.bytes_done / row.bytes_total
+    fields = [row.stage]
+    if fraction is not None:
+        fields.append(f"{100 * fraction:.1f} %")
+    fields.append(f"{row.tokens / 1e6:,.1f}M tokens")
+    fields.append(f"{row.documents:,} documents")
+    if rate > 0 and row.stage != "done":
+        fields.append(f"{rate / 1e6:.2f}M tokens/s")
+        if fraction and row.stage == "encode":
+            left = row.tokens / fraction - row.tokens
+            fields.append(f"ETA {_duration(left / rate)}")
+    if len(row.source_tokens) > 1:
+        shares = (f"{name} {count / 1e6:,.1f}M" for name, count in row.source_tokens.items())
+        fields.append("(" + ", ".join(shares) + ")")
+    if row.note:
+        fields.append(row.note)
+    return " · ".join(fields)
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}"

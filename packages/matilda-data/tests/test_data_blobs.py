@@ -1,0 +1,64 @@
+"""Texts fetched by git blob id: checked, asked for again, and absent ones left out."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from matilda_data import DataError, Retry
+from matilda_data.blobs import fetch_blobs
+
+SERVER = Path(__file__).with_name("hub_server.py")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+    """A store of contents, and its address."""
+    (tmp_path / "blobs").mkdir()
+    process = subprocess.Popen([sys.executable, str(SERVER), str(tmp_path), "0"])
+    while not (tmp_path / "port").exists() or not (tmp_path / "port").read_text():
+        time.sleep(0.02)
+    port = (tmp_path / "port").read_text()
+    yield tmp_path, f"http://127.0.0.1:{port}/blobs/{{blob_id}}"
+    process.kill()
+    process.wait()
+
+
+def put(root: Path, content: bytes) -> str:
+    name = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    (root / "blobs" / name).write_bytes(gzip.compress(content))
+    return name
+
+
+def test_contents_come_back_whatever_the_store_does(store: tuple[Path, str]) -> None:
+    root, url = store
+    texts = [f"print({i})\n" * i for i in range(1, 40)]
+    ids = [put(root, text.encode()) for text in texts]
+    retry = Retry(first_wait=0.01, longest_wait=0.05)
+    assert fetch_blobs(url, ids, retry) == texts
+    kinds = ["500", "429", "garbage", "truncate", "drop"]
+    (root / "faults.json").write_text(json.dumps({"rate": 0.4, "kinds": kinds}))
+    assert fetch_blobs(url, ids, retry) == texts
+
+
+def test_absent_and_undecodable_contents(store: tuple[Path, str]) -> None:
+    root, url = store
+    ids = ["0" * 40, put(root, "café".encode("latin-1"))]
+    assert fetch_blobs(url, ids, Retry()) == ["", "caf\ufffd"]
+
+
+def test_giving_up_is_one_sentence(store: tuple[Path, str]) -> None:
+    root, url = store
+    name = put(root, b"text")
+    (root / "blobs" / name).write_bytes(b"another text")
+    retry = Retry(first_wait=0.01, give_up_after=0.05)
+    with pytest.raises(DataError, match=r"fetching .* failed \(DataError: the content at"):
+        fetch_blobs(url, [name], retry)

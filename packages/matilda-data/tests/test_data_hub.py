@@ -1,0 +1,96 @@
+"""Preparation from a hub that fails in every way, through the real `datasets` client."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+SLOW = os.environ.get("MATILDA_SLOW") == "1"
+HERE = Path(__file__).parent
+
+README = """---
+configs:
+- config_name: web
+  data_files:
+  - split: train
+    path: web/train-*
+- config_name: code
+  data_files:
+  - split: train
+    path: code/train-*
+---
+# A mixture
+"""
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("datasets") is None or importlib.util.find_spec("pyarrow") is None,
+    reason="needs the `hub` and `parquet` extras",
+)
+@pytest.mark.timeout(3600 if SLOW else 280)
+def test_failing_hub_and_kills_never_change_the_data_set(
+    tmp_path: Path, text_maker: Callable[[str, int], str]
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    repository = tmp_path / "root" / "org" / "mix"
+    n_files, n_rows = (4, 60) if SLOW else (3, 40)
+    for config in ("web", "code"):
+        (repository / config).mkdir(parents=True)
+        for number in range(n_files):
+            rows = [
+                {"text": text_maker(f"{config}{number}/{row}", 60 + row), "id": f"{number}-{row}"}
+                for row in range(n_rows)
+            ]
+            parquet.write_table(
+                pyarrow.Table.from_pylist(rows),
+                repository / config / f"train-{number:05d}-of-{n_files:05d}.parquet",
+                row_group_size=15,
+            )
+    (repository / "README.md").write_text(README)
+    port = free_port()
+    (tmp_path / "out").mkdir()
+    done = subprocess.run(
+        [
+            *(sys.executable, str(HERE / "hub_driver.py"), str(tmp_path / "root")),
+            *(str(tmp_path / "out"), str(port), "34" if SLOW else "1", "20000"),
+        ],
+        env={
+            **os.environ,
+            "HF_ENDPOINT": f"http://127.0.0.1:{port}",
+            "HF_HOME": str(tmp_path / "home"),
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        },
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    results = json.loads(done.stdout.splitlines()[-1])
+    ids = {results[name] for name in ("stormy", "killed 1", "killed 2", "killed 5", "restarted")}
+    assert ids == {results["calm"]}
+    assert results["kills"] >= (100 if SLOW else 3)
+    assert results["server ran anew"]
+    assert 20_000 < results["tokens"] < 30_000
+    assert results["left over"] == ["manifest.json"]
+    messages = results["messages"]
+    assert "org/nothing" in messages["repository"]
+    assert "no configuration 'books'; it has web, code" in messages["config"]
+    assert "no split 'test'; it has train" in messages["split"]
+    assert "failed" in messages["revision"]
+    assert "training tokens asked for; lower `target_tokens`" in messages["tokens"]
+    assert results["refused left"] is False
