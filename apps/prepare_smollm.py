@@ -80,7 +80,8 @@ def main() -> int:
     print(
         f"{options.out_dir}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens\n"
         f"data_id {manifest.data_id}\n"
-        f"next: uv run apps/train.py --config configs/base_152m_v2.json --data-dir {options.out_dir}"
+        "next: uv run apps/train.py --config configs/base_152m_v2.json "
+        f"--data-dir {options.out_dir}"
     )
     return 0
 

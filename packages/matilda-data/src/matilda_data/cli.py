@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from matilda_data.archive import compress_dataset
+from matilda_data.convert import export_bin, import_bin
 from matilda_data.errors import DataError
 from matilda_data.manifest import SPLITS, read_manifest
+from matilda_data.provenance import documents_of
+from matilda_data.stream import BinStream, batch_sha256
 from matilda_data.verify import verify
 
 __all__ = ["main"]
@@ -16,38 +20,67 @@ __all__ = ["main"]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `matilda-data`; 0 when all is well, 2 with one sentence on stderr when not."""
-    parser = argparse.ArgumentParser(
-        prog="matilda-data", description="Verify and describe token data sets."
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("verify", help="check a data set against its manifest")
-    check.add_argument("--deep", action="store_true", help="hash every byte, not only headers")
-    check.add_argument("data_dir", type=Path)
-    info = commands.add_parser("info", help="what is in a data set")
-    info.add_argument("data_dir", type=Path)
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
+    run: Callable[[argparse.Namespace], None] = options.run
     try:
-        if options.command == "verify":
-            _verify(options.data_dir, deep=options.deep)
-        else:
-            _info(options.data_dir)
+        run(options)
     except DataError as error:
         print(f"matilda-data: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _verify(data_dir: Path, *, deep: bool) -> None:
-    report = verify(data_dir, deep=deep)
-    extent = f"{report.bytes_hashed / 1e6:.1f} MB hashed" if deep else "headers and lengths"
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="matilda-data", description="Verify, describe, trace and convert token data sets."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: Callable[[argparse.Namespace], None], text: str
+    ) -> argparse._ArgumentGroup:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command.add_argument_group()
+
+    check = add("verify", _verify, "check a data set against its manifest")
+    check.add_argument("--deep", action="store_true", help="hash every byte, not only headers")
+    check.add_argument("data_dir", type=Path)
+    info = add("info", _info, "what is in a data set")
+    info.add_argument("data_dir", type=Path)
+    trace = add("trace", _trace, "which documents a sample, or a step's batch, is made of")
+    trace.add_argument("data_dir", type=Path)
+    trace.add_argument("--sample", type=int, help="global sample number")
+    trace.add_argument("--step", type=int, help="0-based step, with --batch-size")
+    trace.add_argument("--batch-size", type=int, help="samples of a global batch")
+    trace.add_argument("--seq-len", type=int, required=True)
+    trace.add_argument("--seed", type=int, required=True)
+    trace.add_argument("--split", choices=SPLITS, default="train")
+    trace.add_argument("--text", action="store_true", help="print the text too")
+    convert = add("convert", _convert, "plain .bin shards to a data set with a manifest")
+    convert.add_argument("shards", nargs="+", type=Path, help="training shards in order")
+    convert.add_argument("--val", nargs="+", type=Path, default=[], help="held-out shards")
+    convert.add_argument("--out-dir", type=Path, required=True)
+    convert.add_argument("--tokenizer", default="gpt2")
+    export = add("export-bin", _export, "a data set as plain llm.c shards")
+    export.add_argument("data_dir", type=Path)
+    export.add_argument("--out-dir", type=Path, required=True)
+    compress = add("compress", _compress, "replace shards by .bin.zst; opening expands them")
+    compress.add_argument("data_dir", type=Path)
+    return parser
+
+
+def _verify(options: argparse.Namespace) -> None:
+    report = verify(options.data_dir, deep=options.deep)
+    extent = f"{report.bytes_hashed / 1e6:.1f} MB hashed" if options.deep else "headers and lengths"
     print(
         f"ok: {report.shards} shards, {report.documents} documents, {report.tokens} tokens "
         f"({extent}, {report.seconds:.2f} s)\ndata_id {report.data_id}"
     )
 
 
-def _info(data_dir: Path) -> None:
-    manifest = read_manifest(data_dir)
+def _info(options: argparse.Namespace) -> None:
+    manifest = read_manifest(options.data_dir)
     print(f"data_id    {manifest.data_id}")
     tokenizer = manifest.tokenizer
     print(f"tokenizer  {tokenizer['name']}, {tokenizer['vocab_size']} ids")
@@ -60,6 +93,49 @@ def _info(data_dir: Path) -> None:
             )
     for shard in manifest.shards:
         print(f"{shard.file}  {shard.tokens:,} tokens  sha256 {shard.sha256}")
+
+
+def _trace(options: argparse.Namespace) -> None:
+    if (options.sample is None) == (options.step is None):
+        raise DataError("`trace` needs either --sample or --step")
+    if options.step is not None and options.batch_size is None:
+        raise DataError("`trace --step` needs --batch-size")
+    stream = BinStream(
+        options.data_dir, seq_len=options.seq_len, seed=options.seed, split=options.split
+    )
+    first, count = options.sample, 1
+    if options.step is not None:
+        first, count = options.step * options.batch_size, options.batch_size
+    digest = batch_sha256(stream.windows(first, count))
+    print(f"samples {first} to {first + count - 1}, sha256 {digest}")
+    for sample in range(first, first + count):
+        for span in documents_of(stream, sample):
+            origin = f" ({span.origin})" if span.origin else ""
+            print(
+                f"{sample} tokens {span.first}-{span.stop - 1}: {span.source} {span.id!r}{origin} "
+                f"from its token {span.document_token}, {span.shard} at {span.shard_token}"
+            )
+            if options.text:
+                print("    " + span.text.replace("\n", "\n    "))
+
+
+def _convert(options: argparse.Namespace) -> None:
+    manifest = import_bin(
+        options.shards, options.out_dir, val=options.val, tokenizer=options.tokenizer
+    )
+    print(
+        f"{options.out_dir}: {manifest.total_tokens('train'):,} tokens\ndata_id {manifest.data_id}"
+    )
+
+
+def _export(options: argparse.Namespace) -> None:
+    for path in export_bin(options.data_dir, options.out_dir):
+        print(path)
+
+
+def _compress(options: argparse.Namespace) -> None:
+    before, after = compress_dataset(options.data_dir)
+    print(f"{before / 1e6:.1f} MB to {after / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":

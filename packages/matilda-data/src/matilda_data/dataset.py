@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from matilda_data.archive import ensure_expanded
 from matilda_data.documents_index import DocumentIndex
 from matilda_data.errors import DataError
 from matilda_data.manifest import CHUNK_BYTES, SPLITS, Manifest, ShardEntry, read_manifest
@@ -309,6 +310,7 @@ def open_dataset(
 def check_entry(directory: Path, entry: ShardEntry) -> None:
     """Compare a shard's header and length, and its index's length, with the manifest."""
     path = directory / entry.file
+    ensure_expanded(path, entry)
     header = read_header(path)
     if hashlib.sha256(header.to_bytes()).hexdigest() != entry.header_sha256:
         raise DataError(

@@ -30,8 +30,9 @@ SUFFIXES = TEXT_SUFFIXES + LINE_SUFFIXES + PARQUET_SUFFIXES
 UNIT_BYTES = 16 << 20
 BLOCK_BYTES = 1 << 20
 ZSTD_WINDOW = 1 << 27
-# A compressed file cannot be entered in the middle, so its units are few.
-ZSTD_UNITS = 8
+# A compressed file cannot be entered in the middle (each unit decompresses all before it), so its
+# units are few.
+ZSTD_UNITS = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -202,11 +203,9 @@ def _text_unit(group: list[InputFile]) -> Unit:
 def _line_units(file: InputFile) -> list[Unit]:
     sha256 = _hash_file(file)
     compressed = file.name.endswith(".zst")
-    size = sum(len(block) for block in blocks(file)) if compressed else file.size
-    step = max(UNIT_BYTES, -(-size // ZSTD_UNITS)) if compressed else UNIT_BYTES
-    # Cut after the first newline at or past each multiple of `step`.
+    # Cut after the first newline at or past each multiple of the unit size.
     cuts, lines = [(0, 1)], 1
-    position, target = 0, step
+    position, target = 0, UNIT_BYTES
     for block in blocks(file):
         end = position + len(block)
         counted = 0
@@ -218,9 +217,11 @@ def _line_units(file: InputFile) -> list[Unit]:
             lines += block.count(b"\n", counted, newline + 1)
             counted = newline + 1
             cuts.append((cut, lines))
-            target = step * (cut // step + 1)
+            target = UNIT_BYTES * (cut // UNIT_BYTES + 1)
         lines += block.count(b"\n", counted)
         position = end
+    if compressed:
+        cuts = cuts[:: -(-len(cuts) // ZSTD_UNITS)]
     hashed = _with_hash(file, sha256)
     ends = [cut for cut, _ in cuts[1:]] + [position]
     return [

@@ -49,6 +49,12 @@ class ShardHeader:
     payload_sha256: str | None = None
     tokenizer_sha256: str | None = None
 
+    def plain_bytes(self) -> bytes:
+        """The 1,024 header bytes that llm.c writes: no extension."""
+        words = np.zeros(256, dtype="<i4")
+        words[:3] = MAGIC, VERSION, self.tokens
+        return words.tobytes()
+
     def to_bytes(self) -> bytes:
         """The 1,024 header bytes, extension included."""
         words = np.zeros(256, dtype="<i4")
