@@ -60,6 +60,7 @@ class Catalog:
         self.fs = fs
         self.root = root
         self.threads = threads
+        self._opened: dict[str, tuple[tuple[Entry, ...], Manifest, str]] = {}
 
     def scan(self) -> list[CheckpointInfo]:
         """Every checkpoint, newest first (damaged ones by their step, before their equals)."""
@@ -89,17 +90,25 @@ class Catalog:
             merged.append(info)
         return merged + damaged
 
-    def open(self, name: str) -> tuple[Manifest, str]:
-        """Seal, manifest, set of files and sizes; DamagedError naming what is wrong."""
+    def open(self, name: str, *, fresh: bool = False) -> tuple[Manifest, str]:
+        """Seal, manifest, set of files and sizes; DamagedError naming what is wrong.
+
+        An answer is kept for as long as no file changes its inode, size or times; `fresh` reads
+        again in any case.
+        """
         path = f"{self.root}/{name}"
 
         def damaged(file: str, text: str) -> DamagedError:
             return DamagedError(f"checkpoint `{path}`: `{file}` {text}")
 
         try:
-            entries = {entry.name: entry for entry in self.fs.listdir(path)}
+            stamp = tuple(self.fs.listdir(path))
         except OSError as error:
             raise DamagedError(f"checkpoint `{path}` cannot be read: {reason_of(error)}") from error
+        known = self._opened.get(name)
+        if known is not None and known[0] == stamp and not fresh:
+            return known[1], known[2]
+        entries = {entry.name: entry for entry in stamp}
         for required in (COMMIT_NAME, MANIFEST_NAME):
             if required not in entries:
                 raise damaged(required, "is missing")
@@ -120,6 +129,7 @@ class Catalog:
         if parsed is not None and parsed[0] != manifest.step:
             raise damaged(MANIFEST_NAME, f"is of step {manifest.step}, not of this directory")
         self._check_files(entries, manifest, damaged)
+        self._opened[name] = (stamp, manifest, sha256)
         return manifest, sha256
 
     def _check_files(
@@ -142,7 +152,7 @@ class Catalog:
 
     def verify(self, name: str) -> Manifest:
         """Every byte against its hash; DamagedError naming file and tensor."""
-        manifest, _ = self.open(name)
+        manifest, _ = self.open(name, fresh=True)
 
         def check(file: str) -> None:
             self.read_tensors(name, manifest, file, lambda _name, _tensor: None)

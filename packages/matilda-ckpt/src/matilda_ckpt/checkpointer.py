@@ -226,17 +226,8 @@ class Checkpointer:
         if len(set(files)) != len(files):
             raise ValueError("two names of `state` would use the same file; rename one")
 
-        def finite() -> bool:
-            if snapshot is not None:
-                return snapshot.finite()
-            if not encoder.live_tensors:
-                return True
-            from matilda_ckpt.torch_tensors import all_finite
-
-            return all_finite(encoder.live_tensors)
-
         alive = self._background.alive
-        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive)
+        return SaveRequest(step, parts, healthy, encoder.finite, numbers, dict(provenance), alive)
 
     # -- restore -------------------------------------------------------------------------------
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from matilda_ckpt.torch_tensors import all_finite
-
 BLOCK_BYTES = 32 << 20
 _ALIGN = 64
 
@@ -60,7 +58,6 @@ class HostPool:
 class _Held:
     """One tensor of the snapshot."""
 
-    dtype: torch.dtype
     nbytes: int
     clone: torch.Tensor | None
     pieces: list[torch.Tensor]
@@ -79,13 +76,12 @@ class Snapshot:
         self._held: list[_Held] = []
         self._ready: dict[torch.device, torch.cuda.Event] = {}
         self._room: dict[torch.device, int] = {}
-        self._finite = True
 
     def add(self, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
         """Freeze `tensor`; the returned function yields its bytes once `drain` has run."""
         value = tensor.detach().resolve_conj().resolve_neg()
         nbytes = value.numel() * value.itemsize
-        held = _Held(value.dtype, nbytes, None, [])
+        held = _Held(nbytes, None, [])
         self._held.append(held)
         if nbytes == 0:
             return held.read
@@ -129,10 +125,6 @@ class Snapshot:
             stream.synchronize()
         for held in self._held:
             held.clone = None
-
-    def finite(self) -> bool:
-        """Whether no floating-point element is NaN or infinite. Call after `drain`."""
-        return all_finite([piece.view(held.dtype) for held in self._held for piece in held.pieces])
 
     def _has_room(self, device: torch.device, nbytes: int) -> bool:
         """Whether the device can take one more clone without giving up cached memory."""

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
+    from matilda_ckpt.finite import FiniteWatch
     from matilda_ckpt.snapshot import Snapshot
 
 MAX_NESTING = 40
@@ -45,8 +46,11 @@ class Encoder:
         self._snapshot = snapshot
         self._seen: dict[object, tuple[str, str]] = {}
         self._alive: list[object] = []
-        self.live_tensors: list[torch.Tensor] = []
-        """Every distinct tensor that will be stored, for the finite check."""
+        self._watch: FiniteWatch | None = None
+
+    def finite(self) -> bool:
+        """Whether no floating-point element was NaN or infinite; ask after all was written."""
+        return self._watch is None or self._watch.finite
 
     def encode(self, name: str, value: object) -> Encoded:
         """ValueError naming the path when something cannot be stored without pickle."""
@@ -123,7 +127,6 @@ class Encoder:
             identity = torch_tensors.identity(value)
             tag, distinct = "$tensor", identity not in self._seen
             if distinct:
-                self.live_tensors.append(value)
                 read = source.read if self._snapshot is None else self._snapshot.add(value)
         elif torch is not None and isinstance(value, torch.dtype):
             return {"$torch_dtype": str(value).removeprefix("torch.")}
@@ -147,6 +150,11 @@ class Encoder:
             self._alive.append(value)  # keeps the identity from being reused during this save
             key = _unique(".".join(path) or "value", taken)
             self._seen[identity] = (name, key)
+            if self._watch is None:
+                from matilda_ckpt.finite import FiniteWatch
+
+                self._watch = FiniteWatch()
+            read = self._watch.over(source.dtype, read)
             result.tensors.append(TensorSource(key, source.dtype, source.shape, read))
         owner, key = self._seen[identity]
         return {tag: key} if owner == name else {tag: key, "in": owner}

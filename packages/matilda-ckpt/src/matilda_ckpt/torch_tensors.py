@@ -82,35 +82,6 @@ def empty(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memoryview]:
     return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
-def all_finite(tensors: Sequence[torch.Tensor]) -> bool:
-    """Whether no floating-point tensor holds a NaN or an infinity. One synchronisation a device.
-
-    A sum is non-finite whenever an element is, and costs one pass; only a non-finite sum (which
-    overflow can also cause) is looked at element by element.
-    """
-    by_device: dict[torch.device, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        if (tensor.is_floating_point() or tensor.is_complex()) and tensor.numel():
-            by_device.setdefault(tensor.device, []).append(tensor.detach())
-    with torch.no_grad():
-        for group in by_device.values():
-            sums = torch.stack([_sum(tensor) for tensor in group])
-            for index in torch.nonzero(~torch.isfinite(sums)).flatten().tolist():
-                wide = group[index]
-                if not bool(torch.isfinite(wide.float() if wide.itemsize == 1 else wide).all()):
-                    return False
-    return True
-
-
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    if tensor.itemsize == 1:
-        tensor = tensor.float()
-    wide = torch.float64 if tensor.dtype == torch.float64 else torch.float32
-    return tensor.sum(dtype=wide).to(torch.float64)
-
-
 def named(tag: str, value: str) -> object:
     """The torch dtype or device of that name; ValueError otherwise."""
     if tag == "$torch_device":

@@ -13,6 +13,7 @@ import itertools
 import os
 import random
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -82,13 +83,14 @@ def run(
     *,
     images: int = 1000,
     saves: int = 12,
+    pause_s: float = 0.0,
     seed: int = 0,
 ) -> PowercutVerdict:
     """Record `saves` saves, then judge about `images` crash images, evenly over the log."""
     verdict = PowercutVerdict(name)
     place = work / "powercut"
     place.mkdir(exist_ok=True)
-    log, base, acknowledgements = _record(place, make(), saves)
+    log, base, acknowledgements = _record(place, make(), saves, pause_s)
     verdict.acknowledged = len(acknowledgements)
     judge = make()
     total = sum(1 for _ in _images(log, base, images, random.Random(seed)))
@@ -107,15 +109,22 @@ def run(
 
 
 def _record(
-    place: Path, made: Writer, saves: int
+    place: Path, made: Writer, saves: int, pause_s: float
 ) -> tuple[list[tuple[int, bytes] | None], bytearray, list[tuple[int, int]]]:
     folder = place / "mnt"
     folder.mkdir(exist_ok=True)
     acknowledgements: list[tuple[int, int]] = []
     with LoggingDisk(place, DISK_BYTES) as disk:
-        options = ["-q", "-F", "-E", "nodiscard,lazy_itable_init=0,lazy_journal_init=0"]
+        options = [
+            "-q",
+            "-F",
+            "-b",
+            "4096",
+            "-E",
+            "nodiscard,lazy_itable_init=0,lazy_journal_init=0",
+        ]
         subprocess.run(["mkfs.ext4", *options, disk.device], check=True, capture_output=True)
-        subprocess.run(["mount", disk.device, str(folder)], check=True)
+        subprocess.run(["mount", "-o", "commit=1", disk.device, str(folder)], check=True)
         try:
             os.sync()
             base = bytearray(disk._data)
@@ -124,6 +133,8 @@ def _record(
             for step in range(1, saves + 1):
                 made.save(folder / "checkpoints", step)
                 acknowledgements.append((len(disk.log), step))
+                # Time for the kernel's own commits, so that writers without fsync leave a log too.
+                time.sleep(pause_s)
             log = list(disk.log)
         finally:
             subprocess.run(["umount", str(folder)], check=True)
