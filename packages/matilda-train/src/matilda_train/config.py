@@ -190,6 +190,9 @@ class CkptConfig:
     every_steps: int = 1000
     """Steps between checkpoints, besides one at the end and one when the run is stopped."""
 
+    background: bool = True
+    """Write checkpoints beside training: it stops only while the state is copied."""
+
     keep_last: int = 3
     """Newest checkpoints to keep, never fewer than two."""
 

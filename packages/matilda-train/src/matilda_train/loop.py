@@ -162,7 +162,7 @@ def train(
                 mirror=WandbMirror(config.log, run) if mirrored else None,
             )
         cleanup.callback(metrics.close)
-        saved_step = state.step if restored else -1
+        saved_step = durable_step = state.step if restored else -1
         if restored:
             display.note(f"resuming at step {state.step:,} from {restored.path}")
         events.write(
@@ -211,7 +211,12 @@ def train(
 
             stopping = ranks.any(stop(), device)
             save_due = at_end or (state.step > 0 and state.step % config.ckpt.every_steps == 0)
+            if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):
+                checkpoints.finish()
+                durable_step = saved_step
+                events.write("save", step=durable_step)
             if (save_due or stopping) and saved_step != state.step:
+                wait = at_end or stopping or not config.ckpt.background
                 phase.enter("saving")
                 metrics.sync()
                 if ranks.is_main:
@@ -220,10 +225,13 @@ def train(
                         everything,
                         metrics=metrics.newest_evaluation,
                         provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
+                        wait=wait,
                     )
                 ranks.barrier()
                 saved_step = state.step
-                events.write("save", step=state.step)
+                if wait:
+                    durable_step = saved_step
+                    events.write("save", step=durable_step)
             if stopping:
                 events.write("preempted", step=state.step, seconds=phase.seconds())
                 return TrainResult("preempted", run_dir, state.step)
