@@ -44,6 +44,11 @@ class Weights(nn.Module):
         self.table = nn.Parameter(torch.randn(10, 6, generator=g))
 
 
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements as stored; without numpy, which this package does not need."""
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+
+
 def optimizer_of(model: nn.Module, **options: Any) -> Muon:
     named = dict(model.named_parameters())
     matrices = [(n, p) for n, p in named.items() if n.startswith("w")]
@@ -74,9 +79,9 @@ def whole(t: Tensor) -> Tensor:
 def digest(model: nn.Module, optimizer: Muon) -> str:
     sha = hashlib.sha256()
     for name, p in model.named_parameters():
-        sha.update(name.encode() + whole(p.detach()).contiguous().numpy().tobytes())
+        sha.update(name.encode() + raw_bytes(whole(p.detach())))
         for key in sorted(optimizer.state[p]):
-            sha.update(whole(optimizer.state[p][key]).contiguous().numpy().tobytes())
+            sha.update(raw_bytes(whole(optimizer.state[p][key])))
     return sha.hexdigest()
 
 

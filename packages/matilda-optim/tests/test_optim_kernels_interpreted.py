@@ -10,7 +10,8 @@ import sys
 import pytest
 
 pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed here"
+    any(importlib.util.find_spec(name) is None for name in ("triton", "numpy")),
+    reason="Triton's interpreter needs triton and numpy, and one of them is not installed here",
 )
 
 PROGRAM = """

@@ -16,6 +16,11 @@ from torch import Tensor, nn
 from matilda_optim import Muon, param_groups
 
 
+def raw_bytes(tensor: torch.Tensor) -> bytes:
+    """The elements as stored; without numpy, which this package does not need."""
+    return bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+
+
 def model_of(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -40,9 +45,9 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: 
 def digest(model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
     sha = hashlib.sha256()
     for p in model.parameters():
-        sha.update(p.detach().float().numpy().tobytes())
+        sha.update(raw_bytes(p.detach()))
         for key in sorted(optimizer.state[p]):
-            sha.update(optimizer.state[p][key].numpy().tobytes())
+            sha.update(raw_bytes(optimizer.state[p][key]))
     return sha.hexdigest()
 
 
