@@ -197,6 +197,7 @@ class KernelPlan:
         self.classes = sorted(classes, key=lambda c: -c.m * c.n * len(c.matrices))
         self.graph = graph
         self.overlap = True
+        self.urgent = True
         self._streams: list[torch.cuda.Stream] = []
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._steps = 0
@@ -235,15 +236,13 @@ class KernelPlan:
                 kernel_class.launch(whole, share)
             return
         main = torch.cuda.current_stream()
-        while len(self._streams) < len(self.classes) - 1:
-            self._streams.append(torch.cuda.Stream())  # type: ignore[no-untyped-call]
-        for i, (kernel_class, whole) in enumerate(zip(self.classes, even, strict=True)):
-            if i == 0:
-                continue
-            stream = self._streams[i - 1]
+        while len(self._streams) < len(self.classes):
+            # the first, largest class is the longest chain of launches: it goes first everywhere
+            priority = -1 if self.urgent and not self._streams else 0
+            self._streams.append(torch.cuda.Stream(priority=priority))  # type: ignore[no-untyped-call]
+        for stream, kernel_class, whole in zip(self._streams, self.classes, even, strict=True):
             stream.wait_stream(main)
             with torch.cuda.stream(stream):
                 kernel_class.launch(whole, share)
-        self.classes[0].launch(even[0], share)
-        for stream in self._streams[: len(self.classes) - 1]:
+        for stream in self._streams:
             main.wait_stream(stream)

@@ -31,7 +31,7 @@ def _source_tile(
 
 
 @triton.jit
-def _load(pointers, mask, EVEN: tl.constexpr, EVICT: tl.constexpr = ""):
+def _load(pointers, mask, EVEN: tl.constexpr, EVICT: tl.constexpr):
     if EVEN:
         return tl.load(pointers, eviction_policy=EVICT).to(tl.float32)
     return tl.load(pointers, mask=mask, other=0.0, eviction_policy=EVICT).to(tl.float32)
@@ -162,8 +162,8 @@ def gather_kernel(
 def symmetric_kernel(
     a_desc,  # (B·M, K): descriptor, block (TILE, BLOCK_K)
     b_desc,  # (B·M, K): likewise
-    d,  # (B, M, M): addend, symmetric; read when ADD
-    out,  # (B, M, M)
+    d_desc,  # (B·M, M): addend, symmetric, block (TILE, TILE); read when ADD
+    out_desc,  # (B·M, M): block (TILE, TILE)
     alpha,
     beta,
     gamma,
@@ -174,42 +174,34 @@ def symmetric_kernel(
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = alpha·A·Bᵀ + beta·D + gamma·I for results known to be symmetric.
+    """out = A·Bᵀ, or under ADD alpha·A·Bᵀ + beta·D + gamma·I, where that is symmetric.
 
-    Only tiles on and above the diagonal are computed; each is stored twice, once mirrored.
+    Only tiles on and above the diagonal are computed; those above are stored twice, once mirrored.
     """
     pid = tl.program_id(0)
     per_matrix = TILES * (TILES + 1) // 2
-    index = pid // per_matrix
+    row = pid // per_matrix * M
     t = pid % per_matrix
     # column by column of the upper triangle: t = pn(pn+1)/2 + pm, pm ≤ pn
     pn = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     pn = tl.where(pn * (pn + 1) // 2 > t, pn - 1, pn)
     pn = tl.where((pn + 1) * (pn + 2) // 2 <= t, pn + 1, pn)
-    pm = t - pn * (pn + 1) // 2
-    row_m = index * M + pm * TILE
-    row_n = index * M + pn * TILE
+    m = (t - pn * (pn + 1) // 2) * TILE
+    n = pn * TILE
     acc = tl.zeros((TILE, TILE), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        a = a_desc.load([row_m, k])
-        b = b_desc.load([row_n, k])
+    for k in tl.range(0, K, BLOCK_K):
+        a = a_desc.load([row + m, k])
+        b = b_desc.load([row + n, k])
         acc = tl.dot(a, b.T, acc)
-    acc *= alpha
-    r = pm * TILE + tl.arange(0, TILE)[:, None]
-    c = pn * TILE + tl.arange(0, TILE)[None, :]
-    base = index.to(tl.int64) * M * M
-    here = base + r.to(tl.int64) * M + c
     if ADD:
-        acc += beta * tl.load(d + here).to(tl.float32)
-        acc = tl.where(r == c, acc + gamma, acc)
-    if pm == pn:
-        acc = tl.where(r <= c, acc, tl.trans(acc))
-    value = acc.to(out.dtype.element_ty)
-    tl.store(out + here, value)
-    if pm != pn:
-        r2 = pn * TILE + tl.arange(0, TILE)[:, None]
-        c2 = pm * TILE + tl.arange(0, TILE)[None, :]
-        tl.store(out + base + r2.to(tl.int64) * M + c2, tl.trans(value))
+        acc = acc * alpha + beta * d_desc.load([row + m, n]).to(tl.float32)
+        if m == n:
+            r = tl.arange(0, TILE)
+            acc = tl.where(r[:, None] == r[None, :], acc + gamma, acc)
+    value = acc.to(out_desc.dtype)
+    out_desc.store([row + m, n], value)
+    if m != n:
+        out_desc.store([row + n, m], tl.trans(value))
 
 
 @triton.jit
@@ -280,7 +272,7 @@ def update_kernel(
     params, mask = _source_tile(
         tl.load(param_ptrs + index), rows, cols, row, col, TILE, PARAM, EVEN
     )
-    p = _load(params, mask, EVEN)
+    p = _load(params, mask, EVEN, "")
     if CAUTIOUS:
         new = tl.where(p * update > 0, p * keep, p) - step * update
     else:

@@ -104,7 +104,7 @@ def symmetric(
     out: Tensor | None = None,
     config: ProductConfig | None = None,
 ) -> Tensor:
-    """alpha·A·Bᵀ + beta·addend + gamma·I, (B, M, M), where the result is known to be symmetric."""
+    """A·Bᵀ, or alpha·A·Bᵀ + beta·addend + gamma·I, (B, M, M), where that is symmetric."""
     batch, m, k = a.shape
     config = config or symmetric_config(m)
     if out is None:
@@ -113,8 +113,8 @@ def symmetric(
     kernels.symmetric_kernel[(batch * tiles * (tiles + 1) // 2,)](
         _descriptor(a, config.tile_m, config.block_k),
         _descriptor(b, config.tile_m, config.block_k),
-        out if addend is None else addend,
-        out,
+        _descriptor(out if addend is None else addend, config.tile_m, config.tile_m),
+        _descriptor(out, config.tile_m, config.tile_m),
         alpha,
         beta,
         gamma,
