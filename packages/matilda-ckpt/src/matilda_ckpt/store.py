@@ -12,7 +12,8 @@ from __future__ import annotations
 import errno
 import os
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -58,6 +59,15 @@ class Part:
     name: str
     json: bytes
     tensor_files: Mapping[str, Sequence[TensorSource]]
+
+
+@dataclass
+class Draft:
+    """A checkpoint on its way: written under `temp`, to be called `name`."""
+
+    name: str
+    temp: str
+    published: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,59 +120,81 @@ class Store(Catalog):
 
     def save(self, request: SaveRequest) -> CheckpointInfo:
         """Returns only when the checkpoint is durable; SaveError leaves the others untouched."""
+        with self.reporting(request.step):
+            draft = self.begin(request.step)
+            with self.discarding(draft):
+                files, state = self._write_all(draft.temp, request)
+                return self.finish(draft, request, files, state)
+
+    @contextmanager
+    def reporting(self, step: int) -> Iterator[None]:
+        """Turns operating system errors into SaveErrors."""
         try:
-            self._lock.acquire()
-            found = self.scan()
-            name = self._free_name(request.step)
-            temp = f"{self.root}/{TEMP_PREFIX}{name}-{self._nonce()}"
-            try:
-                manifest = self._write_all(temp, request, found)
-                request.alive()
-                self._lock.check()
-                self.fs.rename_noreplace(temp, f"{self.root}/{name}")
-            except BaseException:
-                self._discard(temp)
-                raise
-            try:
-                self.fs.fsync_dir(self.root)
-            except BaseException:
-                # Visible but not durable: it must not be counted by anyone.
-                self._discard(f"{self.root}/{name}")
-                raise
+            yield
         except OSError as error:
             raise SaveError(
-                f"the checkpoint of step {request.step} was not saved to `{self.root}`: "
+                f"the checkpoint of step {step} was not saved to `{self.root}`: "
                 f"{reason_of(error)}; earlier checkpoints are untouched"
             ) from error
-        self._verified[name] = self._stamp(name)
-        return info_of(self.root, name, manifest, Commit.of(manifest.to_bytes()).manifest_sha256)
 
-    def _write_all(
-        self, temp: str, request: SaveRequest, found: Sequence[CheckpointInfo]
-    ) -> Manifest:
-        plans = {
-            file: plan_tensor_file(tensors)
-            for part in request.parts
-            for file, tensors in part.tensor_files.items()
-        }
-        texts = {f"{part.name}.json": part.json for part in request.parts}
-        sizes = {file: plan.size for file, plan in plans.items()}
-        sizes |= {file: len(text) for file, text in texts.items()}
-        self.fs.mkdir(temp)
-        self._preflight(sum(sizes.values()))
-        handles: dict[str, WriteFile] = {}
+    @contextmanager
+    def discarding(self, draft: Draft) -> Iterator[None]:
+        """Removes the draft, under whichever name it has reached, when anything fails."""
         try:
-            for file, size in sizes.items():
-                handles[file] = self.fs.create(f"{temp}/{file}", size)
-            files = self._write_files(handles, plans, texts, request.alive)
-        finally:
-            for handle in handles.values():
+            yield
+        except BaseException:
+            self._discard(draft.temp)
+            if draft.published:
+                # Visible but not durable: it must not be counted by anyone.
+                self._discard(f"{self.root}/{draft.name}")
+            raise
+
+    def begin(self, step: int) -> Draft:
+        """Lock, choose a free name and make the temporary directory."""
+        self._lock.acquire()
+        name = self._free_name(step)
+        draft = Draft(name, f"{self.root}/{TEMP_PREFIX}{name}-{self._nonce()}")
+        self.fs.mkdir(draft.temp)
+        return draft
+
+    def finish(
+        self,
+        draft: Draft,
+        request: SaveRequest,
+        files: Mapping[str, FileEntry],
+        state: Mapping[str, StateEntry],
+    ) -> CheckpointInfo:
+        """Seal and publish a draft whose files are written and fsynced."""
+        manifest = self._manifest(request, files, state)
+        data = manifest.to_bytes()
+        commit = Commit.of(data)
+        for file, text in ((MANIFEST_NAME, data), (COMMIT_NAME, commit.to_bytes())):
+            handle = self.fs.create(f"{draft.temp}/{file}", len(text))
+            try:
+                write_bytes_file(handle, text)
+            finally:
                 handle.close()
+        self.fs.fsync_dir(draft.temp)
+        request.alive()
+        self._lock.check()
+        self.fs.rename_noreplace(draft.temp, f"{self.root}/{draft.name}")
+        draft.published = True
+        self.fs.fsync_dir(self.root)
+        self._verified[draft.name] = self._stamp(draft.name)
+        return info_of(self.root, draft.name, manifest, commit.manifest_sha256)
+
+    def _manifest(
+        self,
+        request: SaveRequest,
+        files: Mapping[str, FileEntry],
+        state: Mapping[str, StateEntry],
+    ) -> Manifest:
+        found = self.scan()
         sealed = [info for info in found if info.problem is None]
         newest = max(sealed, key=lambda info: info.sequence, default=None)
         # One that cannot be read at the moment may hold a higher number.
         unknown = len(found) - len(sealed)
-        manifest = Manifest(
+        return Manifest(
             step=request.step,
             sequence=(newest.sequence if newest else 0) + unknown + 1,
             run_id=self.run_id,
@@ -173,20 +205,34 @@ class Store(Catalog):
             metrics=request.metrics,
             provenance=request.provenance,
             files=files,
-            state={
-                part.name: StateEntry(f"{part.name}.json", tuple(part.tensor_files))
-                for part in request.parts
-            },
+            state=state,
         )
-        data = manifest.to_bytes()
-        for file, text in ((MANIFEST_NAME, data), (COMMIT_NAME, Commit.of(data).to_bytes())):
-            handle = self.fs.create(f"{temp}/{file}", len(text))
-            try:
-                write_bytes_file(handle, text)
-            finally:
+
+    def _write_all(
+        self, temp: str, request: SaveRequest
+    ) -> tuple[dict[str, FileEntry], dict[str, StateEntry]]:
+        plans = {
+            file: plan_tensor_file(tensors)
+            for part in request.parts
+            for file, tensors in part.tensor_files.items()
+        }
+        texts = {f"{part.name}.json": part.json for part in request.parts}
+        sizes = {file: plan.size for file, plan in plans.items()}
+        sizes |= {file: len(text) for file, text in texts.items()}
+        self._preflight(sum(sizes.values()))
+        handles: dict[str, WriteFile] = {}
+        try:
+            for file, size in sizes.items():
+                handles[file] = self.fs.create(f"{temp}/{file}", size)
+            files = self._write_files(handles, plans, texts, request.alive)
+        finally:
+            for handle in handles.values():
                 handle.close()
-        self.fs.fsync_dir(temp)
-        return manifest
+        state = {
+            part.name: StateEntry(f"{part.name}.json", tuple(part.tensor_files))
+            for part in request.parts
+        }
+        return files, state
 
     def _preflight(self, need: int) -> None:
         free = self.fs.free_bytes(self.root)

@@ -10,8 +10,10 @@ from dataclasses import dataclass
 
 from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.fs import remove_tree
+from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME, Commit
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.store import SaveRequest, Store
+from matilda_ckpt.tensor_file import write_bytes_file
 from matilda_ckpt.torture.memfs import MemFs
 from matilda_ckpt.torture.model import ROOT, Maker, plain, with_store
 
@@ -108,7 +110,12 @@ class _InPlace(Store):
     def save(self, request: SaveRequest) -> CheckpointInfo:
         self.acquire()
         final = f"{self.root}/{self._free_name(request.step)}"
-        self._write_all(final, request, self.scan())
+        self.fs.mkdir(final)
+        files, state = self._write_all(final, request)
+        data = self._manifest(request, files, state).to_bytes()
+        for name, text in ((MANIFEST_NAME, data), (COMMIT_NAME, Commit.of(data).to_bytes())):
+            write_bytes_file(self.fs.create(f"{final}/{name}", len(text)), text)
+        self.fs.fsync_dir(final)
         self.fs.fsync_dir(self.root)
         return next(info for info in self.scan() if info.path == final)
 
