@@ -183,7 +183,7 @@ def test_exact_copies_are_dropped_across_sources(corpus: Path, tmp_path: Path) -
         TextSource(name="second", inputs=[tmp_path / "copy", corpus / "z.jsonl"], weight=17),
     ]
     manifest = prepare(sources, tmp_path / "out")
-    assert manifest.preparation["dropped"] == {"duplicates": 60, "empty": 0}
+    assert manifest.preparation["dropped"] == {"duplicates": 60, "empty": 0, "contaminated": 0}
     assert sum(manifest.sources[0].documents.values()) == 60
     assert sum(manifest.sources[1].documents.values()) == 0
     manifest = prepare(sources, tmp_path / "all", deduplicate=False)
@@ -228,7 +228,7 @@ def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
         out = tmp_path / f"out-{tokenizer}"
         manifest = prepare(sorted(tmp_path.glob("*.txt")), out, tokenizer=tokenizer, val_fraction=0)
         assert documents(out, "train") == texts
-        assert manifest.preparation["dropped"] == {"duplicates": 0, "empty": 1}
+        assert manifest.preparation["dropped"] == {"duplicates": 0, "empty": 1, "contaminated": 0}
 
 
 def refuse(tmp_path: Path, inputs: object, match: str, workers: int = 1, **options: object) -> None:

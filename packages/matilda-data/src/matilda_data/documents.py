@@ -28,6 +28,8 @@ class ReadOptions:
     """JSON key or parquet column of the text."""
     invalid_utf8: str = "error"
     """`"error"` refuses the input; `"replace"` puts U+FFFD for undecodable bytes."""
+    evaluation_sha256: str = ""
+    """Evaluation items to look for in documents (`contamination.py`); empty for none."""
 
     def __post_init__(self) -> None:
         if self.invalid_utf8 not in ("error", "replace"):

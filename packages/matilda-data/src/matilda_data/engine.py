@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,8 +23,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matilda_data.contamination import load_evaluation_set, report
 from matilda_data.documents import ReadOptions
-from matilda_data.durable import TEMP_PREFIX, fsync_directory
+from matilda_data.durable import TEMP_PREFIX, fsync_directory, write_durably
 from matilda_data.errors import DataError
 from matilda_data.inputs import Unit
 from matilda_data.journal import Journal
@@ -42,6 +45,7 @@ from matilda_data.worker import EncodeSettings, run_units
 __all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "finished_manifest", "locked"]
 
 WORK_DIR = ".prepare"
+REPORT_NAME = "contamination.json"
 # Below this much input, starting worker processes costs more than it saves.
 BYTES_PER_WORKER = 16 << 20
 
@@ -168,6 +172,13 @@ class Engine:
         shutil.rmtree(shards_dir, ignore_errors=True)
         shards_dir.mkdir()
         packed = pack(parts, self.parts, shards_dir, self.tokenizer, self.pack_options)
+        preparation = {**preparation, "dropped": packed.dropped}
+        if self.read_options.evaluation_sha256:
+            evaluation = load_evaluation_set(self.work, self.read_options.evaluation_sha256)
+            content = report(evaluation, packed.contaminated)
+            raw = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
+            write_durably(self.directory / REPORT_NAME, raw)
+            preparation["contamination_report_sha256"] = hashlib.sha256(raw).hexdigest()
         encoder = self.tokenizer
         manifest = Manifest(
             tokenizer={
@@ -179,7 +190,7 @@ class Engine:
             },
             sources=tuple(packed.sources),
             shards=tuple(packed.shards),
-            preparation={**preparation, "dropped": packed.dropped},
+            preparation=preparation,
         )
         fsync_directory(shards_dir)
         for shard in manifest.shards:

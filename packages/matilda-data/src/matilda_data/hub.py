@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from matilda_data.contamination import build_evaluation_set, store_evaluation_set
 from matilda_data.documents import ReadOptions
 from matilda_data.engine import WORK_DIR, Engine, PlannedSource, finished_manifest, locked, tidy
 from matilda_data.errors import DataError
@@ -37,6 +38,7 @@ def prepare_hub(
     workers: int | None = None,
     progress: ProgressCallback | None = None,
     deduplicate: bool = True,
+    decontaminate: Sequence[PathLike] = (),
     backend: str = "auto",
     runner: str = "local",
     retry: Retry | None = None,
@@ -64,6 +66,7 @@ def prepare_hub(
         raise DataError(f"source names {names!r} are not distinct, or there are none")
     if target_tokens is not None and target_tokens < 1:
         raise DataError(f"`target_tokens` is {target_tokens!r}; give a positive number or None")
+    evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(
         tokenizer=tokenizer,
         shard_tokens=shard_tokens,
@@ -72,7 +75,9 @@ def prepare_hub(
         runner=runner,
         backend=backend,
         deduplicate=deduplicate,
-        read=ReadOptions(invalid_utf8="replace"),
+        read=ReadOptions(
+            invalid_utf8="replace", evaluation_sha256=evaluation.sha256 if evaluation else ""
+        ),
     )
     preparation = settings.preparation(
         {"target_tokens": target_tokens, "sources": [asdict(source) for source in sources]}
@@ -86,6 +91,8 @@ def prepare_hub(
             tidy(directory)
             return finished
         write_incomplete(directory, command or "")
+        if evaluation is not None:
+            store_evaluation_set(evaluation, directory / WORK_DIR)
         meter = Meter(progress, target_tokens)
         hub = HubFiles(directory / WORK_DIR / "hub", settings, retry or Retry(), meter)
         try:

@@ -160,6 +160,8 @@ class Packed:
     shards: list[ShardEntry]
     dropped: dict[str, int]
     """Documents left out, by reason."""
+    contaminated: list[tuple[str, str, list[int]]]
+    """(source, document id, evaluation items) of documents dropped for them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,6 +177,8 @@ class Selection:
     """Whether the train split reached the tokens asked for (True if none were)."""
     duplicates: int
     """Documents before the cut that equal an earlier one."""
+    contaminated: list[tuple[str, str, list[int]]]
+    """(source, document id, evaluation items) of what was dropped for them before the cut."""
     parts_used: int
     """Parts up to the cut."""
 
@@ -199,6 +203,11 @@ def select(
             _, places = np.unique(np.concatenate([seen, rows]), return_index=True)
             first[:] = False
             first[places[places >= len(seen)] - len(seen)] = True
+        clean = np.ones(len(rows), dtype=np.bool_)
+        bases = np.cumsum([0, *counts])
+        for table, base in zip(tables, bases.tolist(), strict=False):
+            clean[table.hits[:, 0] + base] = False
+        first &= clean
         leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
         held_out = leading < np.uint64(options.val_threshold)
         train_ends = np.cumsum(np.where(first & ~held_out, lengths, 0))
@@ -211,13 +220,14 @@ def select(
         before_cut = np.arange(len(rows)) < end
         keep = first & before_cut
         seen = np.concatenate([seen, rows[keep]])
-        bounds = list(itertools.pairwise(np.cumsum([0, *counts]).tolist()))
+        bounds = list(itertools.pairwise(bases.tolist()))
         yield Selection(
             train=[(keep & ~held_out)[a:b] for a, b in bounds],
             val=[(keep & held_out)[a:b] for a, b in bounds],
             train_tokens=int(lengths[keep & ~held_out].sum()),
             satisfied=satisfied,
-            duplicates=int((before_cut & ~first).sum()),
+            duplicates=int((before_cut & ~first & clean).sum()),
+            contaminated=_contaminated(source.name, tables, bases.tolist(), end),
             parts_used=sum(1 for a, _ in bounds if a < end),
         )
 
@@ -237,8 +247,10 @@ def pack(
     entries: list[SourceEntry] = []
     shards: list[ShardEntry] = []
     duplicates = empty = 0
+    contaminated: list[tuple[str, str, list[int]]] = []
     for source, selection in zip(sources, select(sources, parts, options), strict=True):
         duplicates += selection.duplicates
+        contaminated += selection.contaminated
         empty += sum(record.empty for record in source.records[: selection.parts_used])
         writers = {
             split: SplitWriter(directory, source.name, split, tokenizer, options.shard_tokens)
@@ -270,9 +282,20 @@ def pack(
                 text_bytes={split: writers[split].text_bytes for split in SPLITS},
             )
         )
-    return Packed(
-        sources=entries, shards=shards, dropped={"duplicates": duplicates, "empty": empty}
-    )
+    dropped = {"duplicates": duplicates, "empty": empty, "contaminated": len(contaminated)}
+    return Packed(sources=entries, shards=shards, dropped=dropped, contaminated=contaminated)
+
+
+def _contaminated(
+    name: str, tables: Sequence[Part], bases: Sequence[int], end: int
+) -> list[tuple[str, str, list[int]]]:
+    found: list[tuple[str, str, list[int]]] = []
+    for table, base in zip(tables, bases, strict=False):
+        for document in np.unique(table.hits[:, 0]).tolist():
+            if base + document < end:
+                items = table.hits[table.hits[:, 0] == document, 1].tolist()
+                found.append((name, string_at(table.columns, "id", document), items))
+    return found
 
 
 def _add_part(

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from matilda_data.columns import pack_columns, pack_strings, unpack_columns
+from matilda_data.contamination import EvaluationSet, load_evaluation_set, new_word_hashes
 from matilda_data.documents import Document, ReadOptions, read_documents
 from matilda_data.durable import durable_file, write_durably
 from matilda_data.errors import DataError
@@ -74,6 +75,8 @@ class Part:
     """uint8[documents, 32]: SHA-256 of each document's UTF-8 text."""
     columns: Mapping[str, npt.NDArray[Any]]
     """String columns `id` and `origin`, see `columns.string_at`."""
+    hits: npt.NDArray[np.int64]
+    """int64[n, 2]: (document, evaluation item) pairs that share a run of words."""
 
 
 def encode_unit(
@@ -83,6 +86,8 @@ def encode_unit(
     eot_id = load_tokenizer(tokenizer).eot_id
     encode = _encoder(tokenizer, backend)
     table = _TableBuilder()
+    if options.evaluation_sha256:
+        table.evaluation = load_evaluation_set(directory.parent, options.evaluation_sha256)
     empty = total = 0
     digest = hashlib.sha256()
     with durable_file(directory / f"{key}.tokens") as file:
@@ -148,10 +153,16 @@ class _TableBuilder:
         self.hashes: list[bytes] = []
         self.ids: list[str] = []
         self.origins: list[str] = []
+        self.evaluation: EvaluationSet | None = None
+        self.hits: list[tuple[int, int]] = []
+        self._words = new_word_hashes()
 
     def add(self, documents: list[Document], lengths: npt.NDArray[np.int64]) -> None:
         self.lengths.append(lengths)
         for document in documents:
+            if self.evaluation is not None:
+                for item in self.evaluation.matches(document.text, self._words).tolist():
+                    self.hits.append((len(self.ids), item))
             raw = document.text.encode("utf-8")
             self.sizes.append(len(raw))
             self.hashes.append(hashlib.sha256(raw).digest())
@@ -167,6 +178,7 @@ class _TableBuilder:
                 "hashes": np.frombuffer(b"".join(self.hashes), dtype=np.uint8).reshape(-1, 32),
                 **pack_strings("id", self.ids),
                 **pack_strings("origin", self.origins),
+                "hits": np.array(self.hits, dtype=np.int64).reshape(-1, 2),
             },
         )
 
@@ -194,6 +206,7 @@ def read_documents_table(directory: Path, record: PartRecord) -> Part:
             lengths=columns.pop("lengths"),
             text_bytes=columns.pop("text_bytes"),
             hashes=columns.pop("hashes"),
+            hits=columns.pop("hits"),
             columns=columns,
         )
     except (DataError, KeyError):

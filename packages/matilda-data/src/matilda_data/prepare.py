@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from matilda_data.contamination import build_evaluation_set, store_evaluation_set
 from matilda_data.documents import ReadOptions
 from matilda_data.engine import (
     WORK_DIR,
@@ -160,6 +161,7 @@ def prepare_text(
     text_field: str = "text",
     invalid_utf8: str = "error",
     deduplicate: bool = True,
+    decontaminate: Sequence[PathLike] = (),
     backend: str = "auto",
     runner: str = "local",
     partition: tuple[int, int] | None = None,
@@ -191,6 +193,8 @@ def prepare_text(
         text_field: JSON key or parquet column that holds the text.
         invalid_utf8: `"error"`, or `"replace"` to put U+FFFD for undecodable bytes.
         deduplicate: drop a document whose text equals an earlier one's, over all sources.
+        decontaminate: evaluation sets (`.jsonl`, `.jsonl.gz`); a document that shares 13 words in
+            a row with an item is dropped and listed in `contamination.json`.
         backend: what tokenizes: `"tiktoken"`, `"fastokens"` or `"auto"`; the ids are the same.
         runner: `"local"` processes, or `"ray"` for a Ray cluster that shares the file system.
         partition: (i, n) encodes only every n-th unit from the i-th on, into an `out_dir` of its
@@ -202,6 +206,7 @@ def prepare_text(
         DataError: nothing to read, an unreadable or malformed input, an unknown tokenizer, a bad
             option, an `out_dir` with another data set or with a preparation still running.
     """
+    evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(
         tokenizer=tokenizer,
         shard_tokens=shard_tokens,
@@ -210,7 +215,11 @@ def prepare_text(
         runner=runner,
         backend=backend,
         deduplicate=deduplicate,
-        read=ReadOptions(text_field=text_field, invalid_utf8=invalid_utf8),
+        read=ReadOptions(
+            text_field=text_field,
+            invalid_utf8=invalid_utf8,
+            evaluation_sha256=evaluation.sha256 if evaluation else "",
+        ),
     )
     unit_settings = settings.unit_settings()
     sources = [
@@ -239,6 +248,8 @@ def prepare_text(
             tidy(directory)
             return finished
         write_incomplete(directory, command or "")
+        if evaluation is not None:
+            store_evaluation_set(evaluation, directory / WORK_DIR)
         engine = settings.engine(directory, journal, Meter(progress))
         for other in merge:
             take_over(Path(other), engine)
