@@ -7,13 +7,11 @@ import importlib.util
 import torch
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_triton() -> bool:
     """Whether triton can be imported."""
     return importlib.util.find_spec("triton") is not None
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def has_hopper_triton() -> bool:
     """Whether the current CUDA device is a Hopper (or later) and triton can be imported."""
     return (
@@ -21,3 +19,9 @@ def has_hopper_triton() -> bool:
         and torch.cuda.get_device_capability()[0] >= 9
         and importlib.util.find_spec("triton") is not None
     )
+
+
+# What `torch.compiler.assume_constant_result` does, without the seconds that importing the
+# compiler takes: a run that does not compile never needs it.
+for _function in (has_triton, has_hopper_triton):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
