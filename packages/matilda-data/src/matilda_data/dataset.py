@@ -81,7 +81,7 @@ class ShardFile:
         """
         if self._all_verified:
             return
-        for chunk in np.unique(np.concatenate([first, last]) // CHUNK_TOKENS).tolist():
+        for chunk in set((np.concatenate([first, last]) // CHUNK_TOKENS).tolist()):
             self._verify_chunk(chunk)
 
     def verify(self) -> int:
@@ -144,7 +144,7 @@ class TokenSource:
         """
         which = np.searchsorted(self._ends, starts, side="right")
         whole = starts + length <= self._ends[which]
-        for number in np.unique(which[whole]).tolist():
+        for number in sorted(set(which[whole].tolist())):
             members = np.flatnonzero(whole & (which == number))
             shard = self.shards[number]
             local = starts[members] - (self._ends[number] - shard.n_tokens)

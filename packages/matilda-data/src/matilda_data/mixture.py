@@ -17,7 +17,7 @@ import numpy.typing as npt
 from matilda_data.errors import DataError
 from matilda_data.order import keys, mix64
 
-__all__ = ["Mixture", "Phase"]
+__all__ = ["Mixture", "Phase", "distinct"]
 
 MAX_BLOCK = 1 << 20
 
@@ -32,6 +32,11 @@ class Phase:
     """First sample of the phase."""
     weights: tuple[int, ...]
     """One integer ≥ 0 for each source; a zero leaves the source out."""
+
+
+def distinct(values: Int64Array) -> list[int]:
+    """The distinct `values`, sorted; for a batch quicker than `np.unique`, which imports more."""
+    return sorted(set(values.tolist()))
 
 
 class Mixture:
@@ -61,7 +66,7 @@ class Mixture:
         number = np.searchsorted(self._starts, samples, side="right") - 1
         source = np.empty_like(samples)
         index = np.empty_like(samples)
-        for phase in np.unique(number).tolist():
+        for phase in distinct(number):
             rows = number == phase
             local_source, local_index = self._blocks[phase].locate(
                 samples[rows] - self._starts[phase]

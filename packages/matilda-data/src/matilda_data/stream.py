@@ -13,7 +13,7 @@ import numpy.typing as npt
 from matilda_data.dataset import TokenDataset, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
-from matilda_data.mixture import Mixture, Phase
+from matilda_data.mixture import Mixture, Phase, distinct
 from matilda_data.order import ORDER, keys, permute
 from matilda_data.skipping import SkipMap
 
@@ -138,7 +138,7 @@ class BinStream:
         elif out.shape != shape or out.dtype != np.uint16:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
         source, start = self.positions(first, count)
-        for number in np.unique(source).tolist():
+        for number in distinct(source):
             rows = np.flatnonzero(source == number)
             self._sources[number].gather(start[rows], self.seq_len + 1, out, rows)
         return out
@@ -156,7 +156,7 @@ class BinStream:
             return source, (window - begin) * self.seq_len
         source, index = self._mixture.locate(samples)
         start = np.empty_like(index)
-        for number in np.unique(source).tolist():
+        for number in distinct(source):
             rows = source == number
             start[rows] = self._shuffled(number, index[rows])
         return source, start
@@ -171,7 +171,7 @@ class BinStream:
                 "epochs (`max_repeats`); prepare more text, lower its weight or allow more repeats"
             )
         start = np.empty_like(window)
-        for each in np.unique(epoch).tolist():
+        for each in distinct(epoch):
             members = epoch == each
             key = self._key(source, each)
             border = int(key[8]) % n_tokens

@@ -1,0 +1,303 @@
+"""One system, one task, one process: `python benchmarks/data_peers.py SYSTEM TASK CORPUS WORK`.
+
+Prints one JSON object. Tasks: `prepare` (CORPUS, a .jsonl of texts, to tokens in WORK), `load`
+(shuffled batches of what `prepare` left in WORK), `resume` (the first batch after restoring a state
+near the end of the epoch). `benchmarks/data.py` runs them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SEQ_LEN = 2048
+BATCH = 16
+LOAD_SECONDS = float(os.environ.get("DATA_BENCH_SECONDS", "4"))
+
+
+def texts(corpus: Path) -> Iterator[str]:
+    with corpus.open(encoding="utf-8") as lines:
+        for line in lines:
+            yield json.loads(line)["text"]
+
+
+def tiktoken_encoder() -> Callable[[str], np.ndarray]:
+    """tiktoken's fastest path, as a careful user of any peer would call it."""
+    from matilda_data import load_tokenizer
+
+    tokenizer = load_tokenizer("gpt2")
+    eot = np.array([tokenizer.eot_id], dtype=np.uint16)
+    return lambda text: np.concatenate([eot, tokenizer.encode(text)])
+
+
+def blocks(corpus: Path) -> Iterator[np.ndarray]:
+    """Tokens of all documents end to end, in samples of SEQ_LEN + 1."""
+    encode = tiktoken_encoder()
+    rest = np.empty(0, dtype=np.uint16)
+    for text in texts(corpus):
+        rest = np.concatenate([rest, encode(text)])
+        whole = len(rest) // (SEQ_LEN + 1) * (SEQ_LEN + 1)
+        yield from rest[:whole].reshape(-1, SEQ_LEN + 1)
+        rest = rest[whole:]
+
+
+class Matilda:
+    """This repository."""
+
+    backend = "auto"
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        from matilda_data import load_tokenizer, prepare_text
+
+        used = load_tokenizer("gpt2").batch_encoder(self.backend)[1]
+        prepare_text(corpus, work / "out", val_fraction=0, workers=1, backend=self.backend)
+        return {"tokenizer": used}
+
+    def stream(self, work: Path) -> Any:
+        from matilda_data import BinStream
+
+        return BinStream(work / "out", seq_len=SEQ_LEN, seed=0)
+
+    def batches(self, work: Path) -> Iterator[Any]:
+        stream = self.stream(work)
+        while True:
+            yield stream.take(BATCH)
+
+    def resume(self, work: Path) -> Callable[[], Any]:
+        stream = self.stream(work)
+        state = {**stream.state_dict(), "next_sample": stream.n_windows - BATCH}
+
+        def again() -> Any:
+            fresh = self.stream(work)
+            fresh.load_state_dict(state)
+            return fresh.take(BATCH)
+
+        return again
+
+
+class MatildaTiktoken(Matilda):
+    """This repository without the `fast` extra."""
+
+    backend = "tiktoken"
+
+
+class LitData:
+    """litdata: `optimize` with a TokensLoader, StreamingDataLoader."""
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        import torch
+        from litdata import TokensLoader, optimize
+
+        encode = tiktoken_encoder()
+
+        def tokenize(path: str) -> Iterator[Any]:
+            for text in texts(Path(path)):
+                yield torch.from_numpy(encode(text).astype(np.int32))
+
+        optimize(
+            fn=tokenize,
+            inputs=[str(corpus)],
+            output_dir=str(work / "out"),
+            chunk_size=(SEQ_LEN + 1) * 8192,
+            item_loader=TokensLoader(),
+            num_workers=1,
+        )
+        return {"tokenizer": "tiktoken"}
+
+    def loader(self, work: Path) -> Any:
+        from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
+
+        dataset = StreamingDataset(
+            str(work / "out"), item_loader=TokensLoader(block_size=SEQ_LEN + 1), shuffle=True
+        )
+        return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0)
+
+    def batches(self, work: Path) -> Iterator[Any]:
+        loader = self.loader(work)
+        while True:
+            yield from loader
+
+    def resume(self, work: Path) -> Callable[[], Any]:
+        loader = self.loader(work)
+        iterator = iter(loader)
+        for _ in range(len(loader) - 2):
+            next(iterator)
+        state = loader.state_dict()
+
+        def again() -> Any:
+            fresh = self.loader(work)
+            fresh.load_state_dict(state)
+            return next(iter(fresh))
+
+        return again
+
+
+class Mosaic:
+    """mosaicml-streaming: MDSWriter of ndarray samples, StreamingDataset, torch DataLoader."""
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        from streaming import MDSWriter
+
+        columns = {"tokens": f"ndarray:uint16:{SEQ_LEN + 1}"}
+        with MDSWriter(out=str(work / "out"), columns=columns) as writer:
+            for sample in blocks(corpus):
+                writer.write({"tokens": np.ascontiguousarray(sample)})
+        return {"tokenizer": "tiktoken"}
+
+    def loader(self, work: Path) -> Any:
+        from streaming import StreamingDataLoader, StreamingDataset
+
+        dataset = StreamingDataset(
+            local=str(work / "out"), shuffle=True, shuffle_seed=0, batch_size=BATCH
+        )
+        return StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0, drop_last=True)
+
+    def batches(self, work: Path) -> Iterator[Any]:
+        loader = self.loader(work)
+        while True:
+            yield from loader
+
+    def resume(self, work: Path) -> Callable[[], Any]:
+        from streaming.base.util import clean_stale_shared_memory
+
+        loader = self.loader(work)
+        iterator = iter(loader)
+        for _ in range(len(loader) - 2):
+            next(iterator)
+        state = loader.state_dict()
+        del iterator, loader
+        clean_stale_shared_memory()
+
+        def again() -> Any:
+            fresh = self.loader(work)
+            fresh.load_state_dict(state)
+            return next(iter(fresh))
+
+        return again
+
+
+class TorchData:
+    """Hugging Face `datasets` (Arrow, map) and torchdata's StatefulDataLoader."""
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        import datasets
+
+        encode = tiktoken_encoder()
+        datasets.disable_progress_bars()
+        lines = datasets.load_dataset(
+            "json", data_files=str(corpus), split="train", cache_dir=str(work / "cache")
+        )
+
+        def tokenize(batch: dict[str, list[str]]) -> dict[str, list[np.ndarray]]:
+            tokens = np.concatenate([encode(text) for text in batch["text"]])
+            whole = len(tokens) // (SEQ_LEN + 1) * (SEQ_LEN + 1)
+            return {"tokens": list(tokens[:whole].reshape(-1, SEQ_LEN + 1))}
+
+        features = datasets.Features(
+            {"tokens": datasets.Sequence(datasets.Value("uint16"), length=SEQ_LEN + 1)}
+        )
+        done = lines.map(
+            tokenize, batched=True, remove_columns=lines.column_names, features=features
+        )
+        done.save_to_disk(str(work / "out"))
+        return {"tokenizer": "tiktoken"}
+
+    def loader(self, work: Path) -> Any:
+        import datasets
+        import torch
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        dataset = datasets.load_from_disk(str(work / "out")).with_format("numpy")
+        generator = torch.Generator().manual_seed(0)
+        return StatefulDataLoader(
+            dataset,  # type: ignore[arg-type]
+            batch_size=BATCH,
+            shuffle=True,
+            generator=generator,
+            collate_fn=lambda rows: np.stack([row["tokens"] for row in rows]),
+        )
+
+    def batches(self, work: Path) -> Iterator[Any]:
+        loader = self.loader(work)
+        while True:
+            yield from loader
+
+    def resume(self, work: Path) -> Callable[[], Any]:
+        loader = self.loader(work)
+        iterator = iter(loader)
+        for _ in range(len(loader) - 2):
+            next(iterator)
+        state = loader.state_dict()
+
+        def again() -> Any:
+            fresh = self.loader(work)
+            fresh.load_state_dict(state)
+            return next(iter(fresh))
+
+        return again
+
+
+SYSTEMS: dict[str, type[Any]] = {
+    "matilda": Matilda,
+    "matilda-tiktoken": MatildaTiktoken,
+    "litdata": LitData,
+    "mosaicml-streaming": Mosaic,
+    "datasets+torchdata": TorchData,
+}
+
+
+def cpu_seconds() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(each.ru_utime + each.ru_stime for each in used)
+
+
+def main() -> None:
+    name, task, corpus, work = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    work.mkdir(parents=True, exist_ok=True)
+    system = SYSTEMS[name]()
+    result: dict[str, Any] = {}
+    if task == "prepare":
+        size = sum(len(text.encode()) for text in texts(corpus))
+        tiktoken_encoder()
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        result.update(system.prepare(corpus, work))
+        cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+        result |= {"text_mb_per_cpu_s": size / cpu / 1e6, "text_mb_per_s": size / wall / 1e6}
+    elif task == "load":
+        batches = system.batches(work)
+        for _ in range(20):
+            next(batches)
+        count, cpu, wall = 0, cpu_seconds(), time.perf_counter()
+        while time.perf_counter() - wall < LOAD_SECONDS:
+            next(batches)
+            count += 1
+        cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+        result = {
+            "tokens_per_cpu_s": count * BATCH * SEQ_LEN / cpu,
+            "tokens_per_s": count * BATCH * SEQ_LEN / wall,
+            "batches_per_s": count / wall,
+            "batches_per_cpu_s": count / cpu,
+        }
+    elif task == "resume":
+        again = system.resume(work)
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        again()
+        result = {
+            "resume_ms": 1e3 * (time.perf_counter() - wall),
+            "resume_cpu_ms": 1e3 * (cpu_seconds() - cpu),
+        }
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+    print("\n" + json.dumps({**result, "peak_rss_mb": peak}), flush=True)
+    os._exit(0)  # some peers leave threads that hold the process
+
+
+if __name__ == "__main__":
+    main()
