@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from matilda_model.cache import LayerCache
 from matilda_model.config import ModelConfig
 from matilda_model.device import has_triton
-from matilda_model.layers import Linear, RMSNorm, add_product, apply_rope
+from matilda_model.layers import Linear, RMSNorm, apply_rope
 
 _SDPA_ORDER = {
     # cuDNN first: 276 against 180 TFLOP/s (flash) at head dim 64, T=2048, forward + backward, H100
@@ -71,14 +71,8 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
 
     def forward(
-        self,
-        x_BTD: Tensor,
-        residual_BTD: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: LayerCache | None = None,
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        """`residual_BTD` plus the attention's output for the normed input `x_BTD`."""
         if cache is None and self._fuses(x_BTD):
             q_BTHE, k_BTKE, v_BTKE = self._project_fused(x_BTD, cos, sin)
         else:
@@ -89,7 +83,8 @@ class Attention(nn.Module):
             y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend)
         else:
             y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE)
-        return add_product(residual_BTD, y_BTHE.flatten(2), self.o.weight)
+        out: Tensor = self.o(y_BTHE.flatten(2))
+        return out
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)

@@ -32,14 +32,6 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-def add_product(residual_BTD: Tensor, x_BTF: Tensor, weight_DF: Tensor) -> Tensor:
-    """`residual + x @ weight.T` in one matmul: no pass for the sum, one rounding instead of two."""
-    out = torch.addmm(
-        residual_BTD.flatten(0, 1), x_BTF.flatten(0, 1), weight_DF.to(x_BTF.dtype).t()
-    )
-    return out.view(residual_BTD.shape)
-
-
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), in float32.
 
@@ -81,7 +73,7 @@ def apply_rope(x_BTHE: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class SwiGLU(nn.Module):
-    """`residual + down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
+    """`down(silu(gate(x)) * up(x))` (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -89,13 +81,13 @@ class SwiGLU(nn.Module):
         self.up = Linear(config.d_model, config.resolved_d_ff)
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
-    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
-        hidden_BTF = F.silu(self.gate(x_BTD)) * self.up(x_BTD)
-        return add_product(residual_BTD, hidden_BTF, self.down.weight)
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        out: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
+        return out
 
 
 class ReLU2(nn.Module):
-    """`residual + down(relu(up(x)) ** 2)` (So et al. 2021, Primer)."""
+    """`down(relu(up(x)) ** 2)` (So et al. 2021, Primer)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -103,17 +95,15 @@ class ReLU2(nn.Module):
         self.up = Linear(config.d_model, config.resolved_d_ff)
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
-    def forward(self, x_BTD: Tensor, residual_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor) -> Tensor:
         if self._fuses(x_BTD):
             from matilda_model.triton_relu2 import FusedReLU2
 
             up, down = self.up.weight.to(x_BTD.dtype), self.down.weight.to(x_BTD.dtype)
-            out_ND: Tensor = FusedReLU2.apply(
-                x_BTD.flatten(0, 1), up, down, residual_BTD.flatten(0, 1)
-            )
-            return out_ND.view(x_BTD.shape)
-        hidden_BTF = F.relu(self.up(x_BTD)).square()
-        return add_product(residual_BTD, hidden_BTF, self.down.weight)
+            y_ND: Tensor = FusedReLU2.apply(x_BTD.flatten(0, 1), up, down)
+            return y_ND.view(x_BTD.shape)
+        out: Tensor = self.down(F.relu(self.up(x_BTD)).square())
+        return out
 
     def _fuses(self, x_BTD: Tensor) -> bool:
         if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:

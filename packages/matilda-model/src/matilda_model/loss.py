@@ -64,8 +64,9 @@ def linear_cross_entropy(
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
     if backend in ("chunked", "fused"):
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
-        function = _ChunkedLoss if backend == "chunked" else _FusedLoss
-        loss, ce, zl = function.apply(h_ND, weight_VD, targets_N, softcap, z_loss, with_grad)
+        loss, ce, zl = _SweepLoss.apply(
+            h_ND, weight_VD, targets_N, softcap, z_loss, with_grad, backend
+        )
         return LossOutput(loss, ce, zl)
     if backend == "liger":
         from matilda_model.liger import liger_linear_cross_entropy
@@ -91,8 +92,12 @@ def _plain(
     return LossOutput(ce + zl, ce.detach(), zl.detach())
 
 
-class _ChunkedLoss(torch.autograd.Function):
-    """Loss and both gradients in one sweep over the rows: no logits outlive their chunk."""
+class _SweepLoss(torch.autograd.Function):
+    """Loss and both gradients in one sweep over the rows: no logits outlive their chunk.
+
+    The sweep gives sums and the gradients of sums; the mean's `1 / count` multiplies at the end,
+    so that it is not rounded to bf16 in every row.
+    """
 
     @staticmethod
     def forward(
@@ -103,73 +108,59 @@ class _ChunkedLoss(torch.autograd.Function):
         softcap: float | None,
         z_loss: float,
         with_grad: bool,
+        backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        sweep: Any = _chunked_sweep
+        if backend == "fused":
+            from matilda_model.triton_loss import linear_cross_entropy_op
+
+            sweep = linear_cross_entropy_op
         w_VD = weight_VD.to(h_ND.dtype)
-        valid_N = targets_N != IGNORE
-        count = valid_N.sum().clamp_min(1).float()
-        ce = torch.zeros((), device=h_ND.device)
-        zl = torch.zeros((), device=h_ND.device)
-        vocab = torch.arange(w_VD.shape[0], device=h_ND.device)
-        dw_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if with_grad else None
-        dh_chunks = []
-        for h, targets, valid in zip(
-            torch.split(h_ND, _CHUNK_TOKENS),
-            torch.split(targets_N, _CHUNK_TOKENS),
-            torch.split(valid_N, _CHUNK_TOKENS),
-            strict=True,
-        ):
-            z = softcap_logits((h @ w_VD.T).float(), softcap)
-            lse = torch.logsumexp(z, dim=-1)
-            target = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-            ce = ce + ((lse - target) * valid).sum()
-            zl = zl + z_loss * (lse.square() * valid).sum()
-            if dw_VD is None:
-                continue
-            dz = torch.exp(z - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None]
-            dz = dz - (vocab == targets[:, None]).float()
-            if softcap is not None:
-                dz = dz * (1.0 - (z / softcap).square())
-            dz = (dz * (valid / count)[:, None]).to(h.dtype)
-            dh_chunks.append(dz @ w_VD)
-            dw_VD = dw_VD + (dz.T @ h).float()
-        if dw_VD is not None:
-            ctx.save_for_backward(torch.cat(dh_chunks), dw_VD)
+        ce, zl, dh_ND, dw_VD = sweep(h_ND, w_VD, targets_N, softcap, z_loss, with_grad)
+        count = (targets_N != IGNORE).sum().clamp_min(1).float()
+        if with_grad:
+            ctx.save_for_backward(dh_ND, dw_VD, count)
         ce, zl = ce / count, zl / count
         ctx.mark_non_differentiable(ce, zl)
         return ce + zl, ce, zl
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dh_ND, dw_VD = ctx.saved_tensors
-        dh = (dh_ND * grad_loss).to(dh_ND.dtype)
-        return dh, dw_VD * grad_loss, None, None, None, None
+        dh_ND, dw_VD, count = ctx.saved_tensors
+        scale = grad_loss / count
+        return (dh_ND * scale).to(dh_ND.dtype), dw_VD * scale, None, None, None, None, None
 
 
-class _FusedLoss(torch.autograd.Function):
-    """As `_ChunkedLoss`, through the Triton kernel; one opaque operator to the compiler."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        h_ND: Tensor,
-        weight_VD: Tensor,
-        targets_N: Tensor,
-        softcap: float | None,
-        z_loss: float,
-        with_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        from matilda_model.triton_loss import linear_cross_entropy_op
-
-        ce, zl, dh_ND, dw_VD = linear_cross_entropy_op(
-            h_ND, weight_VD.to(h_ND.dtype), targets_N, softcap, z_loss, with_grad
-        )
-        if with_grad:
-            ctx.save_for_backward(dh_ND, dw_VD)
-        ctx.mark_non_differentiable(ce, zl)
-        return ce + zl, ce, zl
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dh_ND, dw_VD = ctx.saved_tensors
-        dh = (dh_ND * grad_loss).to(dh_ND.dtype)
-        return dh, dw_VD * grad_loss, None, None, None, None
+def _chunked_sweep(
+    h_ND: Tensor,
+    w_VD: Tensor,
+    targets_N: Tensor,
+    softcap: float | None,
+    z_loss: float,
+    with_grad: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Summed cross-entropy and z-loss, their gradients for `h` (its dtype) and `w` (float32)."""
+    ce = torch.zeros((), device=h_ND.device)
+    zl = torch.zeros((), device=h_ND.device)
+    vocab = torch.arange(w_VD.shape[0], device=h_ND.device)
+    dw_VD = torch.zeros_like(w_VD, dtype=torch.float32)
+    dh_chunks = []
+    for h, targets in zip(
+        torch.split(h_ND, _CHUNK_TOKENS), torch.split(targets_N, _CHUNK_TOKENS), strict=True
+    ):
+        valid = targets != IGNORE
+        z = softcap_logits((h @ w_VD.T).float(), softcap)
+        lse = torch.logsumexp(z, dim=-1)
+        target = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+        ce = ce + ((lse - target) * valid).sum()
+        zl = zl + z_loss * (lse.square() * valid).sum()
+        if not with_grad:
+            continue
+        dz = torch.exp(z - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None]
+        dz = dz - (vocab == targets[:, None]).float()
+        if softcap is not None:
+            dz = dz * (1.0 - (z / softcap).square())
+        dz = (dz * valid[:, None]).to(h.dtype)
+        dh_chunks.append(dz @ w_VD)
+        dw_VD.add_(dz.T @ h)
+    return ce, zl, torch.cat(dh_chunks) if with_grad else h_ND.new_empty(0), dw_VD

@@ -32,8 +32,8 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        x_BTD = self.attn(self.attn_norm(x_BTD), x_BTD, cos, sin, cache)
-        out: Tensor = self.mlp(self.mlp_norm(x_BTD), x_BTD)
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos, sin, cache)
+        out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
 

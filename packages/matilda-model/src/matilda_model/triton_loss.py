@@ -49,7 +49,6 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     targets_ptr,  # int64 [n_rows]; negative: ignored
     ce_ptr,  # f32 [n_rows]
     z_ptr,  # f32 [n_rows]
-    count_ptr,  # f32 scalar: tokens in the mean
     n_cols,
     stride_row,
     softcap,
@@ -112,8 +111,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     tl.store(ce_ptr + row, (lse - z_target) / _LOG2E)
     tl.store(z_ptr + row, z_loss * lse_e * lse_e)
     if WITH_GRAD:
-        weight = 1.0 / tl.load(count_ptr)
-        weight_p = weight * (1.0 + 2.0 * z_loss * lse_e)
+        weight_p = 1.0 + 2.0 * z_loss * lse_e
         shift = scale - lse
         for start in range(0, n_cols, BLOCK):
             inside = start + cols < n_cols
@@ -128,7 +126,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             tl.store(logits_ptr + start + cols, grad.to(kind), mask=inside)
         # the target's column, apart, costs the loop nothing; the barrier orders it after the loop
         p_target = tl.exp2(z_target - lse)
-        grad_target = p_target * weight_p - weight
+        grad_target = p_target * weight_p - 1.0
         if HAS_CAP:
             grad_target *= t_target * (2.0 - t_target)
         tl.debug_barrier()
@@ -138,7 +136,6 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
 def cross_entropy_(
     logits_NV: Tensor,
     targets_N: Tensor,
-    count: Tensor,
     *,
     softcap: float | None,
     z_loss: float,
@@ -148,8 +145,9 @@ def cross_entropy_(
 ) -> tuple[Tensor, Tensor]:
     """Per-token cross-entropy and z-loss, float32 [N]; `logits_NV` becomes its gradient in place.
 
-    The gradient is that of the sum of both over `count` (a float32 scalar on the device). Rows
-    with a negative target cost and contribute nothing.
+    The gradient is that of the sum of both, not of their mean: a target's -1 is exact in bf16,
+    where -1 / count is not, and would be off by the same 0.2 % in every row. Rows with a negative
+    target cost and contribute nothing.
     """
     n_rows, n_cols = logits_NV.shape
     ce_N = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)
@@ -159,7 +157,6 @@ def cross_entropy_(
         targets_N,
         ce_N,
         z_N,
-        count,
         n_cols,
         logits_NV.stride(0),
         1.0 if softcap is None else softcap,
@@ -183,12 +180,10 @@ def linear_cross_entropy_op(
     z_loss: float,
     with_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean cross-entropy, mean z-loss, and their sum's gradients for `h` (its dtype) and `w` (f32).
+    """Summed cross-entropy, summed z-loss, their gradients for `h` (its dtype) and `w` (float32).
 
     The gradients are empty without `with_grad`. `w_VD` has the dtype of `h_ND`.
     """
-    valid = targets_N >= 0
-    count = valid.sum().clamp_min(1).float()
     dh_ND = torch.empty_like(h_ND) if with_grad else h_ND.new_empty(0)
     dw_VD = w_VD.new_empty(w_VD.shape if with_grad else (0,), dtype=torch.float32)
     ce, zl = [], []
@@ -197,7 +192,7 @@ def linear_cross_entropy_op(
         h = h_ND[rows]
         logits = h @ w_VD.T
         ce_N, z_N = cross_entropy_(
-            logits, targets_N[rows], count, softcap=softcap, z_loss=z_loss, with_grad=with_grad
+            logits, targets_N[rows], softcap=softcap, z_loss=z_loss, with_grad=with_grad
         )
         ce.append(ce_N)
         zl.append(z_N)
@@ -205,7 +200,7 @@ def linear_cross_entropy_op(
             torch.mm(logits, w_VD, out=dh_ND[rows])
             _add_weight_gradient(dw_VD, logits, h, first=start == 0)
         del logits  # the next chunk takes its memory
-    return torch.cat(ce).sum() / count, torch.cat(zl).sum() / count, dh_ND, dw_VD
+    return torch.cat(ce).sum(), torch.cat(zl).sum(), dh_ND, dw_VD
 
 
 def _add_weight_gradient(dw_VD: Tensor, dlogits: Tensor, h: Tensor, *, first: bool) -> None:

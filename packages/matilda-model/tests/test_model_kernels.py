@@ -1,0 +1,202 @@
+"""The Triton kernels against float64: by Triton's interpreter anywhere, compiled on a GPU."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+INTERPRETED = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import test_model_kernels as suite
+suite.multiprocessors_for_the_interpreter()
+for check in suite.CHECKS:
+    getattr(suite, check)("cpu", torch.float32)
+"""
+CHECKS = (
+    "check_cross_entropy",
+    "check_nan_is_not_hidden",
+    "check_linear_cross_entropy",
+    "check_relu2",
+    "check_qkv_norm_rope",
+)
+needs_gpu = pytest.mark.skipif(
+    not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9),
+    reason="needs a Hopper or later GPU",
+)
+
+
+def test_every_kernel_equals_float64_in_the_interpreter() -> None:
+    pytest.importorskip("triton", reason="needs triton, which torch brings on Linux x86-64")
+    pytest.importorskip("numpy", reason="triton's interpreter computes with numpy")
+    done = subprocess.run(
+        [sys.executable, "-c", INTERPRETED, os.path.dirname(__file__)],  # noqa: PTH120
+        env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("check", CHECKS)
+def test_kernel_equals_float64_on_the_gpu(check: str) -> None:
+    globals()[check]("cuda", torch.bfloat16)
+
+
+def multiprocessors_for_the_interpreter() -> None:
+    class Device:
+        multi_processor_count = 3
+
+    torch.cuda.get_device_properties = lambda _: Device  # type: ignore[assignment,misc,return-value]
+
+
+def error(got: Tensor, expected: Tensor) -> float:
+    assert torch.isfinite(got).all()
+    return float((got.double() - expected.double()).norm() / expected.double().norm())
+
+
+def bound(dtype: torch.dtype) -> float:
+    return 5e-6 if dtype == torch.float32 else 4e-3
+
+
+def reference_loss(
+    logits: Tensor, targets: Tensor, softcap: float | None, z_loss: float
+) -> tuple[Tensor, Tensor]:
+    z = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lse, valid = z.logsumexp(-1), targets >= 0
+    target = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+    return (lse - target) * valid, z_loss * lse.square() * valid
+
+
+def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
+    from matilda_model.triton_loss import cross_entropy_
+
+    torch.manual_seed(0)
+    for vocab in (300, 257):
+        for softcap in (None, 5.0, 100.0):  # 100 is too large for the sum without a maximum
+            x = (4 * torch.randn(6, vocab, device=device)).to(dtype)
+            targets = torch.randint(0, vocab, (6,), device=device)
+            targets[2] = -1
+            exact = x.double().requires_grad_()
+            ce, zl = reference_loss(exact, targets, softcap, 1e-2)
+            (ce + zl).sum().backward()
+            got = x.clone()
+            got_ce, got_zl = cross_entropy_(
+                got, targets, softcap=softcap, z_loss=1e-2, with_grad=True, block=128
+            )
+            assert exact.grad is not None
+            assert error(got_ce, ce.detach()) < 5e-6
+            assert error(got_zl, zl.detach()) < 5e-6
+            assert error(got, exact.grad) < bound(dtype)
+            assert (got[2] == 0).all()
+            untouched = x.clone()
+            again, _ = cross_entropy_(
+                untouched, targets, softcap=softcap, z_loss=1e-2, with_grad=False, block=128
+            )
+            assert torch.equal(again, got_ce)
+            assert torch.equal(untouched, x)
+
+
+def check_nan_is_not_hidden(device: str, dtype: torch.dtype) -> None:
+    from matilda_model.triton_loss import cross_entropy_
+
+    for softcap in (None, 30.0):
+        x = torch.randn(2, 64, device=device).to(dtype)
+        x[0, 5] = float("nan")
+        targets = torch.tensor([1, 2], device=device)
+        ce, _ = cross_entropy_(x, targets, softcap=softcap, z_loss=0.0, with_grad=True, block=64)
+        assert torch.isnan(ce[0])
+        assert torch.isnan(x[0]).all()
+        assert torch.isfinite(ce[1])
+        assert torch.isfinite(x[1]).all()
+
+
+def check_linear_cross_entropy(device: str, dtype: torch.dtype) -> None:
+    from matilda_model import linear_cross_entropy, triton_loss
+
+    torch.manual_seed(0)
+    triton_loss._CHUNK_ROWS = 16  # three chunks, the last one short
+    h = torch.randn(40, 32, device=device).to(dtype).requires_grad_()
+    w = (0.3 * torch.randn(96, 32, device=device)).requires_grad_()
+    targets = torch.randint(0, 96, (40,), device=device)
+    targets[::7] = -1
+    exact_h, exact_w = h.detach().double().requires_grad_(), w.detach().double().requires_grad_()
+    ce, zl = reference_loss(exact_h @ exact_w.T, targets, 5.0, 1e-3)
+    n = (targets >= 0).sum()
+    expected = torch.autograd.grad(3.0 * (ce + zl).sum() / n, (exact_h, exact_w))
+    out = linear_cross_entropy(h, w, targets, softcap=5.0, z_loss=1e-3, backend="fused")
+    got = torch.autograd.grad(3.0 * out.loss, (h, w))
+    wide = 5 * bound(dtype)  # the logits are rounded to bf16 too
+    assert error(out.ce, ce.sum() / n) < wide
+    assert error(out.z_loss, zl.sum() / n) < wide
+    assert error(got[0], expected[0]) < wide
+    assert error(got[1], expected[1]) < wide
+    with torch.no_grad():
+        value = linear_cross_entropy(h, w, targets, softcap=5.0, z_loss=1e-3, backend="fused")
+    assert torch.equal(value.loss, out.loss)
+
+
+def check_relu2(device: str, dtype: torch.dtype) -> None:
+    from matilda_model import triton_relu2
+
+    triton_relu2._STAGES_FORWARD = triton_relu2._STAGES_BACKWARD = 1 if device == "cpu" else 3
+    torch.manual_seed(0)
+    x = torch.randn(200, 128, device=device).to(dtype).requires_grad_()
+    up = (0.1 * torch.randn(256, 128, device=device)).to(dtype).requires_grad_()
+    down = (0.1 * torch.randn(128, 256, device=device)).to(dtype).requires_grad_()
+    dy = torch.randn(200, 128, device=device).to(dtype)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (x, up, down)]
+    expected = torch.relu(exact[0] @ exact[1].T).square() @ exact[2].T
+    y = triton_relu2.FusedReLU2.apply(x, up, down)
+    assert error(y, expected) < bound(dtype)
+    for got, want in zip(
+        torch.autograd.grad(y, (x, up, down), dy),
+        torch.autograd.grad(expected, exact, dy.double()),
+        strict=True,
+    ):
+        assert error(got, want) < bound(dtype)
+
+
+def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
+    from matilda_model.layers import apply_rope, rope_table
+    from matilda_model.triton_qkv import FusedQKVNormRope
+
+    torch.manual_seed(0)
+    batch, seq_len, heads, kv, e = 2, 9, 4, 2, 16
+    cos, sin = rope_table(seq_len, e, 100.0, torch.device(device))
+    qkv = torch.randn(batch, seq_len, (heads + 2 * kv) * e, device=device).to(dtype)
+    inputs = [qkv, 1 + 0.3 * torch.randn(e, device=device), 1 + 0.3 * torch.randn(e, device=device)]
+    grads = [torch.randn(batch, n, seq_len, e, device=device) for n in (heads, kv, kv)]
+
+    def run(function: Callable[..., tuple[Tensor, ...]], kind: torch.dtype | None) -> list[Tensor]:
+        leaves = [t.detach().to(kind or t.dtype).requires_grad_() for t in inputs]
+        out = function(*leaves)
+        seeds = [g.transpose(1, 2).to(o.dtype) for g, o in zip(grads, out, strict=True)]
+        return [*out, *torch.autograd.grad(out, leaves, seeds)]
+
+    def textbook(qkv: Tensor, q_weight: Tensor, k_weight: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = qkv.view(batch, seq_len, -1, e).split([heads, kv, kv], dim=2)
+        q, k = (
+            apply_rope(
+                x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight,
+                cos.double()[:, None],
+                sin.double()[:, None],
+            )
+            for x, weight in ((q, q_weight), (k, k_weight))
+        )
+        return q, k, v
+
+    def fused(*leaves: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = FusedQKVNormRope.apply(*leaves, cos, sin, heads, kv, 1e-6)
+        return q, k, v
+
+    for got, want in zip(run(fused, None), run(textbook, torch.float64), strict=True):
+        assert error(got, want) < bound(dtype)
