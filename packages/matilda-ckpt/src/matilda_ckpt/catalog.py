@@ -23,7 +23,7 @@ from matilda_ckpt.manifest import (
     parse_manifest,
 )
 from matilda_ckpt.parallel import each
-from matilda_ckpt.tensor_file import read_tensor_file
+from matilda_ckpt.tensor_file import read_one_tensor, read_tensor_file
 
 _STEP_NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
 QUARANTINE_NAME = "quarantine"
@@ -195,6 +195,23 @@ class Catalog:
             raise DamagedError(
                 f"checkpoint `{path}`: `{file}` cannot be read: {reason_of(error)}"
             ) from error
+
+    def read_one_tensor(
+        self, name: str, manifest: Manifest, file: str, key: str, buffer: memoryview
+    ) -> None:
+        """Read and verify a single tensor without its neighbours."""
+        path = f"{self.root}/{name}"
+        entry = manifest.files[file]
+        try:
+            good = read_one_tensor(self.fs, f"{path}/{file}", entry, key, buffer)
+        except OSError as error:
+            raise DamagedError(
+                f"checkpoint `{path}`: `{file}` cannot be read: {reason_of(error)}"
+            ) from error
+        if not good:
+            raise DamagedError(
+                f"checkpoint `{path}`: `{file}` has a damaged tensor {key!r} (SHA-256 differs)"
+            )
 
     def quarantined(self) -> list[str]:
         """Names of the directories that were set aside as damaged."""

@@ -427,7 +427,20 @@ def _has_tensors() -> bool:
     return "torch" in sys.modules
 
 
+def unwrapped(value: object) -> object:
+    """The module inside `torch.compile` and `DistributedDataParallel`, so that keys carry no
+    `_orig_mod.` or `module.` and load into any other wrapping."""
+    while True:
+        if hasattr(value, "_orig_mod"):
+            value = value._orig_mod
+        elif type(value).__name__ in ("DistributedDataParallel", "DataParallel"):
+            value = value.module  # type: ignore[attr-defined]
+        else:
+            return value
+
+
 def _state_of(value: object) -> object:
+    value = unwrapped(value)
     state_dict = getattr(value, "state_dict", None)
     return state_dict() if callable(state_dict) else value
 
@@ -454,7 +467,7 @@ def _apply(
     skipped: list[Skipped],
 ) -> Restored:
     manifest, state = loaded
-    targets = [(name, target) for name, target in into.items() if target is not None]
+    targets = [(n, unwrapped(target)) for n, target in into.items() if target is not None]
     for name, target in targets:
         if not callable(getattr(target, "load_state_dict", None)):
             raise ValueError(

@@ -168,12 +168,8 @@ class Store(Catalog):
         manifest = self._manifest(request, files, state)
         data = manifest.to_bytes()
         commit = Commit.of(data)
-        for file, text in ((MANIFEST_NAME, data), (COMMIT_NAME, commit.to_bytes())):
-            handle = self.fs.create(f"{draft.temp}/{file}", len(text))
-            try:
-                write_bytes_file(handle, text)
-            finally:
-                handle.close()
+        self.write_text(draft, MANIFEST_NAME, data)
+        self.write_text(draft, COMMIT_NAME, commit.to_bytes())
         self.fs.fsync_dir(draft.temp)
         request.alive()
         self._lock.check()
@@ -182,6 +178,14 @@ class Store(Catalog):
         self.fs.fsync_dir(self.root)
         self._verified[draft.name] = self._stamp(draft.name)
         return info_of(self.root, draft.name, manifest, commit.manifest_sha256)
+
+    def write_text(self, draft: Draft, file: str, text: bytes) -> FileEntry:
+        """One small fsynced file of a draft."""
+        handle = self.fs.create(f"{draft.temp}/{file}", len(text))
+        try:
+            return write_bytes_file(handle, text)
+        finally:
+            handle.close()
 
     def _manifest(
         self,

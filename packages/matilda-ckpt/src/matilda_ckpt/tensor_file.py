@@ -149,6 +149,14 @@ def read_tensor_file(
                 raise problem(f"has a damaged tensor {name!r} (SHA-256 differs)")
 
 
+def read_one_tensor(fs: Fs, path: str, entry: FileEntry, key: str, buffer: memoryview) -> bool:
+    """Read one tensor into `buffer`; whether those bytes have its SHA-256."""
+    tensor = entry.tensors[key]
+    with reading(fs, path) as file:
+        file.seek(entry.header_size + tensor.start)
+        return _read_hashed(file, buffer) == tensor.sha256
+
+
 def header_difference(header: bytes, entry: FileEntry) -> str | None:
     """What contradicts the manifest in a safetensors header, or None."""
     try:

@@ -82,6 +82,13 @@ def empty(dtype: str, shape: Sequence[int]) -> tuple[torch.Tensor, memoryview]:
     return tensor, tensor.reshape(-1).view(torch.uint8).numpy().data
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """The safetensors name of a dtype; ValueError when it has none."""
+    if dtype not in _NAMES:
+        raise ValueError(f"dtype {dtype} cannot be stored in safetensors")
+    return _NAMES[dtype]
+
+
 def named(tag: str, value: str) -> object:
     """The torch dtype or device of that name; ValueError otherwise."""
     if tag == "$torch_device":

@@ -1,0 +1,166 @@
+"""torch.distributed.checkpoint over our storage: drop-in, verified, resharded bit for bit."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from matilda_ckpt import Checkpointer, Keep, verify
+from matilda_ckpt.dcp import DcpReader, DcpWriter
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+FULL = os.environ.get("MATILDA_SLOW") == "1"
+
+
+def state(step: int) -> dict[str, object]:
+    return {
+        "model": {"w": torch.full((4, 3), float(step)), "b": torch.arange(step, step + 5)},
+        "loop": {"step": step, "text": "ä", "nested": {"lr": 0.1, "none": None}},
+        "empty": torch.zeros(0, 2),
+        "scalar": torch.tensor(step),
+    }
+
+
+def test_round_trip_without_pickle_and_through_retention(tmp_path: Path) -> None:
+    for step in range(1, 5):
+        writer = DcpWriter(tmp_path, step=step, keep=Keep(last=2), metrics={"val": 1.0})
+        dcp.save(state(step), storage_writer=writer, no_dist=True)
+    found = Checkpointer(tmp_path, read_only=True).list()
+    assert [info.step for info in found] == [4, 3]
+    assert found[0].healthy
+    assert all(verify(info.path).ok for info in found)
+    assert {p.name for p in Path(found[0].path).iterdir()} == {
+        "COMMIT",
+        "MANIFEST.json",
+        "dcp.json",
+        "dcp.r00000-of-00001.safetensors",
+    }
+    target = state(0)
+    dcp.load(target, storage_reader=DcpReader(tmp_path), no_dist=True)
+    expected = state(4)
+    assert torch.equal(target["model"]["w"], expected["model"]["w"])
+    assert torch.equal(target["model"]["b"], expected["model"]["b"])
+    assert target["loop"] == expected["loop"]
+    assert int(target["scalar"]) == 4
+
+
+def test_damage_and_foreign_writers_are_refused(tmp_path: Path) -> None:
+    dcp.save(state(1), storage_writer=DcpWriter(tmp_path, step=1), no_dist=True)
+    path = tmp_path / "step-00000001" / "dcp.r00000-of-00001.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointException, match="damaged tensor"):
+        dcp.load(state(0), storage_reader=DcpReader(tmp_path), no_dist=True)
+    with Checkpointer(tmp_path) as other:
+        other.save(5, {"x": 1})
+        with pytest.raises(CheckpointException, match="another process"):
+            dcp.save(state(2), storage_writer=DcpWriter(tmp_path, step=2), no_dist=True)
+
+
+def test_non_finite_shard_makes_the_checkpoint_unhealthy(tmp_path: Path) -> None:
+    writer = DcpWriter(tmp_path, step=1)
+    dcp.save({"w": torch.tensor([1.0, float("nan")])}, storage_writer=writer, no_dist=True)
+    assert writer.info is not None
+    assert not writer.info.healthy
+
+
+RESHARD = """
+import hashlib, os, sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict)
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from matilda_ckpt.dcp import DcpReader, DcpWriter
+
+root, mode, load, save = sys.argv[1:5]
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+world = dist.get_world_size()
+torch.manual_seed(0)
+model = torch.nn.Sequential(
+    torch.nn.Linear(13, 29), torch.nn.GELU(), torch.nn.Linear(29, 7, bias=False))
+if mode == "fsdp":
+    mesh = init_device_mesh("cpu", (world,))
+    for layer in (model[0], model[2], model):
+        fully_shard(layer, mesh=mesh)
+elif mode == "ddp":
+    model = torch.nn.parallel.DistributedDataParallel(model)
+optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, foreach=False)
+
+def train(seed):
+    torch.manual_seed(seed)
+    model(torch.randn(8, 13)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+train(1)
+if load != "-":
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    m, o = get_state_dict(model, optimizer)
+    state = {"model": m, "optim": o}
+    dcp.load(state, storage_reader=DcpReader(root, step=int(load)))
+    set_state_dict(model, optimizer, model_state_dict=state["model"],
+                   optim_state_dict=state["optim"])
+if save != "-":
+    m, o = get_state_dict(model, optimizer)
+    dcp.save({"model": m, "optim": o}, storage_writer=DcpWriter(root, step=int(save)))
+options = StateDictOptions(full_state_dict=True)
+m, o = get_state_dict(model, optimizer, options=options)
+h = hashlib.sha256()
+def visit(v):
+    if isinstance(v, torch.Tensor):
+        v = v.full_tensor() if hasattr(v, "full_tensor") else v
+        h.update(v.detach().contiguous().numpy().tobytes())
+    elif isinstance(v, dict):
+        for k in sorted(v, key=str):
+            h.update(str(k).encode()); visit(v[k])
+    elif isinstance(v, (list, tuple)):
+        for x in v: visit(x)
+    else:
+        h.update(repr(v).encode())
+visit(m); visit(o)
+if dist.get_rank() == 0:
+    print(h.hexdigest(), flush=True)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def world(size: int, root: Path, mode: str, load: str, save: str) -> str:
+    script = root / "reshard.py"
+    script.write_text(RESHARD)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *(f"--nproc-per-node={size}", str(script), str(root / "c"), mode, load, save),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.split()[-1]
+
+
+@pytest.mark.skipif(not FULL, reason="starts 4 processes at a time; run with MATILDA_SLOW=1")
+def test_fsdp2_4_to_2_to_1_to_ddp_and_back_is_bitwise(tmp_path: Path) -> None:
+    first = world(4, tmp_path, "fsdp", "-", "1")
+    chain = [(2, "fsdp"), (1, "fsdp"), (2, "ddp"), (1, "plain"), (4, "fsdp"), (3, "fsdp")]
+    for number, (size, mode) in enumerate(chain, start=1):
+        assert world(size, tmp_path, mode, str(number), str(number + 1)) == first, (size, mode)
+    assert all(verify(i.path).ok for i in Checkpointer(tmp_path / "c", read_only=True).list())
