@@ -1,6 +1,7 @@
 """Decoder-only transformers for small language models, in plain PyTorch."""
 
 from matilda_model.cache import KVCache
+from matilda_model.check import KernelCheck, KernelMismatchError, self_check
 from matilda_model.config import ModelConfig
 from matilda_model.flops import count_matmul_params, count_params, flops_per_token
 from matilda_model.generate import generate, sample, stream_tokens
@@ -10,6 +11,8 @@ from matilda_model.model import Block, Transformer
 __all__ = [
     "Block",
     "KVCache",
+    "KernelCheck",
+    "KernelMismatchError",
     "LossOutput",
     "ModelConfig",
     "Transformer",
@@ -19,5 +22,6 @@ __all__ = [
     "generate",
     "linear_cross_entropy",
     "sample",
+    "self_check",
     "stream_tokens",
 ]

@@ -73,18 +73,23 @@ class Attention(nn.Module):
     def forward(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
     ) -> Tensor:
-        if cache is None and self._fuses(x_BTD):
-            q_BTHE, k_BTKE, v_BTKE = self._project_fused(x_BTD, cos, sin)
-        else:
-            q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
-            q_BTHE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin)
-            k_BTKE = _norm_and_rotate(k_BTKE, self.k_norm, cos, sin)
+        q_BTHE, k_BTKE, v_BTKE = self.heads(x_BTD, cos, sin, plain=cache is not None)
         if cache is None:
             y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend)
         else:
             y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE)
         out: Tensor = self.o(y_BTHE.flatten(2))
         return out
+
+    def heads(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, *, plain: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [B, T, H, E], keys and values [B, T, K, E], normed and rotated."""
+        if not plain and self._fuses(x_BTD):
+            return self._project_fused(x_BTD, cos, sin)
+        q_BTHE, k_BTKE, v_BTKE = self._project(x_BTD)
+        q_BTHE = _norm_and_rotate(q_BTHE, self.q_norm, cos, sin)
+        return q_BTHE, _norm_and_rotate(k_BTKE, self.k_norm, cos, sin), v_BTKE
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)

@@ -96,14 +96,17 @@ class ReLU2(nn.Module):
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
+        dtype = x_BTD.dtype
+        return self.product(x_BTD, self.up.weight.to(dtype), self.down.weight.to(dtype))
+
+    def product(self, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
+        """The MLP with the given weights, by the chosen kernel."""
         if self._fuses(x_BTD):
             from matilda_model.triton_relu2 import FusedReLU2
 
-            up, down = self.up.weight.to(x_BTD.dtype), self.down.weight.to(x_BTD.dtype)
-            y_ND: Tensor = FusedReLU2.apply(x_BTD.flatten(0, 1), up, down)
+            y_ND: Tensor = FusedReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF)
             return y_ND.view(x_BTD.shape)
-        out: Tensor = self.down(F.relu(self.up(x_BTD)).square())
-        return out
+        return F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
 
     def _fuses(self, x_BTD: Tensor) -> bool:
         if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:

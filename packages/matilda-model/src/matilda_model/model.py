@@ -5,6 +5,7 @@ Shape suffixes: B batch, T sequence, D model, H query heads, E head dim, V vocab
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import overload
 
@@ -83,6 +84,15 @@ class Transformer(nn.Module):
         )
         self.cos.copy_(cos)
         self.sin.copy_(sin)
+
+    def choose_backends(self, **backends: str) -> None:
+        """Change `attention`, `loss`, `matmul` or `norm` of the config; before compiling."""
+        self.config = dataclasses.replace(self.config, **backends)  # type: ignore[arg-type]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend, module.norm = self.config.attention, self.config.norm
+            elif isinstance(module, ReLU2):
+                module.matmul = self.config.matmul
 
     @overload
     def forward(

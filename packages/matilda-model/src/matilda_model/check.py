@@ -1,0 +1,227 @@
+"""Start-up self-check: each chosen kernel against plain float32 arithmetic on the run's shapes.
+
+A fused kernel that is wrong on one GPU, one compiler or one shape trains a worse model without an
+error message. This compares values and gradients before the first step and names the kernel.
+
+Shape suffixes: B batch, T sequence, D model, H query heads, K key/value heads, E head dim,
+N tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from matilda_model.attention import causal_attention
+from matilda_model.layers import ReLU2
+from matilda_model.loss import linear_cross_entropy
+from matilda_model.model import Block, Transformer
+
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
+"""Allowed error, `|got - expected| / |expected|`, by compute dtype: several times what correct
+kernels show (docs/LOG.md), far under what a wrong mask, scale or missing term does."""
+
+
+class KernelMismatchError(RuntimeError):
+    """A chosen kernel disagrees with float32 arithmetic."""
+
+
+@dataclass(frozen=True)
+class KernelCheck:
+    """One compared quantity."""
+
+    kernel: str
+    """The config field that chose the kernel: `attention`, `norm`, `matmul` or `loss`."""
+    quantity: str
+    """What was compared: a value, or the gradient for an input or weight."""
+    error: float
+    """`|got - expected| / |expected|`; NaN when either is not finite."""
+    tolerance: float
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.tolerance
+
+
+def self_check(
+    model: Transformer,
+    input_ids_BT: Tensor,
+    targets_BT: Tensor,
+    *,
+    tolerance: float | None = None,
+    fall_back: bool = False,
+) -> list[KernelCheck]:
+    """Compare the model's chosen kernels with float32 references; the rows, in order of the model.
+
+    Uses the model's weights, its `compute_dtype`, the batch's ids and at most its first two rows,
+    so that the check costs little beside a step. Leaves weights, gradients and torch's generators
+    as they were. `tolerance` defaults to `TOLERANCE[compute_dtype]`.
+
+    A mismatch raises `KernelMismatchError` naming the kernel; with `fall_back=True` a kernel that
+    the config left to `"auto"` is replaced by the plain one instead (look at the rows that are not
+    `ok`). Call it before compiling.
+    """
+    limit = TOLERANCE[model.compute_dtype] if tolerance is None else tolerance
+    ids, targets = input_ids_BT[:2], targets_BT[:2]
+    block = model.blocks[0]
+    assert isinstance(block, Block)
+    with torch.random.fork_rng(devices=_cuda_index(ids)), torch.no_grad():
+        torch.manual_seed(0)
+        seed_BTD = torch.randn(*ids.shape, model.config.d_model, device=ids.device)
+        hidden_BTD = model.norm(
+            torch.nn.functional.embedding(ids, model.embed.weight) + 0.5 * seed_BTD
+        )
+    checks = [
+        *_check_norm(model, block, hidden_BTD, limit),
+        *_check_attention(model, block, hidden_BTD, limit),
+        *_check_mlp(model, block, hidden_BTD, limit),
+        *_check_loss(model, hidden_BTD, targets, limit),
+    ]
+    bad = [check for check in checks if not check.ok]
+    kernels = list(dict.fromkeys(check.kernel for check in bad))
+    refused = [k for k in kernels if not (fall_back and getattr(model.config, k) == "auto")]
+    if refused:
+        worst = next(check for check in bad if check.kernel == refused[0])
+        raise KernelMismatchError(
+            f"the `{worst.kernel}` kernel {getattr(model.config, worst.kernel)!r} is wrong here: "
+            f"{worst.quantity} is off by {worst.error:.2g}, allowed {worst.tolerance:.2g}; "
+            f"set `model.{worst.kernel}` to {_PLAIN[worst.kernel]!r}"
+        )
+    if kernels:
+        model.choose_backends(**{kernel: _PLAIN[kernel] for kernel in kernels})
+    return checks
+
+
+_PLAIN = {"attention": "math", "norm": "plain", "matmul": "plain", "loss": "chunked"}
+
+
+def _cuda_index(x: Tensor) -> list[int]:
+    return [x.device.index] if x.device.type == "cuda" and x.device.index is not None else []
+
+
+def _compare(
+    kernel: str,
+    names: tuple[str, ...],
+    got: Callable[..., Tensor],
+    expected: Callable[..., Tensor],
+    leaves: tuple[Tensor, ...],
+    dtypes: tuple[torch.dtype, ...],
+    limit: float,
+) -> list[KernelCheck]:
+    """Rows for the value and for the gradient of each leaf, named `names`."""
+
+    def run(function: Callable[..., Tensor], kinds: tuple[torch.dtype, ...]) -> list[Tensor]:
+        inputs = [
+            leaf.detach().to(kind).clone().requires_grad_()
+            for leaf, kind in zip(leaves, kinds, strict=True)
+        ]
+        with torch.enable_grad():
+            value = function(*inputs)
+        # a fixed direction with no structure; cosine of the index needs no generator
+        index = torch.arange(value.numel(), device=value.device, dtype=torch.float32)
+        direction = torch.cos(index * 1.7).view(value.shape).to(value.dtype)
+        return [value.detach(), *torch.autograd.grad(value, inputs, direction)]
+
+    rounded = tuple(leaf.to(kind) for leaf, kind in zip(leaves, dtypes, strict=True))
+    leaves = rounded  # both sides start from the same rounded inputs
+    results = run(got, dtypes)
+    references = run(expected, (torch.float32,) * len(leaves))
+    labels = ("the value", *(f"the gradient of {name}" for name in names))
+    return [
+        KernelCheck(kernel, label, _error(a, b), limit)
+        for label, a, b in zip(labels, results, references, strict=True)
+    ]
+
+
+def _error(got: Tensor, expected: Tensor) -> float:
+    difference = torch.linalg.vector_norm(got.double() - expected.double())
+    value = float(difference / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
+    return value if math.isfinite(value) else math.nan
+
+
+def _check_norm(
+    model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
+) -> list[KernelCheck]:
+    attn, dtype = block.attn, model.compute_dtype
+    n_tokens = hidden_BTD.shape[1]
+    cos, sin = model.cos[:n_tokens, None, :], model.sin[:n_tokens, None, :]
+    rows = []
+    for index, name in enumerate(("q", "k")):
+
+        def run(x: Tensor, index: int = index) -> Tensor:
+            return attn.heads(x, cos, sin)[index]
+
+        def reference(x: Tensor, index: int = index) -> Tensor:
+            return attn.heads(x, cos, sin, plain=True)[index]
+
+        rows += _compare(
+            "norm", (f"{name}'s input",), run, reference, (hidden_BTD,), (dtype,), limit
+        )
+    return rows
+
+
+def _check_attention(
+    model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
+) -> list[KernelCheck]:
+    n_tokens = hidden_BTD.shape[1]
+    cos, sin = model.cos[:n_tokens, None, :], model.sin[:n_tokens, None, :]
+    with torch.no_grad():
+        leaves = block.attn.heads(hidden_BTD, cos, sin, plain=True)
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return causal_attention(q, k, v, block.attn.backend)
+
+    def reference(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+        group = q_BTHE.shape[2] // k_BTKE.shape[2]
+        k_BTHE, v_BTHE = (x.repeat_interleave(group, dim=2) for x in (k_BTKE, v_BTKE))
+        scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / math.sqrt(q_BTHE.shape[-1])
+        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
+        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        return torch.einsum("bhts,bshe->bthe", weights, v_BTHE)
+
+    kinds = (model.compute_dtype,) * 3
+    return _compare("attention", ("q", "k", "v"), run, reference, leaves, kinds, limit)
+
+
+def _check_mlp(
+    model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
+) -> list[KernelCheck]:
+    mlp = block.mlp
+    if not isinstance(mlp, ReLU2):
+        return []
+    leaves = (hidden_BTD, mlp.up.weight, mlp.down.weight)
+    kinds = (model.compute_dtype,) * 3
+
+    def reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+        return torch.relu(x @ up.T).square() @ down.T
+
+    return _compare("matmul", ("x", "up", "down"), mlp.product, reference, leaves, kinds, limit)
+
+
+def _check_loss(
+    model: Transformer, hidden_BTD: Tensor, targets_BT: Tensor, limit: float
+) -> list[KernelCheck]:
+    weight_VD = model.embed.weight if model.head is None else model.head.weight
+    config = model.config
+
+    def run(backend: str) -> Callable[[Tensor, Tensor], Tensor]:
+        def loss(h_ND: Tensor, w_VD: Tensor) -> Tensor:
+            return linear_cross_entropy(
+                h_ND,
+                w_VD,
+                targets_BT.flatten(),
+                softcap=config.logit_softcap,
+                z_loss=config.z_loss,
+                backend=backend,
+            ).loss
+
+        return loss
+
+    leaves = (hidden_BTD.flatten(0, 1), weight_VD)
+    kinds = (model.compute_dtype, torch.float32)
+    names = ("the hidden states", "the head")
+    return _compare("loss", names, run(config.loss), run("plain"), leaves, kinds, limit)
