@@ -89,21 +89,23 @@ class MatildaTiktoken(Matilda):
     backend = "tiktoken"
 
 
+def litdata_tokenize(path: str) -> Iterator[Any]:
+    """At module level because litdata pickles it."""
+    import torch
+
+    encode = tiktoken_encoder()
+    for text in texts(Path(path)):
+        yield torch.from_numpy(encode(text).astype(np.int32))
+
+
 class LitData:
     """litdata: `optimize` with a TokensLoader, StreamingDataLoader."""
 
     def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
-        import torch
         from litdata import TokensLoader, optimize
 
-        encode = tiktoken_encoder()
-
-        def tokenize(path: str) -> Iterator[Any]:
-            for text in texts(Path(path)):
-                yield torch.from_numpy(encode(text).astype(np.int32))
-
         optimize(
-            fn=tokenize,
+            fn=litdata_tokenize,
             inputs=[str(corpus)],
             output_dir=str(work / "out"),
             chunk_size=(SEQ_LEN + 1) * 8192,

@@ -5,12 +5,13 @@ from matilda_data.dataset import TokenDataset, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.hub import HubSource, prepare_hub
 from matilda_data.manifest import Manifest, ShardEntry, SourceEntry
+from matilda_data.packing import PackedRows
 from matilda_data.persistence import Retry
 from matilda_data.prefetch import Prefetcher
 from matilda_data.prepare import TextSource, prepare_text
 from matilda_data.progress import Progress
-from matilda_data.provenance import DocumentSpan, cu_seqlens, documents_of
-from matilda_data.stream import BinStream, batch_sha256
+from matilda_data.provenance import DocumentSpan, documents_of
+from matilda_data.stream import BinStream, batch_sha256, cu_seqlens
 from matilda_data.terminal import ProgressLine
 from matilda_data.tokenizer import Tokenizer, load_tokenizer
 from matilda_data.verify import VerifyReport, verify
@@ -21,6 +22,7 @@ __all__ = [
     "DocumentSpan",
     "HubSource",
     "Manifest",
+    "PackedRows",
     "Prefetcher",
     "Progress",
     "ProgressLine",

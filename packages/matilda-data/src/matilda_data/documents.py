@@ -91,6 +91,8 @@ def _decode(raw: bytes, where: str, options: ReadOptions) -> str:
 
 def _clean(text: str, where: str, options: ReadOptions) -> str:
     """JSON can spell lone surrogates, which no UTF-8 has."""
+    if text.isascii():
+        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -1,4 +1,4 @@
-"""Which documents a sample is made of, and the boundaries between them."""
+"""Which documents a sample is made of."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from matilda_data.dataset import TokenSource
 from matilda_data.errors import DataError
 from matilda_data.stream import BinStream
-from matilda_data.tokenizer import load_tokenizer
+from matilda_data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DocumentSpan", "cu_seqlens", "documents_of"]
+__all__ = ["DocumentSpan", "documents_of"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ def documents_of(stream: BinStream, sample: int) -> list[DocumentSpan]:
     Raises:
         DataError: the data has no document index (plain `.bin` files), or it is damaged.
     """
-    number, start = (int(array[0]) for array in stream.positions(sample, 1))
+    number, segments = stream.segments(sample)
     source = next(s for s in stream.dataset.sources if s.name == stream.source_names[number])
     if source.index is None:
         raise DataError(
@@ -55,10 +56,27 @@ def documents_of(stream: BinStream, sample: int) -> list[DocumentSpan]:
     tokens = stream.windows(sample, 1)[0]
     tokenizer = load_tokenizer(stream.dataset.tokenizer_name)
     spans: list[DocumentSpan] = []
-    position, first = start, 0
-    while first < len(tokens):
+    first = 0
+    for start, length in segments:
+        spans += _spans(source, tokens, start, first, first + length, tokenizer)
+        first += length
+    return spans
+
+
+def _spans(
+    source: TokenSource,
+    tokens: npt.NDArray[np.uint16],
+    position: int,
+    first: int,
+    end: int,
+    tokenizer: Tokenizer,
+) -> list[DocumentSpan]:
+    """The documents of `tokens[first:end]`, which lie in the source from `position` on."""
+    spans: list[DocumentSpan] = []
+    assert source.index is not None
+    while first < end:
         document = source.index.entry(source.index.document_at(position))
-        stop = min(first + document.stop - position, len(tokens))
+        stop = min(first + document.stop - position, end)
         shard, shard_token = source.locate(position)
         spans.append(
             DocumentSpan(
@@ -77,18 +95,3 @@ def documents_of(stream: BinStream, sample: int) -> list[DocumentSpan]:
         position = (position + stop - first) % source.n_tokens
         first = stop
     return spans
-
-
-def cu_seqlens(inputs: npt.NDArray[np.uint16], eot_id: int) -> npt.NDArray[np.int32]:
-    """Boundaries for attention inside documents, in the form of variable-length flash attention.
-
-    Args:
-        inputs: uint16[B, T] input tokens; row and document starts begin a sequence.
-        eot_id: the token that begins each document.
-
-    Returns:
-        int32[n + 1]: sequence i is `inputs.reshape(-1)[cu[i] : cu[i + 1]]`; `cu[-1]` is B × T.
-    """
-    starts = inputs == eot_id
-    starts[:, 0] = True
-    return np.append(np.flatnonzero(starts.reshape(-1)), inputs.size).astype(np.int32)

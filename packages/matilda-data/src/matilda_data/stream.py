@@ -10,16 +10,18 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from matilda_data.dataset import TokenDataset, open_dataset
+from matilda_data.dataset import TokenDataset, TokenSource, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
 from matilda_data.mixture import Mixture, Phase, distinct
 from matilda_data.order import ORDER, keys, permute
+from matilda_data.packing import PACKING, PackedRows, Packing, describe_rows, pack_documents
 from matilda_data.skipping import SkipMap
 
-__all__ = ["BinStream", "batch_sha256"]
+__all__ = ["BinStream", "batch_sha256", "cu_seqlens"]
 
 FORMAT = "matilda-stream/1"
+ROWS = ("windows", "documents")
 CACHED_KEYS = 256
 
 TokenArray = npt.NDArray[np.uint16]
@@ -57,6 +59,7 @@ class BinStream:
         weights: Weights | Sequence[tuple[int, Weights]] | None = None,
         skip: Sequence[tuple[int, int]] = (),
         max_repeats: int | None = None,
+        rows: str = "windows",
     ) -> None:
         """Open a stream at sample 0.
 
@@ -71,6 +74,8 @@ class BinStream:
                 takes the manifest's weights.
             skip: half-open intervals of sample numbers to leave out, as after a loss spike.
             max_repeats: refuse samples past this many epochs of any source.
+            rows: `"windows"`, or `"documents"` for rows of whole documents, packed; then an epoch
+                is every packed row once, and `packed` gives their boundaries.
 
         Raises:
             DataError: the data set cannot be opened or is shorter than one sample, or an argument
@@ -84,6 +89,8 @@ class BinStream:
             raise DataError(f"`seed` is {seed!r}; give an integer")
         if max_repeats is not None and (not isinstance(max_repeats, int) or max_repeats < 1):
             raise DataError(f"`max_repeats` is {max_repeats!r}; give an integer ≥ 1 or None")
+        if rows not in ROWS:
+            raise DataError(f"`rows` is {rows!r}; choose one of {', '.join(map(repr, ROWS))}")
         self.dataset = dataset
         self.data_id = dataset.data_id
         self.split = dataset.split
@@ -91,18 +98,24 @@ class BinStream:
         self.seed = seed
         self.shuffle = shuffle
         self.max_repeats = max_repeats
+        self.rows = rows
         self.next_sample = 0
         phases = _resolve_phases(dataset, weights)
         used = [any(phase[1][number] for phase in phases) for number in range(len(dataset.sources))]
         self._sources = [s for s, wanted in zip(dataset.sources, used, strict=True) if wanted]
         self._mixture_id = [[source.name for source in dataset.sources], phases]
         self._skip = SkipMap(skip)
+        self._packings: list[Packing] = []
+        if rows == "documents":
+            self._packings = [_pack_source(source, seq_len) for source in self._sources]
         spare = 0 if shuffle else 1  # a shuffled source wraps round, a plain one ends
         self._n_windows = np.array(
-            [(source.n_tokens - spare) // seq_len for source in self._sources], dtype=np.int64
+            [packing.n_rows for packing in self._packings]
+            or [(source.n_tokens - spare) // seq_len for source in self._sources],
+            dtype=np.int64,
         )
         for source in self._sources:
-            if source.n_tokens <= seq_len:
+            if source.n_tokens <= seq_len and rows == "windows":
                 raise DataError(
                     f"source {source.name!r} has {source.n_tokens} {self.split!r} tokens, fewer "
                     f"than one sample of {seq_len + 1}; use a smaller `seq_len` or more text"
@@ -139,13 +152,46 @@ class BinStream:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
         source, start = self.positions(first, count)
         for number in distinct(source):
-            rows = np.flatnonzero(source == number)
-            self._sources[number].gather(start[rows], self.seq_len + 1, out, rows)
+            members = np.flatnonzero(source == number)
+            if self._packings:
+                for row in members.tolist():
+                    self._fill(number, int(start[row]), out[row])
+            else:
+                self._sources[number].gather(start[members], self.seq_len + 1, out, members)
         return out
 
+    def _fill(self, source: int, row: int, out: TokenArray) -> None:
+        """Copy the segments of a packed row; end-of-text fills the rest."""
+        filled = 0
+        for start, length in self._packings[source].segments(row):
+            self._sources[source].read_into(start, out[filled : filled + length])
+            filled += length
+        out[filled:] = self.dataset.eot_id
+
+    def packed(self, first: int, count: int) -> PackedRows:
+        """`windows(first, count)` with the boundaries of its documents and a loss mask.
+
+        With rows of windows, every end-of-text token begins a sequence and every target counts.
+        """
+        tokens = self.windows(first, count)
+        if self._packings:
+            return describe_rows(tokens, [self.segments(first + i)[1] for i in range(count)])
+        inputs = tokens[:, :-1]
+        mask = np.ones(inputs.shape, dtype=np.bool_)
+        return PackedRows(tokens, cu_seqlens(inputs, self.dataset.eot_id), mask)
+
+    def segments(self, sample: int) -> tuple[int, list[tuple[int, int]]]:
+        """What a sample is made of: a number into `source_names`, and the (first token, tokens)
+        of each run of that source's tokens."""
+        numbers, starts = self.positions(sample, 1)
+        source, start = int(numbers[0]), int(starts[0])
+        if self._packings:
+            return source, self._packings[source].segments(start)
+        return source, [(start, self.seq_len + 1)]
+
     def positions(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
-        """Where the samples come from: int64[count] numbers into `source_names`, int64[count]
-        positions of their first tokens among that source's tokens."""
+        """Where samples come from: int64[count] numbers into `source_names`, and int64[count]
+        positions of their first tokens among that source's tokens (row numbers when packed)."""
         if first < 0 or count < 0:
             raise DataError(f"samples {first!r} to {first + count!r} do not exist; start at 0")
         samples = self._skip.original(np.arange(first, first + count, dtype=np.int64))
@@ -153,7 +199,7 @@ class BinStream:
             window = samples % self.n_windows
             source = np.searchsorted(self._ends, window, side="right").astype(np.int64)
             begin = self._ends[source] - self._n_windows[source]
-            return source, (window - begin) * self.seq_len
+            return source, (window - begin) * (1 if self._packings else self.seq_len)
         source, index = self._mixture.locate(samples)
         start = np.empty_like(index)
         for number in distinct(source):
@@ -174,9 +220,10 @@ class BinStream:
         for each in distinct(epoch):
             members = epoch == each
             key = self._key(source, each)
-            border = int(key[8]) % n_tokens
-            moved = permute(window[members], n_windows, key) * self.seq_len + border
-            start[members] = moved % n_tokens
+            place = permute(window[members], n_windows, key)
+            if not self._packings:
+                place = (place * self.seq_len + int(key[8]) % n_tokens) % n_tokens
+            start[members] = place
         return start
 
     def _key(self, source: int, epoch: int) -> npt.NDArray[np.uint64]:
@@ -215,6 +262,7 @@ class BinStream:
         return {
             "format": FORMAT,
             "order": ORDER if self.shuffle else "sequential",
+            "rows": PACKING if self._packings else "windows",
             "data_id": self.data_id,
             "split": self.split,
             "seq_len": self.seq_len,
@@ -274,6 +322,30 @@ def _resolve_phases(
             if name not in names:
                 raise DataError(f"no source {name!r} in the data set; it has {', '.join(names)}")
     return [(int(start), [row.get(name, 0) for name in names]) for start, row in rows]
+
+
+def _pack_source(source: TokenSource, seq_len: int) -> Packing:
+    if source.index is None:
+        raise DataError(
+            f"source {source.name!r} has no document index to pack by; import its shards with: "
+            "matilda-data convert"
+        )
+    return pack_documents(source.index.starts(), source.n_tokens, seq_len + 1)
+
+
+def cu_seqlens(inputs: TokenArray, eot_id: int) -> npt.NDArray[np.int32]:
+    """Boundaries for attention inside documents, in the form of variable-length flash attention.
+
+    Args:
+        inputs: uint16[B, T] input tokens; row and document starts begin a sequence.
+        eot_id: the token that begins each document.
+
+    Returns:
+        int32[n + 1]: sequence i is `inputs.reshape(-1)[cu[i] : cu[i + 1]]`; `cu[-1]` is B × T.
+    """
+    starts = inputs == eot_id
+    starts[:, 0] = True
+    return np.append(np.flatnonzero(starts.reshape(-1)), inputs.size).astype(np.int32)
 
 
 def batch_sha256(tokens: npt.ArrayLike) -> str:

@@ -183,6 +183,8 @@ def _byte_tokenizer() -> Tokenizer:
 
 
 def _check_utf8(text: str) -> None:
+    if text.isascii():
+        return
     try:
         text.encode("utf-8")  # tiktoken would replace lone surrogates in silence
     except UnicodeEncodeError as error:
