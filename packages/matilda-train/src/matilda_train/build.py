@@ -53,7 +53,7 @@ def build_optimizer(config: OptimConfig, model: Transformer) -> Muon:
         eps=config.eps,
         momentum=config.momentum,
     )
-    return Muon(groups)
+    return Muon(groups, backend=config.backend)
 
 
 def build_schedule(config: RunConfig) -> Callable[[int], float]:

@@ -34,6 +34,7 @@ FREE_ON_RESUME = (
 ROUNDING_ON_RESUME = (
     "model.attention",
     "model.loss",
+    "optim.backend",
     "train.micro_batch_size",
     "train.device",
     "train.compile",
