@@ -29,7 +29,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from matilda_optim import Muon
 
 STEPS = 3
-SHAPES = [(3, 32), (17, 40), (64, 32), (32, 64), (32, 32), (40, 17), (33, 33)]
+SHAPES = [(1, 24), (3, 32), (17, 40), (64, 32), (32, 64), (32, 32), (40, 17), (33, 33)]
 
 
 class Weights(nn.Module):
@@ -187,7 +187,8 @@ def run(case: Callable[[Path], str], world: int, folder: Path) -> set[str]:
 
 
 CASES: dict[str, list[tuple[Callable[[Path], str], int]]] = {
-    "ddp": [(ddp, 2), (ddp, 4), (auto, 2)],
+    "short": [(ddp, 2), (fsdp, 2), (save, 2), (load, 1)],
+    "ddp": [(ddp, 2), (ddp, 3), (ddp, 4), (auto, 2)],
     "fsdp": [(fsdp, 2), (fsdp, 4), (hsdp, 4), (columns_and_two_dimensions, 4)],
     "reshard": [(save, 4), (load, 4), (load, 2), (load, 1)],
 }

@@ -11,8 +11,14 @@ import pytest
 PROGRAM = Path(__file__).parent / "gloo_program.py"
 
 
-@pytest.mark.parametrize(("case", "lines"), [("ddp", 3), ("fsdp", 4), ("reshard", 4)])
-def test_any_number_of_ranks_gives_the_bits_of_one(case: str, lines: int) -> None:
+@pytest.mark.parametrize(
+    "case",
+    [
+        "short",
+        *(pytest.param(case, marks=pytest.mark.slow) for case in ("ddp", "fsdp", "reshard")),
+    ],
+)
+def test_any_number_of_ranks_gives_the_bits_of_one(case: str) -> None:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", str(PROGRAM), case],
         capture_output=True,
@@ -21,5 +27,5 @@ def test_any_number_of_ranks_gives_the_bits_of_one(case: str, lines: int) -> Non
         timeout=200,
     )
     verdicts = done.stdout.split("\n")[:-1]
-    assert len(verdicts) == lines, done.stderr[-3000:]
+    assert len(verdicts) == 4, done.stderr[-3000:]
     assert all(verdict.endswith(" equal") for verdict in verdicts), verdicts

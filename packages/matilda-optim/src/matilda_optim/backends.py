@@ -97,6 +97,7 @@ class MuonStep:
             and type(param) in (torch.nn.Parameter, Tensor)
             and param.dtype in _KERNEL_DTYPES
             and group["ns_dtype"] != "float32"
+            and group["normuon_beta2"] is None
         )
         if self.backend == "triton" and not fits:
             raise ValueError(

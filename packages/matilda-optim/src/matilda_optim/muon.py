@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 from matilda_optim.adamw import adamw_step, init_adamw_state
-from matilda_optim.backends import MuonStep
+from matilda_optim.backends import MuonStep, is_sharded
 from matilda_optim.blocks import block_spec, check_blocks
 from matilda_optim.coefficients import KELLER, resolve_coefficients
 from matilda_optim.learning_rate import check_adjust_lr_fn
+from matilda_optim.metrics import matrix_metrics
+from matilda_optim.normuon import init_normuon_state
 from matilda_optim.orthogonalize import NS_DTYPES
 from matilda_optim.sharing import Sharing
 from matilda_optim.state import align_state_dict, restore_in_place
@@ -53,6 +55,8 @@ class Muon(Optimizer):
             fp32 on CPU.
         maximize: ascend instead.
         cautious: of Muon groups: decay only what the update shrinks too (arXiv 2510.12402).
+        normuon_beta2: of Muon groups: None, or NorMuon's β₂ (0.95 in arXiv 2510.05491), which adds
+            the state `second_momentum`, one value a row, and runs in pure torch.
         nonfinite: of Muon groups: "propagate" lets a NaN or Inf gradient through to its own
             matrix; "skip" leaves that matrix and its momentum as they were. Neither waits for the
             device.
@@ -91,6 +95,7 @@ class Muon(Optimizer):
         ns_dtype: str | None = None,
         maximize: bool = False,
         cautious: bool = False,
+        normuon_beta2: float | None = None,
         nonfinite: str = "propagate",
         backend: str = "auto",
         distribute: str = "none",
@@ -111,6 +116,7 @@ class Muon(Optimizer):
             "ns_dtype": ns_dtype,
             "maximize": maximize,
             "cautious": cautious,
+            "normuon_beta2": normuon_beta2,
             "nonfinite": nonfinite,
             # the base class adds it on load: a state must not grow by a round trip
             "differentiable": False,
@@ -141,6 +147,8 @@ class Muon(Optimizer):
             state["momentum_buffer"] = torch.zeros_like(
                 param, dtype=torch.float32, memory_format=torch.preserve_format
             )
+            if group["normuon_beta2"] is not None:
+                init_normuon_state(state, param, block_spec(group))
 
     def __getstate__(self) -> dict[str, Any]:
         extra = {"_adam_eps": self._adam_eps, "_muon_step": self._muon_step}
@@ -165,6 +173,18 @@ class Muon(Optimizer):
         aligned = align_state_dict(self.param_groups, state_dict)
         super().load_state_dict(aligned)
         restore_in_place(self, before, aligned)
+
+    def metrics(self) -> dict[str, dict[str, Tensor]]:
+        """Figures of each Muon group from its momentum, as 0-d tensors on the device.
+
+        Means over the group's matrices: `update_rms` (of the orthogonal update times its ratio),
+        `update_to_param` (RMS of the step over RMS of the parameters), `sigma2_mean` and
+        `sigma2_spread` (mean and standard deviation of the squared singular values of the update,
+        1 and 0 when exact), `effective_rank` (of the momentum, (Σσ²)²/Σσ⁴); and the number of
+        matrices that are zero or not finite. A call costs about as much as a step, other steps
+        nothing. DTensor momenta are gathered: call it on every rank.
+        """
+        return matrix_metrics(self.param_groups, self.state)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -214,6 +234,11 @@ def _check_group(group: dict[str, Any]) -> None:
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']!r}")
     check_adjust_lr_fn(group["adjust_lr_fn"])
+    if group["normuon_beta2"] is not None:
+        if not 0.0 <= group["normuon_beta2"] < 1.0:
+            raise ValueError(f"`normuon_beta2` must lie in [0, 1), got {group['normuon_beta2']!r}")
+        if any(is_sharded(p) for p in group["params"]):
+            raise ValueError("`normuon_beta2` does not support DTensor parameters; leave it None")
     if group["nonfinite"] not in ("propagate", "skip"):
         raise ValueError(f'`nonfinite` must be "propagate" or "skip", got {group["nonfinite"]!r}')
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])

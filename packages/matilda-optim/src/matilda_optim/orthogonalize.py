@@ -15,8 +15,27 @@ from matilda_optim.coefficients import Quintic, resolve_coefficients
 NS_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 """Names of the dtypes that the iterations can run in."""
 
+_ALIGN = 16
+
 # The Gram form pays from this aspect ratio on: 17·M³ + 4·M²N against 5·(4·M²N + 2·M³) operations.
 _GRAM_ASPECT = 2.0
+
+
+def workspace(matrices: Sequence[Tensor]) -> Tensor:
+    """The equally shaped wide matrices as one fp32 (or fp64) batch, padded by zeros.
+
+    Both sides grow to multiples of 16, so that every matrix of a batch is aligned alike and its
+    result does not depend on its neighbours. The padding stays zero through any odd polynomial.
+    """
+    rows, cols = matrices[0].shape
+    shape = (len(matrices), -(-rows // _ALIGN) * _ALIGN, -(-cols // _ALIGN) * _ALIGN)
+    dtype = torch.float64 if matrices[0].dtype == torch.float64 else torch.float32
+    if shape[1:] == (rows, cols):
+        return torch.stack([m.to(dtype) for m in matrices])
+    x_BMN = torch.zeros(shape, dtype=dtype, device=matrices[0].device)
+    for x_MN, matrix in zip(x_BMN.unbind(0), matrices, strict=True):
+        x_MN[:rows, :cols] = matrix
+    return x_BMN
 
 
 def normalize_(x_BMN: Tensor) -> Tensor:
@@ -103,12 +122,12 @@ def orthogonalize(
     if matrix.numel() == 0:
         return torch.empty_like(matrix)
     tall = matrix.shape[-2] > matrix.shape[-1]
-    working = torch.float64 if dtype == torch.float64 else torch.float32
-    x = (matrix.mT if tall else matrix).to(
-        working, memory_format=torch.contiguous_format, copy=True
-    )
-    x_BMN = x.reshape(-1, *x.shape[-2:])
+    source = matrix.double() if dtype == torch.float64 else matrix.float()
+    wide = (source.mT if tall else source).flatten(0, -3) if matrix.ndim > 2 else None
+    blocks = [source.mT if tall else source] if wide is None else list(wide.unbind(0))
+    rows, cols = blocks[0].shape
+    x_BMN = workspace(blocks)
     normalize_(x_BMN)
     out = newton_schulz(x_BMN.to(dtype or default_ns_dtype(matrix.device)), quintics)
-    out = out.reshape(x.shape).to(matrix.dtype)
-    return out.mT.contiguous() if tall else out
+    out = out[:, :rows, :cols].reshape(*matrix.shape[:-2], rows, cols).to(matrix.dtype)
+    return (out.mT if tall else out).contiguous()

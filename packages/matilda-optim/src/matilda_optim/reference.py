@@ -11,11 +11,13 @@ from torch import Tensor
 from matilda_optim.blocks import ClassKey, block_spec, blocks_of, class_key
 from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
+from matilda_optim.normuon import normalize_neurons
 from matilda_optim.orthogonalize import (
     NS_DTYPES,
     default_ns_dtype,
     newton_schulz,
     normalize_,
+    workspace,
 )
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
@@ -37,6 +39,8 @@ def reference_step(work: Work, states: dict[Tensor, dict[str, Any]], share: Shar
         [(group, d) for group, _, directions, _ in updates for d in directions], share
     )
     for group, params, directions, kept in updates:
+        if group["normuon_beta2"] is not None:
+            normalize_neurons(group, directions, [states[p] for p in params], block_spec(group))
         apply_update(group, params, directions, kept)
 
 
@@ -99,9 +103,10 @@ def orthogonalize_blocks(directions: Sequence[tuple[dict[str, Any], Tensor]], sh
 
 def _orthogonalize_class(key: ClassKey, members: list[tuple[Tensor, float]], share: Share) -> None:
     wide = [block if block.shape[0] <= block.shape[1] else block.mT for block, _ in members]
-    x_BMN = torch.stack(wide)
+    x_BMN = workspace(wide)
     normalize_(x_BMN)
     out_BMN = share(x_BMN.to(key.ns_dtype), lambda x: newton_schulz(x, key.quintics))
+    out_BMN = out_BMN[:, : key.rows, : key.cols]
     for view, (_, ratio), out_MN in zip(wide, members, out_BMN.unbind(0), strict=True):
         torch.mul(out_MN.float(), ratio, out=view)
 

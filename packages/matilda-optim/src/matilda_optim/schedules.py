@@ -83,6 +83,27 @@ def wsd(
     return final + (1.0 - final) * fall
 
 
+def momentum_warmup(
+    step: int,
+    *,
+    warmup_steps: int,
+    start: float = 0.85,
+    peak: float = 0.95,
+    total_steps: int | None = None,
+    cooldown_steps: int = 0,
+) -> float:
+    """Momentum itself, not a multiplier: a line from `start` to `peak` over `warmup_steps`.
+
+    With `total_steps`, the last `cooldown_steps` return to `start` (the modded-nanogpt recipe).
+    """
+    _check_step(step)
+    rise = min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
+    fall = 0.0
+    if total_steps is not None and cooldown_steps > 0:
+        fall = min(1.0, max(0.0, (step - (total_steps - cooldown_steps)) / cooldown_steps))
+    return start + (peak - start) * rise * (1.0 - fall)
+
+
 def _warmup(step: int, warmup_steps: int) -> float:
     return min(1.0, (step + 1) / warmup_steps) if warmup_steps > 0 else 1.0
 

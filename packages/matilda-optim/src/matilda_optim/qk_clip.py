@@ -1,0 +1,42 @@
+"""QK-Clip (Kimi K2, arXiv 2507.20534): bounds attention logits by shrinking projections."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def qk_clip_(
+    q_weight: Tensor, k_weight: Tensor, max_logits_H: Tensor, *, tau: float = 100.0
+) -> Tensor:
+    """Shrinks, in place, the heads whose largest attention logit exceeded `tau`.
+
+    A head's factor is γ = min(1, tau / max logit). Its key projection is scaled by √γ, shared by
+    the query heads of a group by their smallest γ, and its query projection by what is left, so
+    that every head's logits shrink by exactly γ. Nothing waits for the device.
+
+    Args:
+        q_weight: (H·E, D). k_weight: (K·E, D), K dividing H.
+        max_logits_H: (H,), largest logit (after scaling) of each query head since the last call.
+        tau: bound on the logits.
+
+    Returns:
+        γ per query head, (H,).
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    heads = max_logits_H.numel()
+    if q_weight.shape[0] % heads:
+        raise ValueError(f"{q_weight.shape[0]} query rows do not divide into {heads} heads")
+    size = q_weight.shape[0] // heads
+    if k_weight.shape[0] % size or heads % (k_weight.shape[0] // size):
+        raise ValueError(f"{k_weight.shape[0]} key rows do not fit {heads} heads of {size} rows")
+    kv_heads = k_weight.shape[0] // size
+    gamma_H = (tau / max_logits_H.float().clamp_min(1e-30)).clamp_max(1.0)
+    k_scale_K = gamma_H.view(kv_heads, -1).amin(dim=1).sqrt()
+    q_scale_H = gamma_H / k_scale_K.repeat_interleave(heads // kv_heads)
+    q_weight.mul_(q_scale_H.repeat_interleave(size)[:, None].to(q_weight.dtype))
+    k_weight.mul_(k_scale_K.repeat_interleave(size)[:, None].to(k_weight.dtype))
+    return gamma_H

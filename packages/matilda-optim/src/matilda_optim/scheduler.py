@@ -1,0 +1,120 @@
+"""Schedules applied to an optimizer: per group and per key, in closed form."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.optimizer import Optimizer
+
+Schedule = Callable[[int], float]
+"""0-based step → value; for example `functools.partial(wsd, total_steps=…, …)`."""
+
+
+class GroupScheduler(LRScheduler):
+    """Sets `lr`, and where asked `weight_decay` and `momentum`, of every group from its step.
+
+    Args:
+        optimizer: any torch optimizer; groups may carry `name` and `algorithm`.
+        lr: multiplier of the group's initial lr: one schedule, or a mapping from a group's `name`
+            or `algorithm` (or "default") to its schedule.
+        weight_decay: multiplier of the initial weight decay, in the same forms.
+        momentum: the momentum itself, for the groups that have one, in the same forms.
+
+    Call `step()` after the optimizer's, as with any torch scheduler. The state is the step and the
+    initial values, so a resume anywhere is exact and the schedules may be edited in between.
+
+    Raises:
+        ValueError: a mapping without an entry for one of the groups.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        lr: Schedule | Mapping[str, Schedule],
+        *,
+        weight_decay: Schedule | Mapping[str, Schedule] | None = None,
+        momentum: Schedule | Mapping[str, Schedule] | None = None,
+    ) -> None:
+        groups = optimizer.param_groups
+        self._lr = [_pick(lr, group) for group in groups]
+        self._decay = [_pick(weight_decay, group) if weight_decay else None for group in groups]
+        self._momentum = [_pick(momentum, group) if momentum else None for group in groups]
+        self._base_decay = [group.get("weight_decay", 0.0) for group in groups]
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rate of every group at the current step."""
+        self._set_others()
+        return [
+            float(base * schedule(self.last_epoch))
+            for base, schedule in zip(self.base_lrs, self._lr, strict=True)
+        ]
+
+    def _set_others(self) -> None:
+        for i, group in enumerate(self.optimizer.param_groups):
+            decay, momentum = self._decay[i], self._momentum[i]
+            if decay is not None:
+                group["weight_decay"] = self._base_decay[i] * decay(self.last_epoch)
+            if momentum is not None and "momentum" in group:
+                group["momentum"] = momentum(self.last_epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The step and the initial values; schedules are code and are not saved."""
+        return {
+            "last_epoch": self.last_epoch,
+            "base_lrs": list(self.base_lrs),
+            "base_decay": list(self._base_decay),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues at the saved step and sets every group accordingly."""
+        self.last_epoch = state_dict["last_epoch"]
+        self.base_lrs = list(state_dict["base_lrs"])
+        self._base_decay = list(state_dict["base_decay"])
+        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+            group["lr"] = lr
+        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+
+
+def _pick(schedules: Schedule | Mapping[str, Schedule], group: Mapping[str, Any]) -> Schedule:
+    if callable(schedules):
+        return schedules
+    for key in (str(group.get("name")), str(group.get("algorithm")), "default"):
+        if key in schedules:
+            return schedules[key]
+    raise ValueError(
+        f"no schedule for the group {group.get('name')!r} of algorithm {group.get('algorithm')!r}; "
+        'add one of these keys or "default"'
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchRamp:
+    """Batch size by tokens seen: a pure function, so a resume is exact."""
+
+    batch: int
+    """Sequences (or tokens) per step from the start."""
+    stages: tuple[tuple[int, int], ...]
+    """(tokens seen, batch from there on), both increasing."""
+    exponent: float = 0.5
+    """The learning rate grows with (batch / first batch) to this power."""
+
+    def __post_init__(self) -> None:
+        tokens = [stage[0] for stage in self.stages]
+        sizes = [self.batch, *(stage[1] for stage in self.stages)]
+        if self.batch < 1 or tokens != sorted(set(tokens)) or any(t < 0 for t in tokens):
+            raise ValueError(f"`stages` need increasing token counts, got {self.stages!r}")
+        if sizes != sorted(sizes):
+            raise ValueError(f"`stages` need growing batches from {self.batch!r}: {self.stages!r}")
+
+    def at(self, tokens: int) -> tuple[int, float]:
+        """(batch, learning-rate multiplier) after `tokens` tokens."""
+        batch = self.batch
+        for threshold, size in self.stages:
+            if tokens >= threshold:
+                batch = size
+        return batch, (batch / self.batch) ** self.exponent
