@@ -6,6 +6,9 @@ import os
 
 import pytest
 
+# Tensors in tests are tiny, and every core has a test process of its own already.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
