@@ -144,7 +144,7 @@ class Checkpointer:
             # Only one writer can start: a refused lock must reach the caller at once.
             self._store.acquire()
             if snapshot is not None:
-                snapshot.seal()
+                snapshot.freeze()
             self._background.start(handle, lambda: self._commit(request, snapshot))
         handle.stall_s = time.monotonic() - begun
         return handle
@@ -226,8 +226,13 @@ class Checkpointer:
         if len(set(files)) != len(files):
             raise ValueError("two names of `state` would use the same file; rename one")
 
+        watch = encoder.watch
+
+        def finite() -> bool:
+            return watch is None or watch.finite
+
         alive = self._background.alive
-        return SaveRequest(step, parts, healthy, encoder.finite, numbers, dict(provenance), alive)
+        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive)
 
     # -- restore -------------------------------------------------------------------------------
 

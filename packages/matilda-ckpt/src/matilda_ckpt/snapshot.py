@@ -1,16 +1,15 @@
 """A frozen copy of a training state, taken in milliseconds and written at leisure.
 
-CUDA tensors are cloned on the device in the caller's stream (about a millisecond a gigabyte) and
-then moved to pinned host memory by a side stream while training goes on; where the device has no
-room for the clones, they are copied to pinned memory in the caller's stream instead. CPU tensors
+CUDA tensors are gathered into one buffer a dtype on the device, in the caller's stream (about a
+millisecond a gigabyte), and moved to pinned host memory by a side stream while training goes on;
+where the device has no room for that, the caller's stream copies to the host instead. CPU tensors
 are copied at once. Host memory is one pool, as large as the state and used again by the next save.
 """
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -23,8 +22,7 @@ class HostPool:
 
     def __init__(self) -> None:
         self._blocks: dict[bool, list[torch.Tensor]] = {True: [], False: []}
-        self._used = {True: (0, 0), False: (0, 0)}
-        self._guard = threading.Lock()
+        self._used = {True: 0, False: 0}
 
     @property
     def nbytes(self) -> int:
@@ -33,112 +31,158 @@ class HostPool:
 
     def reset(self) -> None:
         """Forget what the last snapshot put here."""
-        self._used = {True: (0, 0), False: (0, 0)}
+        self._used = {True: 0, False: 0}
 
-    def take(self, nbytes: int, *, pinned: bool) -> list[torch.Tensor]:
-        """uint8 pieces that hold `nbytes` together, each but the last ending its block."""
-        pieces = []
-        with self._guard:
-            blocks = self._blocks[pinned]
-            index, offset = self._used[pinned]
-            while nbytes > 0:
-                if offset >= BLOCK_BYTES:
-                    index, offset = index + 1, 0
-                if index == len(blocks):
-                    blocks.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
-                size = min(nbytes, BLOCK_BYTES - offset)
-                pieces.append(blocks[index][offset : offset + size])
-                nbytes -= size
-                offset += -(-size // _ALIGN) * _ALIGN
-            self._used[pinned] = (index, offset)
-        return pieces
+    def take(self, nbytes: int, *, pinned: bool) -> Range:
+        """Room for `nbytes`, somewhere in the blocks."""
+        start = self._used[pinned]
+        end = start + nbytes
+        blocks = self._blocks[pinned]
+        while len(blocks) * BLOCK_BYTES < end:
+            blocks.append(torch.empty(BLOCK_BYTES, dtype=torch.uint8, pin_memory=pinned))
+        self._used[pinned] = -(-end // _ALIGN) * _ALIGN
+        return Range(blocks, start, nbytes)
+
+
+@dataclass(frozen=True)
+class Range:
+    """Bytes of a pool that may cross from block to block."""
+
+    blocks: list[torch.Tensor]
+    start: int
+    nbytes: int
+
+    def pieces(self, offset: int = 0, nbytes: int | None = None) -> Iterator[torch.Tensor]:
+        """uint8 views that cover `nbytes` from `offset`, in order."""
+        at = self.start + offset
+        left = self.nbytes - offset if nbytes is None else nbytes
+        while left > 0:
+            block, inside = divmod(at, BLOCK_BYTES)
+            size = min(left, BLOCK_BYTES - inside)
+            yield self.blocks[block][inside : inside + size]
+            at += size
+            left -= size
+
+    def fill(self, flat: torch.Tensor, offset: int = 0, *, non_blocking: bool = False) -> None:
+        """Copy the uint8 vector `flat` to `offset`."""
+        done = 0
+        for piece in self.pieces(offset, flat.numel()):
+            size = piece.numel()
+            piece.copy_(flat[done : done + size], non_blocking=non_blocking)
+            done += size
 
 
 @dataclass
-class _Held:
-    """One tensor of the snapshot."""
+class _Group:
+    """All tensors of one device and dtype, one after the other."""
 
-    nbytes: int
-    clone: torch.Tensor | None
-    pieces: list[torch.Tensor]
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    nbytes: int = 0
+    flat: torch.Tensor | None = None
+    range: Range | None = None
 
-    def read(self) -> Iterator[memoryview]:
-        for piece in self.pieces:
+    def read(self, offset: int, nbytes: int) -> Iterator[memoryview]:
+        assert self.range is not None
+        for piece in self.range.pieces(offset, nbytes):
             yield piece.numpy().data
 
 
 class Snapshot:
-    """Frozen tensors of one save. `add` in the training thread, `drain` in the saving one."""
+    """Frozen tensors of one save: `add` and `freeze` in the training thread, `drain` in the
+    saving one."""
 
     def __init__(self, pool: HostPool) -> None:
         pool.reset()
         self._pool = pool
-        self._held: list[_Held] = []
+        self._groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
         self._ready: dict[torch.device, torch.cuda.Event] = {}
-        self._room: dict[torch.device, int] = {}
 
     def add(self, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
-        """Freeze `tensor`; the returned function yields its bytes once `drain` has run."""
-        value = tensor.detach().resolve_conj().resolve_neg()
-        nbytes = value.numel() * value.itemsize
-        held = _Held(nbytes, None, [])
-        self._held.append(held)
-        if nbytes == 0:
-            return held.read
-        if value.device.type == "cpu":
-            held.pieces = self._pool.take(nbytes, pinned=False)
-            _copy(value, held.pieces, non_blocking=False)
-        elif value.device.type == "cuda" and not self._has_room(value.device, nbytes):
-            held.pieces = self._pool.take(nbytes, pinned=True)
-            _copy(value, held.pieces, non_blocking=True)
-        else:
-            held.clone = value.clone(memory_format=torch.contiguous_format)
-        return held.read
+        """Note `tensor`; the returned function yields its frozen bytes once `drain` has run."""
+        group = self._groups.setdefault((tensor.device, tensor.dtype), _Group())
+        offset = group.nbytes
+        nbytes = tensor.numel() * tensor.itemsize
+        if nbytes:
+            group.tensors.append(tensor)
+            group.nbytes += nbytes
+        return lambda: group.read(offset, nbytes)
 
-    def seal(self) -> None:
-        """Mark the point in every device's stream after which the state may change."""
-        for device in self._room:
+    def freeze(self) -> None:
+        """Copy everything; after this the state may change, in the caller's stream."""
+        with torch.no_grad():
+            for (device, dtype), group in self._groups.items():
+                if device.type == "cpu":
+                    self._freeze_on_host(group)
+                else:
+                    self._freeze_on_device(device, dtype, group)
+                group.tensors = []
+        for device in {device for device, _ in self._groups if device.type == "cuda"}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._ready[device] = event
 
     def drain(self) -> None:
-        """Bring everything to the host; the training stream is not waited for by anything else."""
+        """Bring everything to the host without holding up the training stream."""
+        for (device, _), group in self._groups.items():
+            if group.flat is None:
+                continue
+            group.range = self._pool.take(group.nbytes, pinned=device.type == "cuda")
+            if device.type != "cuda":
+                group.range.fill(group.flat)
+                group.flat = None
         streams = {
             device: torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             for device in self._ready
         }
         for device, stream in streams.items():
             stream.wait_event(self._ready[device])
-        for held in self._held:
-            if held.clone is None:
-                continue
-            clone = held.clone
-            if clone.device.type == "cuda":
-                held.pieces = self._pool.take(held.nbytes, pinned=True)
-                with torch.cuda.stream(streams[clone.device]):
-                    _copy(clone, held.pieces, non_blocking=True)
-            else:
-                held.pieces = self._pool.take(held.nbytes, pinned=False)
-                _copy(clone, held.pieces, non_blocking=False)
+            with torch.cuda.stream(stream):
+                for (where, _), group in self._groups.items():
+                    if where == device and group.flat is not None and group.range is not None:
+                        group.range.fill(group.flat, non_blocking=True)
         for stream in streams.values():
             stream.synchronize()
-        for held in self._held:
-            held.clone = None
+        for group in self._groups.values():
+            group.flat = None
 
-    def _has_room(self, device: torch.device, nbytes: int) -> bool:
-        """Whether the device can take one more clone without giving up cached memory."""
-        if device not in self._room:
-            free, _ = torch.cuda.mem_get_info(device)
-            cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            self._room[device] = int(0.8 * (free + cached))
-        self._room[device] -= nbytes
-        return self._room[device] >= 0
+    def _freeze_on_host(self, group: _Group) -> None:
+        group.range = self._pool.take(group.nbytes, pinned=False)
+        offset = 0
+        for tensor in group.tensors:
+            flat = _bytes_of(tensor)
+            group.range.fill(flat, offset)
+            offset += flat.numel()
+
+    def _freeze_on_device(self, device: torch.device, dtype: torch.dtype, group: _Group) -> None:
+        if device.type == "cuda" and not _has_room(device, group.nbytes):
+            group.range = self._pool.take(group.nbytes, pinned=True)
+            offset = 0
+            for tensor in group.tensors:
+                flat = _bytes_of(tensor)
+                group.range.fill(flat, offset, non_blocking=True)
+                offset += flat.numel()
+            return
+        sizes = [tensor.numel() for tensor in group.tensors]
+        flat = torch.empty(sum(sizes), dtype=dtype, device=device)
+        if sizes:
+            sources = [_resolved(tensor).reshape(-1) for tensor in group.tensors]
+            torch._foreach_copy_(list(torch.split(flat, sizes)), sources)
+        group.flat = flat.view(torch.uint8)
 
 
-def _copy(value: torch.Tensor, pieces: list[torch.Tensor], *, non_blocking: bool) -> None:
-    flat = value.contiguous().reshape(-1).view(torch.uint8)
-    start = 0
-    for piece in pieces:
-        piece.copy_(flat[start : start + len(piece)], non_blocking=non_blocking)
-        start += len(piece)
+def _resolved(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach()
+    if tensor.is_complex() or tensor.is_neg():
+        tensor = tensor.resolve_conj().resolve_neg()
+    return tensor
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return _resolved(tensor).contiguous().reshape(-1).view(torch.uint8)
+
+
+def _has_room(device: torch.device, nbytes: int) -> bool:
+    """Whether the device can take a copy of `nbytes` without giving up cached memory."""
+    free, _ = torch.cuda.mem_get_info(device)
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return nbytes < 0.8 * (free + cached)

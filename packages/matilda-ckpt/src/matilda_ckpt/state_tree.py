@@ -11,8 +11,9 @@ from __future__ import annotations
 import base64
 import sys
 from collections import OrderedDict, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from matilda_ckpt import strict_json
@@ -46,11 +47,9 @@ class Encoder:
         self._snapshot = snapshot
         self._seen: dict[object, tuple[str, str]] = {}
         self._alive: list[object] = []
-        self._watch: FiniteWatch | None = None
-
-    def finite(self) -> bool:
-        """Whether no floating-point element was NaN or infinite; ask after all was written."""
-        return self._watch is None or self._watch.finite
+        self._torch_tensors: ModuleType | None = None
+        self.watch: FiniteWatch | None = None
+        """Knows, once everything has been written, whether it was finite; None without tensors."""
 
     def encode(self, name: str, value: object) -> Encoded:
         """ValueError naming the path when something cannot be stored without pickle."""
@@ -120,42 +119,76 @@ class Encoder:
         result: Encoded,
     ) -> JSON:
         torch = sys.modules.get("torch")
-        if torch is not None and isinstance(value, torch.Tensor):
+        if torch is not None:
+            if isinstance(value, torch.Tensor):
+                return self._tensor(name, value, path, taken, result)
+            if isinstance(value, torch.dtype):
+                return {"$torch_dtype": str(value).removeprefix("torch.")}
+            if isinstance(value, torch.device):
+                return {"$torch_device": str(value)}
+        numpy = sys.modules.get("numpy")
+        if numpy is not None and isinstance(value, numpy.ndarray | numpy.generic):
+            return self._array(name, value, path, taken, result)
+        return None
+
+    def _tensor(
+        self,
+        name: str,
+        value: torch.Tensor,
+        path: tuple[str, ...],
+        taken: set[str],
+        result: Encoded,
+    ) -> JSON:
+        if self._torch_tensors is None:
             from matilda_ckpt import torch_tensors
 
-            source = torch_tensors.source(_shown(name, path), value)
-            identity = torch_tensors.identity(value)
-            tag, distinct = "$tensor", identity not in self._seen
-            if distinct:
-                read = source.read if self._snapshot is None else self._snapshot.add(value)
-        elif torch is not None and isinstance(value, torch.dtype):
-            return {"$torch_dtype": str(value).removeprefix("torch.")}
-        elif torch is not None and isinstance(value, torch.device):
-            return {"$torch_device": str(value)}
-        else:
-            numpy = sys.modules.get("numpy")
-            if numpy is None or not isinstance(value, numpy.ndarray | numpy.generic):
-                return None
-            from matilda_ckpt import numpy_arrays
+            self._torch_tensors = torch_tensors
+        identity = self._torch_tensors.identity(value)
+        if identity not in self._seen:
+            try:
+                source = self._torch_tensors.source("", value)
+            except ValueError:
+                self._torch_tensors.source(_shown(name, path), value)  # again, with the name
+                raise
+            read = source.read if self._snapshot is None else self._snapshot.add(value)
+            self._store(identity, name, value, path, taken, result, source, read)
+        return self._reference("$tensor", identity, name)
 
-            identity = ("numpy", id(value))
-            if self._snapshot is not None and identity not in self._seen:
-                self._alive.append(value)
-                value = value.copy()
-            source = numpy_arrays.source(_shown(name, path), value)
-            read = source.read
-            tag = "$ndarray" if isinstance(value, numpy.ndarray) else "$numpy_scalar"
-            distinct = identity not in self._seen
-        if distinct:
-            self._alive.append(value)  # keeps the identity from being reused during this save
-            key = _unique(".".join(path) or "value", taken)
-            self._seen[identity] = (name, key)
-            if self._watch is None:
-                from matilda_ckpt.finite import FiniteWatch
+    def _array(
+        self, name: str, value: Any, path: tuple[str, ...], taken: set[str], result: Encoded
+    ) -> JSON:
+        from matilda_ckpt import numpy_arrays
 
-                self._watch = FiniteWatch()
-            read = self._watch.over(source.dtype, read)
-            result.tensors.append(TensorSource(key, source.dtype, source.shape, read))
+        identity = ("numpy", id(value))
+        if identity not in self._seen:
+            frozen = value if self._snapshot is None else value.copy()
+            source = numpy_arrays.source(_shown(name, path), frozen)
+            self._store(identity, name, value, path, taken, result, source, source.read)
+        tag = "$ndarray" if type(value).__name__ == "ndarray" else "$numpy_scalar"
+        return self._reference(tag, identity, name)
+
+    def _store(
+        self,
+        identity: object,
+        name: str,
+        value: object,
+        path: tuple[str, ...],
+        taken: set[str],
+        result: Encoded,
+        source: TensorSource,
+        read: Callable[[], Iterable[memoryview]],
+    ) -> None:
+        self._alive.append(value)  # keeps the identity from being reused during this save
+        key = _unique(".".join(path) or "value", taken)
+        self._seen[identity] = (name, key)
+        if self.watch is None:
+            from matilda_ckpt.finite import FiniteWatch
+
+            self.watch = FiniteWatch()
+        watched = self.watch.over(source.dtype, read)
+        result.tensors.append(TensorSource(key, source.dtype, source.shape, watched))
+
+    def _reference(self, tag: str, identity: object, name: str) -> JSON:
         owner, key = self._seen[identity]
         return {tag: key} if owner == name else {tag: key, "in": owner}
 

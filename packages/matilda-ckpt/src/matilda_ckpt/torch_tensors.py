@@ -27,6 +27,7 @@ TORCH_DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
     "C64": torch.complex64,
 }
+_PLAIN = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
@@ -38,7 +39,7 @@ def source(shown: str, tensor: torch.Tensor) -> TensorSource:
         raise ValueError(f"state {shown} is on the meta device: it has no values to store")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"state {shown} is sparse or quantized; store its dense parts instead")
-    if type(tensor) not in (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer):
+    if type(tensor) not in _PLAIN:
         raise ValueError(
             f"state {shown} is a `{type(tensor).__qualname__}`; store its local tensor, or save "
             "sharded state through torch.distributed.checkpoint"
@@ -61,8 +62,8 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
 
 def identity(tensor: torch.Tensor) -> object:
     """Equal for two tensors that are the same view of the same memory (tied weights)."""
-    if tensor.numel() == 0:
-        return ("empty", id(tensor))
+    if tensor.numel() == 0 or tensor.layout != torch.strided:
+        return ("no memory to share", id(tensor))
     return (
         str(tensor.device),
         tensor.data_ptr(),
