@@ -23,6 +23,7 @@ from matilda_ckpt.errors import (
 from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.rng import RngState, capture_rng, restore_rng
+from matilda_ckpt.scrubber import Scrubber
 
 __all__ = [
     "CheckpointError",
@@ -37,6 +38,7 @@ __all__ = [
     "RngState",
     "SaveError",
     "SaveHandle",
+    "Scrubber",
     "Skipped",
     "VerifyReport",
     "capture_rng",
