@@ -7,7 +7,9 @@ before and has not been touched since.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import os
 import threading
 from collections.abc import Sequence
@@ -73,15 +75,13 @@ class ShardFile:
         """Whether every chunk has been verified, now or (by a stamp) before."""
         return self._all_verified
 
-    def require(self, first: npt.NDArray[np.int64], last: npt.NDArray[np.int64]) -> None:
-        """Verify the chunks that token positions `first` and `last` (arrays) lie in.
+    def require(self, start: int, stop: int) -> None:
+        """Verify the chunks that tokens `start` to `stop - 1` lie in.
 
         Raises:
             DataError: a chunk is not what the manifest says; names shard and chunk.
         """
-        if self._all_verified:
-            return
-        for chunk in set((np.concatenate([first, last]) // CHUNK_TOKENS).tolist()):
+        for chunk in range(start // CHUNK_TOKENS, (stop - 1) // CHUNK_TOKENS + 1):
             self._verify_chunk(chunk)
 
     def verify(self) -> int:
@@ -124,36 +124,8 @@ class TokenSource:
         self.weight = weight
         self.shards = tuple(shards)
         self.index = index
-        self._ends = np.cumsum([shard.n_tokens for shard in shards], dtype=np.int64)
-        self.n_tokens = int(self._ends[-1]) if len(shards) else 0
-
-    def gather(
-        self,
-        starts: npt.NDArray[np.int64],
-        length: int,
-        out: TokenArray,
-        rows: npt.NDArray[np.intp],
-    ) -> None:
-        """`out[rows[i]]` = the `length` tokens from `starts[i]` on, wrapping round at the end.
-
-        Args:
-            starts: int64[n] positions in [0, n_tokens).
-            length: tokens a row.
-            out: uint16[any, length].
-            rows: int[n].
-        """
-        which = np.searchsorted(self._ends, starts, side="right")
-        whole = starts + length <= self._ends[which]
-        for number in sorted(set(which[whole].tolist())):
-            members = np.flatnonzero(whole & (which == number))
-            shard = self.shards[number]
-            local = starts[members] - (self._ends[number] - shard.n_tokens)
-            shard.require(local, local + length - 1)
-            tokens = shard.tokens
-            for row, start in zip(rows[members].tolist(), local.tolist(), strict=True):
-                out[row] = tokens[start : start + length]
-        for member in np.flatnonzero(~whole).tolist():
-            self.read_into(int(starts[member]), out[rows[member]])
+        self._ends = list(itertools.accumulate(shard.n_tokens for shard in shards))
+        self.n_tokens = self._ends[-1] if shards else 0
 
     def read(self, start: int, length: int) -> TokenArray:
         """uint16[length] tokens from `start` on, wrapping round at the end."""
@@ -162,24 +134,29 @@ class TokenSource:
         return out
 
     def read_into(self, start: int, out: TokenArray) -> None:
-        """Fill `out` with the tokens from `start` on, wrapping round at the end."""
-        filled = 0
-        while filled < len(out):
-            number = int(np.searchsorted(self._ends, start, side="right"))
+        """Fill `out` with the tokens from `start` on, wrapping round at the end.
+
+        Raises:
+            DataError: a shard proves damaged where it is read.
+        """
+        filled, wanted = 0, len(out)
+        while filled < wanted:
+            number = bisect.bisect_right(self._ends, start)
             shard = self.shards[number]
-            local = start - int(self._ends[number] - shard.n_tokens)
-            take = min(shard.n_tokens - local, len(out) - filled)
-            touched = np.arange(local, local + take, CHUNK_TOKENS, dtype=np.int64)
-            shard.require(touched, np.array([local + take - 1], dtype=np.int64))
-            out[filled : filled + take] = shard.tokens[local : local + take]
-            filled += take
-            start = (start + take) % self.n_tokens
+            local = start - (self._ends[number] - shard.n_tokens)
+            stop = min(local + wanted - filled, shard.n_tokens)
+            if not shard.verified:
+                shard.require(local, stop)
+            taken = stop - local
+            out[filled : filled + taken] = shard.tokens[local:stop]
+            filled += taken
+            start = (start + taken) % self.n_tokens
 
     def locate(self, position: int) -> tuple[str, int]:
         """The shard file and the position in it of token `position`."""
-        number = int(np.searchsorted(self._ends, position, side="right"))
+        number = bisect.bisect_right(self._ends, position)
         shard = self.shards[number]
-        return shard.path.name, position - int(self._ends[number] - shard.n_tokens)
+        return shard.path.name, position - (self._ends[number] - shard.n_tokens)
 
 
 class TokenDataset:

@@ -183,6 +183,29 @@ class Selection:
     """Parts up to the cut."""
 
 
+@dataclass(frozen=True)
+class _SlimTable:
+    """What selecting needs of a part's documents: about 24 bytes each."""
+
+    lengths: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint8]
+    """uint8[documents, 16]."""
+    found: list[tuple[int, str, list[int]]]
+    """(document, id, evaluation items) of those that share words with items."""
+
+
+def _slim(table: Part) -> _SlimTable:
+    found = [
+        (
+            document,
+            string_at(table.columns, "id", document),
+            table.hits[table.hits[:, 0] == document, 1].tolist(),
+        )
+        for document in np.unique(table.hits[:, 0]).tolist()
+    ]
+    return _SlimTable(table.lengths.copy(), table.hashes[:, :16].copy(), found)
+
+
 def select(
     sources: Sequence[SourceParts], parts: Path, options: PackOptions
 ) -> Iterator[Selection]:
@@ -193,12 +216,12 @@ def select(
     """
     seen = np.empty(0, dtype="V16")
     for source in sources:
-        tables = [read_documents_table(parts, record) for record in source.records]
+        tables = [_slim(read_documents_table(parts, record)) for record in source.records]
         counts = [len(table.lengths) for table in tables]
-        hashes = np.concatenate([np.empty((0, 32), np.uint8), *(table.hashes for table in tables)])
+        hashes = np.concatenate([np.empty((0, 16), np.uint8), *(table.hashes for table in tables)])
         lengths = np.concatenate([np.empty(0, np.int64), *(table.lengths for table in tables)])
         first = np.ones(len(hashes), dtype=np.bool_)
-        rows = np.ascontiguousarray(hashes[:, :16]).view("V16").reshape(-1)
+        rows = hashes.view("V16").reshape(-1)
         if options.deduplicate and len(rows):
             _, places = np.unique(np.concatenate([seen, rows]), return_index=True)
             first[:] = False
@@ -206,7 +229,7 @@ def select(
         clean = np.ones(len(rows), dtype=np.bool_)
         bases = np.cumsum([0, *counts])
         for table, base in zip(tables, bases.tolist(), strict=False):
-            clean[table.hits[:, 0] + base] = False
+            clean[[base + document for document, _, _ in table.found]] = False
         first &= clean
         leading = np.ascontiguousarray(hashes[:, :8]).view(">u8").reshape(-1)
         held_out = leading < np.uint64(options.val_threshold)
@@ -227,7 +250,12 @@ def select(
             train_tokens=int(lengths[keep & ~held_out].sum()),
             satisfied=satisfied,
             duplicates=int((before_cut & ~first & clean).sum()),
-            contaminated=_contaminated(source.name, tables, bases.tolist(), end),
+            contaminated=[
+                (source.name, name, items)
+                for table, base in zip(tables, bases.tolist(), strict=False)
+                for document, name, items in table.found
+                if base + document < end
+            ],
             parts_used=sum(1 for a, _ in bounds if a < end),
         )
 
@@ -284,18 +312,6 @@ def pack(
         )
     dropped = {"duplicates": duplicates, "empty": empty, "contaminated": len(contaminated)}
     return Packed(sources=entries, shards=shards, dropped=dropped, contaminated=contaminated)
-
-
-def _contaminated(
-    name: str, tables: Sequence[Part], bases: Sequence[int], end: int
-) -> list[tuple[str, str, list[int]]]:
-    found: list[tuple[str, str, list[int]]] = []
-    for table, base in zip(tables, bases, strict=False):
-        for document in np.unique(table.hits[:, 0]).tolist():
-            if base + document < end:
-                items = table.hits[table.hits[:, 0] == document, 1].tolist()
-                found.append((name, string_at(table.columns, "id", document), items))
-    return found
 
 
 def _add_part(

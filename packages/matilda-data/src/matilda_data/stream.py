@@ -23,6 +23,8 @@ __all__ = ["BinStream", "batch_sha256", "cu_seqlens"]
 FORMAT = "matilda-stream/1"
 ROWS = ("windows", "documents")
 CACHED_KEYS = 256
+# Orders are computed for aligned blocks of samples: numpy's cost is by call, not by number.
+BLOCK, CACHED_BLOCKS = 1024, 4
 
 TokenArray = npt.NDArray[np.uint16]
 Int64Array = npt.NDArray[np.int64]
@@ -135,6 +137,7 @@ class BinStream:
         )
         self._ends = np.cumsum(self._n_windows, dtype=np.int64)
         self._keys: dict[tuple[int, int], npt.NDArray[np.uint64]] = {}
+        self._blocks: dict[int, tuple[Int64Array, Int64Array]] = {}
 
     def windows(self, first: int, count: int, out: TokenArray | None = None) -> TokenArray:
         """uint16[count, seq_len + 1]: the samples `first` to `first + count - 1`.
@@ -151,16 +154,17 @@ class BinStream:
         elif out.shape != shape or out.dtype != np.uint16:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
         source, start = self.positions(first, count)
-        for number in distinct(source):
-            members = np.flatnonzero(source == number)
-            if self._packings:
-                for row in members.tolist():
-                    self._fill(number, int(start[row]), out[row])
-            else:
-                self._sources[number].gather(start[members], self.seq_len + 1, out, members)
+        fill = self._fill_packed if self._packings else self._fill_window
+        for row, (number, first_token) in enumerate(
+            zip(source.tolist(), start.tolist(), strict=True)
+        ):
+            fill(number, first_token, out[row])
         return out
 
-    def _fill(self, source: int, row: int, out: TokenArray) -> None:
+    def _fill_window(self, source: int, start: int, out: TokenArray) -> None:
+        self._sources[source].read_into(start, out)
+
+    def _fill_packed(self, source: int, row: int, out: TokenArray) -> None:
         """Copy the segments of a packed row; end-of-text fills the rest."""
         filled = 0
         for start, length in self._packings[source].segments(row):
@@ -194,6 +198,30 @@ class BinStream:
         positions of their first tokens among that source's tokens (row numbers when packed)."""
         if first < 0 or count < 0:
             raise DataError(f"samples {first!r} to {first + count!r} do not exist; start at 0")
+        if not 0 < count <= BLOCK or self.max_repeats is not None:
+            return self._locate(first, count)
+        number, place = divmod(first, BLOCK)
+        source, start = self._block(number)
+        if place + count <= BLOCK:
+            return source[place : place + count], start[place : place + count]
+        more_source, more_start = self._block(number + 1)
+        rest = place + count - BLOCK
+        return (
+            np.concatenate([source[place:], more_source[:rest]]),
+            np.concatenate([start[place:], more_start[:rest]]),
+        )
+
+    def _block(self, number: int) -> tuple[Int64Array, Int64Array]:
+        """`_locate` for an aligned block of samples, the last few blocks kept."""
+        found = self._blocks.get(number)
+        if found is None:
+            found = self._locate(number * BLOCK, BLOCK)
+            if len(self._blocks) >= CACHED_BLOCKS:
+                self._blocks.clear()
+            self._blocks[number] = found
+        return found
+
+    def _locate(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
         samples = self._skip.original(np.arange(first, first + count, dtype=np.int64))
         if not self.shuffle:
             window = samples % self.n_windows
