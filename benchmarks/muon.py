@@ -110,7 +110,7 @@ def contenders(peer_dir: Path | None, cuda: bool) -> dict[str, Build]:
     """Name → constructor, ours first; peers that are not there are left out."""
     found: dict[str, Build] = {"matilda": ours()}
     if cuda:
-        found["matilda, no graph"] = ours(graph=False)
+        found["matilda, own graph"] = ours(graph=True)
     found["matilda, pure torch"] = ours(backend="reference")
     found["torch.optim.Muon"] = torch_muon
     if importlib.util.find_spec("pytorch_optimizer") is not None:

@@ -41,7 +41,7 @@ def is_sharded(param: Tensor) -> bool:
 class MuonStep:
     """One Muon step over groups; keeps the kernels' tables between steps, which hold no state."""
 
-    def __init__(self, backend: str, sharing: Sharing | None = None, graph: bool = True) -> None:
+    def __init__(self, backend: str, sharing: Sharing | None = None, graph: bool = False) -> None:
         if backend not in BACKENDS:
             raise ValueError(
                 f"`backend` must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}"

@@ -55,7 +55,3 @@ class DeviceTable:
             event.record()
             self._events[slot] = event
         return self.tensor
-
-    def forget(self) -> None:
-        """Makes the next `set` upload, after the device array was overwritten by other means."""
-        self._values = None

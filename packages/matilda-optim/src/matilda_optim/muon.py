@@ -68,7 +68,8 @@ class Muon(Optimizer):
             so for the shapes where it is measured to be faster. The parameters are the same bits
             in all three. DTensor parameters (FSDP2) need no setting.
         graph: the Triton back end replays its launches as a CUDA graph of its own from the third
-            step on, which keeps the workspace allocated; False launches them one by one.
+            step on, the shape classes side by side. It keeps the workspace allocated. Not needed
+            where the whole step is captured anyway, and without effect then.
 
     Group keys beside these: `algorithm` ("muon" or "adamw"), `name`, `param_names`, and for fused
     weights `split` (rows of each block), `heads` (equal blocks of rows) or `stacked` (leading
@@ -100,7 +101,7 @@ class Muon(Optimizer):
         backend: str = "auto",
         distribute: str = "none",
         process_group: Any = None,
-        graph: bool = True,
+        graph: bool = False,
     ) -> None:
         defaults = {
             "lr": lr,

@@ -185,64 +185,59 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class KernelPlan:
-    """All classes of one step: launched on streams of their own, and replayed as one CUDA graph.
+    """All classes of one step, launched one after the other, or replayed as one CUDA graph.
 
-    The classes are independent, so one class's products hide another's memory traffic and the
-    tails of its launches. From the third step on the launches are captured once and replayed; the
-    kernels find gradients and hyper-parameters through tables that are uploaded before.
+    In the graph each class runs on a stream of its own: the classes are independent, so one's
+    products hide another's memory traffic and the tails of its launches. It is captured on the
+    third step; the kernels find gradients and hyper-parameters through tables uploaded before.
     """
 
     def __init__(self, classes: Sequence[KernelClass], graph: bool) -> None:
         # largest first: the small ones fill its gaps
         self.classes = sorted(classes, key=lambda c: -c.m * c.n * len(c.matrices))
         self.graph = graph
-        self.overlap = True
-        self.urgent = True
-        self._streams: list[torch.cuda.Stream] = []
         self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
         self._steps = 0
 
     def step(self, share: Share, shared: bool) -> None:
         """One step; `shared` says that `share` communicates, which is not captured here."""
-        even = tuple(kernel_class.prepare() for kernel_class in self.classes)
+        even = [kernel_class.prepare() for kernel_class in self.classes]
         self._steps += 1
-        device = self.classes[0].key.device
-        one_device = all(c.key.device == device for c in self.classes)
-        if device.type != "cuda" or shared or not one_device:
+        if not self._replayable(shared):
             for kernel_class, whole in zip(self.classes, even, strict=True):
                 with _on(kernel_class.key.device):
                     kernel_class.launch(whole, share)
             return
-        with torch.cuda.device(device):
-            capturing = torch.cuda.is_current_stream_capturing()
-            if not self.graph or capturing or self._steps <= 2:
-                self._launch(even, share)
-                return
-            key = (*even, *(c.combined.data_ptr() for c in self.classes))
+        key = (*even, *(c.combined.data_ptr() for c in self.classes))
+        with torch.cuda.device(self.classes[0].key.device):
             if key not in self._graphs:
                 self._graphs[key] = self._capture(even, share)
             self._graphs[key].replay()
 
-    def _capture(self, even: tuple[bool, ...], share: Share) -> torch.cuda.CUDAGraph:
+    def _replayable(self, shared: bool) -> bool:
+        devices = {c.key.device for c in self.classes}
+        return (
+            self.graph
+            and not shared
+            and self._steps > 2  # the first steps compile the kernels
+            and len(devices) == 1
+            and devices.pop().type == "cuda"
+            and not torch.cuda.is_current_stream_capturing()
+        )
+
+    def _capture(self, even: Sequence[bool], share: Share) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            self._launch(even, share)
+            main = torch.cuda.current_stream()
+            streams = []
+            for i, (kernel_class, whole) in enumerate(zip(self.classes, even, strict=True)):
+                # the first, largest class is the longest chain of launches and goes first
+                stream = torch.cuda.Stream(priority=-1 if i == 0 else 0)  # type: ignore[no-untyped-call]
+                streams.append(stream)
+                stream.wait_stream(main)
+                with torch.cuda.stream(stream):
+                    kernel_class.launch(whole, share)
+            for stream in streams:
+                main.wait_stream(stream)
         return graph
-
-    def _launch(self, even: tuple[bool, ...], share: Share) -> None:
-        if not self.overlap:
-            for kernel_class, whole in zip(self.classes, even, strict=True):
-                kernel_class.launch(whole, share)
-            return
-        main = torch.cuda.current_stream()
-        while len(self._streams) < len(self.classes):
-            # the first, largest class is the longest chain of launches: it goes first everywhere
-            priority = -1 if self.urgent and not self._streams else 0
-            self._streams.append(torch.cuda.Stream(priority=priority))  # type: ignore[no-untyped-call]
-        for stream, kernel_class, whole in zip(self._streams, self.classes, even, strict=True):
-            stream.wait_stream(main)
-            with torch.cuda.stream(stream):
-                kernel_class.launch(whole, share)
-        for stream in self._streams:
-            main.wait_stream(stream)
