@@ -59,7 +59,8 @@ print("ConvNet", train(conv, lambda: torch.nn.functional.cross_entropy(conv(x), 
 if importlib.util.find_spec("transformers") is not None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    gpt = GPT2LMHeadModel(GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=32))
+    config = GPT2Config(vocab_size=128, n_embd=64, n_layer=2, n_head=4, n_positions=32)
+    gpt = GPT2LMHeadModel(config)
     ids = torch.randint(0, 128, (8, 32))
     print("transformers GPT-2", train(gpt, lambda: gpt(input_ids=ids, labels=ids).loss))
 else:
