@@ -212,7 +212,7 @@ def test_damaged_part_or_journal_is_done_again_not_read(
     victims = sorted((out / ".prepare").glob(file))
     assert victims
     size = victims[0].stat().st_size
-    for position in range(0, size, max(size // (200 if SLOW else 4), 1)):
+    for position in range(0, size, max(size // (200 if SLOW else 2), 1)):
         copy = tmp_path / f"copy-{position}"
         subprocess.run(["cp", "-r", str(out), str(copy)], check=True)
         victim = copy / victims[0].relative_to(out)

@@ -76,7 +76,7 @@ def test_batch_means_vary_as_if_independent() -> None:
 
 def test_all_orders_of_five_are_equally_likely() -> None:
     counts = dict.fromkeys(itertools.permutations(range(5)), 0)
-    trials = 2400
+    trials = 1800
     for seed in range(trials):
         counts[tuple(permute(np.arange(5), 5, keys(8, "five", seed)).tolist())] += 1
     expected = trials / 120

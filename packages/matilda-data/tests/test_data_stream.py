@@ -127,7 +127,7 @@ def test_targets_are_inputs_shifted_and_documents_begin_with_end_of_text(data_di
 
 
 @given(first=st.integers(0, 10**12), count=st.integers(0, 40), cuts=st.lists(st.integers(0, 40)))
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 def test_any_cut_of_a_batch_is_the_same_batch(
     data_dir: Path, mixed_dir: Path, first: int, count: int, cuts: list[int]
 ) -> None:
@@ -149,7 +149,7 @@ def test_any_cut_of_a_batch_is_the_same_batch(
         max_size=5,
     ),
 )
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=15)
 def test_any_world_size_and_micro_batch_sees_the_same_global_batches(
     mixed_dir: Path, seed: int, steps: list[tuple[int, int, int]]
 ) -> None:
