@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
 from matilda_data import DataError, HubSource, ProgressLine, prepare_hub
 
 DATASET = "HuggingFaceFW/fineweb-edu"
+EXIT_STOPPED = 75  # the launcher should run it again
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 
 
@@ -30,6 +32,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="processes; default: one a CPU")
     parser.add_argument("--runner", default="local", help="local or ray")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         source = HubSource(
             name="fineweb-edu",
@@ -50,8 +53,11 @@ def main() -> int:
             command="uv run " + shlex.join(sys.argv),
         )
     except DataError as error:
-        print(f"prepare_fineweb_edu.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped; run the same command again to go on.", file=sys.stderr)
+        return EXIT_STOPPED
     tokens = {split: manifest.total_tokens(split) for split in ("train", "val")}
     print(
         f"{options.out_dir}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens\n"

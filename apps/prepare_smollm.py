@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import signal
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from matilda_data import DataError, HubSource, ProgressLine, prepare_hub
 from matilda_data.blobs import SOFTWARE_HERITAGE
 
 DATASET = "HuggingFaceTB/smollm-corpus"
+EXIT_STOPPED = 75  # the launcher should run it again
 REVISION = "3ba9d605774198c5868892d7a8deda78031a781f"
 MIXES = {
     "83/17": {"fineweb-edu-dedup": 83, "cosmopedia-v2": 17},
@@ -49,6 +51,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, help="processes; default: one a CPU")
     parser.add_argument("--runner", default="local", help="local or ray")
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sources = [
             HubSource(
@@ -74,8 +77,11 @@ def main() -> int:
             command="uv run " + shlex.join(sys.argv),
         )
     except DataError as error:
-        print(f"prepare_smollm.py: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nStopped; run the same command again to go on.", file=sys.stderr)
+        return EXIT_STOPPED
     tokens = {split: manifest.total_tokens(split) for split in ("train", "val")}
     print(
         f"{options.out_dir}: {tokens['train']:,} training and {tokens['val']:,} held-out tokens\n"

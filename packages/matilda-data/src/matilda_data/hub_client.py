@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import shutil
+import threading
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -71,11 +72,13 @@ class HubFiles:
         self._retry = retry
         self._meter = meter
         self._pool = ThreadPoolExecutor(DOWNLOADS_AHEAD, thread_name_prefix="matilda-data-hub")
+        self._stopping = threading.Event()
         self._downloads: dict[str, Future[Path]] = {}
         self._origins: dict[str, tuple[str, str, HubFile]] = {}
         work.mkdir(exist_ok=True)
 
     def close(self) -> None:
+        self._stopping.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _note(self, text: str) -> None:
@@ -170,6 +173,7 @@ class HubFiles:
             lambda: _download_checked(dataset, commit, file, folder),
             f"fetching {file.path!r} of {dataset!r}",
             note=self._note,
+            stopping=self._stopping,
         )
         path.replace(target)
         shutil.rmtree(folder, ignore_errors=True)

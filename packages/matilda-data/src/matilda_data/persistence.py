@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ class Retry:
         *,
         final: tuple[type[BaseException], ...] = (),
         note: Callable[[str], None] | None = None,
+        stopping: threading.Event | None = None,
     ) -> Result:
         """The result of `action`, tried until it succeeds.
 
@@ -43,10 +45,12 @@ class Retry:
             what: named in notes and errors.
             final: errors that end the trying when they come three times in a row.
             note: told before each wait.
+            stopping: when set, waiting ends.
 
         Raises:
-            DataError: `action` raised a final error, or it is time to give up.
+            DataError: `action` raised a final error, or it is time to give up or to stop.
         """
+        stopping = stopping or threading.Event()
         began, wait, finals = time.monotonic(), self.first_wait, 0
         while True:
             try:
@@ -56,9 +60,9 @@ class Retry:
                 finals = finals + 1 if isinstance(error, final) else 0
                 spent = time.monotonic() - began
                 late = self.give_up_after is not None and spent + wait > self.give_up_after
-                if finals >= BELIEVED_AFTER or late:
+                if finals >= BELIEVED_AFTER or late or stopping.is_set():
                     raise DataError(f"{what} failed ({reason})") from error
                 if note is not None:
                     note(f"{what}: {reason}; trying again in {wait:g} s")
-                time.sleep(wait)
+                stopping.wait(wait)
                 wait = min(2 * wait, self.longest_wait)
