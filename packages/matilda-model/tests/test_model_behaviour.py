@@ -34,7 +34,17 @@ def test_parameter_counts_are_exact(config: ModelConfig, expected: int) -> None:
     assert count_params(config) == config.n_params == expected
 
 
-@pytest.mark.parametrize("change", [{"tie_embeddings": False}, {"qk_norm": False}, {"head_dim": 8}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tie_embeddings": False},
+        {"qk_norm": False},
+        {"head_dim": 8},
+        {"residual_scalars": True},
+        {"value_embeddings": True, "n_layers": 3},
+    ],
+    ids=lambda change: next(iter(change)),
+)
 def test_count_params_follows_every_option(change: dict[str, object]) -> None:
     config = dataclasses.replace(TINY, **change)  # type: ignore[arg-type]
     assert count_params(config) == sum(p.numel() for p in Transformer(config).parameters())
@@ -77,10 +87,11 @@ def test_one_batch_is_overfit(config: ModelConfig) -> None:
 
 
 @pytest.mark.parametrize("loss", ["plain", "chunked"])
-@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-def test_gradients_reach_every_parameter(loss: str, tie: bool) -> None:
+@pytest.mark.parametrize("extra", [False, True], ids=["plain shape", "every option"])
+def test_gradients_reach_every_parameter(loss: str, extra: bool) -> None:
     torch.manual_seed(0)
-    model = Transformer(dataclasses.replace(TINY_HERO, loss=loss, tie_embeddings=tie))
+    options = {"tie_embeddings": not extra, "residual_scalars": extra, "value_embeddings": extra}
+    model = Transformer(dataclasses.replace(TINY_HERO, loss=loss, **options))
     ids = torch.arange(129).remainder(128)[None].expand(2, -1)
     ids = torch.cat((ids[:, :64], ids[:, 64:128]), dim=0)
     model(ids[:, :-1], ids[:, 1:]).loss.backward()
@@ -154,6 +165,32 @@ def test_flops_per_token_equal_torch_own_count(config: ModelConfig, tie: bool) -
     with FlopCounterMode(display=False) as counter:
         model(ids[:, :-1], ids[:, 1:]).loss.backward()
     assert counter.get_total_flops() == flops_per_token(config, 48, causal=False) * 2 * 48
+
+
+def test_flops_count_the_gates_of_value_embeddings() -> None:
+    config = dataclasses.replace(TINY, attention="math", value_embeddings=True, n_layers=3)
+    model = Transformer(config)
+    ids = torch.randint(0, 128, (2, 49))
+    with FlopCounterMode(display=False) as counter:
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+    assert counter.get_total_flops() == flops_per_token(config, 48, causal=False) * 2 * 48
+
+
+def test_zero_init_outputs_start_every_block_at_identity() -> None:
+    model = Transformer(dataclasses.replace(TINY_HERO, zero_init_outputs=True))
+    ids = torch.randint(0, 128, (1, 8))
+    embedded = torch.nn.functional.embedding(ids, model.embed.weight)
+    assert torch.equal(model.hidden(ids), model.norm(embedded))
+
+
+def test_residual_scalars_and_value_gates_start_neutral() -> None:
+    model = Transformer(dataclasses.replace(TINY, residual_scalars=True, value_embeddings=True))
+    assert model.residual_scale is not None
+    assert model.embed_scale is not None
+    assert (model.residual_scale == 1).all()
+    assert (model.embed_scale == 0).all()
+    assert (model.blocks[1].attn.value_gate.weight == 0).all()
+    assert model.blocks[0].attn.value_embed is None
 
 
 def test_causal_flops_halve_the_attention_term_only() -> None:

@@ -23,7 +23,7 @@ def model(**change: object) -> Transformer:
 
 @pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
 def test_cached_decoding_equals_the_full_forward(n_kv_heads: int) -> None:
-    net = model(n_kv_heads=n_kv_heads)
+    net = model(n_kv_heads=n_kv_heads, residual_scalars=True, value_embeddings=True)
     ids = torch.randint(0, 64, (3, 20))
     cache = KVCache(net.config, 3, 20, device="cpu", dtype=torch.float32)
     with torch.no_grad():

@@ -48,8 +48,11 @@ def reference_logits(model: Transformer, ids: Tensor) -> Tensor:
     rows = []
     for row in ids:
         x = w["embed.weight"][row]
+        x0 = x
         for i in range(c.n_layers):
             p = f"blocks.{i}."
+            if c.residual_scalars:
+                x = w["residual_scale"][i] * x + w["embed_scale"][i] * x0
             h = rms(x, w[p + "attn_norm.weight"])
             heads = []
             for head in range(c.n_heads):
@@ -57,6 +60,10 @@ def reference_logits(model: Transformer, ids: Tensor) -> Tensor:
                 q = h @ w[p + "attn.q.weight"][head * head_dim : (head + 1) * head_dim].T
                 k = h @ w[p + "attn.k.weight"][kv * head_dim : (kv + 1) * head_dim].T
                 v = h @ w[p + "attn.v.weight"][kv * head_dim : (kv + 1) * head_dim].T
+                if p + "attn.value_embed.weight" in w:
+                    at = slice(kv * head_dim, (kv + 1) * head_dim)
+                    gate = 2 / (1 + torch.exp(-h[:, :32] @ w[p + "attn.value_gate.weight"][kv]))
+                    v = v + gate[:, None] * w[p + "attn.value_embed.weight"][row, at]
                 if c.qk_norm:
                     q = rms(q, w[p + "attn.q_norm.weight"])
                     k = rms(k, w[p + "attn.k_norm.weight"])
@@ -76,7 +83,7 @@ def reference_logits(model: Transformer, ids: Tensor) -> Tensor:
                 hidden = torch.where(up > 0, up * up, torch.zeros_like(up))
             x = x + hidden @ w[p + "mlp.down.weight"].T
         head_weight = w["embed.weight"] if c.tie_embeddings else w["head.weight"]
-        logits = rms(x, w["norm.weight"]) @ head_weight.T
+        logits = c.logit_scale * rms(x, w["norm.weight"]) @ head_weight.T
         if c.logit_softcap is not None:
             logits = c.logit_softcap * torch.tanh(logits / c.logit_softcap)
         rows.append(logits)
@@ -104,6 +111,10 @@ def test_logits_equal_the_float64_reference(n_kv_heads: int, mlp: str, attention
         {"head_dim": 12},
         {"rope_theta": 50.0},
         {"norm_eps": 0.5},
+        {"logit_scale": 0.5},
+        {"residual_scalars": True},
+        {"value_embeddings": True},
+        {"value_embeddings": True, "n_layers": 3, "n_kv_heads": 4},
     ],
     ids=lambda change: next(iter(change)),
 )

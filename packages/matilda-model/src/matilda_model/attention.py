@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from matilda_model.cache import LayerCache
-from matilda_model.config import ModelConfig
+from matilda_model.config import GATE_CHANNELS, ModelConfig
 from matilda_model.device import has_triton
 from matilda_model.layers import Linear, RMSNorm, apply_rope
 
@@ -55,7 +55,7 @@ def causal_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: st
 class Attention(nn.Module):
     """Causal self-attention: `q`, `k`, `v`, `o` projections, QK-norm, RoPE, grouped queries."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         e = config.resolved_head_dim
         self.head_dim = e
@@ -69,11 +69,33 @@ class Attention(nn.Module):
         self.o = Linear(config.n_heads * e, config.d_model)
         self.q_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(e, config.norm_eps) if config.qk_norm else None
+        gated = config.has_value_embedding(layer)
+        self.value_embed = (
+            nn.Embedding(
+                config.vocab_size,
+                config.n_kv_heads * e,
+                _weight=torch.empty(config.vocab_size, config.n_kv_heads * e),
+            )
+            if gated
+            else None
+        )
+        self.value_gate = (
+            Linear(min(GATE_CHANNELS, config.d_model), config.n_kv_heads) if gated else None
+        )
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        input_ids_BT: Tensor,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         q_BTHE, k_BTKE, v_BTKE = self.heads(x_BTD, cos, sin, plain=cache is not None)
+        if self.value_embed is not None and self.value_gate is not None:
+            gate_BTK = 2.0 * torch.sigmoid(self.value_gate(x_BTD[..., :GATE_CHANNELS]))
+            added = F.embedding(input_ids_BT, self.value_embed.weight).to(v_BTKE.dtype)
+            v_BTKE = v_BTKE + gate_BTK[..., None] * added.view_as(v_BTKE)
         if cache is None:
             y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend)
         else:

@@ -10,6 +10,7 @@ LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
+GATE_CHANNELS = 32  # of the residual stream, read by the gate of a value embedding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +77,20 @@ class ModelConfig:
     """Standard deviation of the embedding and the head. None: `0.2 / sqrt(d_model)`, which starts
     the loss within 1 % of ln(vocab_size) at every width."""
 
+    zero_init_outputs: bool = False
+    """Start every matrix that writes to the residual stream at zero (each block at identity)."""
+
+    logit_scale: float = 1.0
+    """Factor on the logits before the soft-cap; below 1 is a softer start (muP uses 1 / width)."""
+
+    residual_scalars: bool = False
+    """Learned scalars before each block: `x = r * x + e * embedding`, from r = 1 and e = 0
+    (modded-nanogpt's x0 and residual lambdas)."""
+
+    value_embeddings: bool = False
+    """Every second layer, the last one included, adds a gated embedding of the token to its values
+    (modded-nanogpt, nanochat): many parameters, almost no FLOPs; `n_params` counts them."""
+
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
     `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package)."""
@@ -98,13 +113,19 @@ class ModelConfig:
         for name in ("head_dim", "d_ff"):
             if getattr(self, name) is not None:
                 _check_positive_int(name, getattr(self, name))
-        for name in ("mlp_ratio", "rope_theta", "norm_eps", "init_std"):
+        for name in ("mlp_ratio", "rope_theta", "norm_eps", "init_std", "logit_scale"):
             _check_number(name, getattr(self, name), low=0.0, open_low=True)
         _check_number("z_loss", self.z_loss, low=0.0)
         for name in ("logit_softcap", "embed_init_std"):
             if getattr(self, name) is not None:
                 _check_number(name, getattr(self, name), low=0.0, open_low=True)
-        for name in ("qk_norm", "tie_embeddings"):
+        for name in (
+            "qk_norm",
+            "tie_embeddings",
+            "zero_init_outputs",
+            "residual_scalars",
+            "value_embeddings",
+        ):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"`{name}` must be true or false, not {getattr(self, name)!r}")
         _check_choice("mlp", self.mlp, MLP_KINDS)
@@ -144,6 +165,10 @@ class ModelConfig:
         if self.embed_init_std is not None:
             return self.embed_init_std
         return 0.2 / math.sqrt(self.d_model)
+
+    def has_value_embedding(self, layer: int) -> bool:
+        """Whether block `layer` adds a value embedding."""
+        return self.value_embeddings and layer % 2 == (self.n_layers - 1) % 2
 
     @property
     def n_params(self) -> int:

@@ -6,7 +6,7 @@ V vocabulary, L layers.
 
 from __future__ import annotations
 
-from matilda_model.config import ModelConfig
+from matilda_model.config import GATE_CHANNELS, ModelConfig
 
 
 def count_matmul_params(config: ModelConfig) -> int:
@@ -17,7 +17,8 @@ def count_matmul_params(config: ModelConfig) -> int:
     d, e = config.d_model, config.resolved_head_dim
     attention = d * e * (2 * config.n_heads + 2 * config.n_kv_heads)
     mlp = (3 if config.mlp == "swiglu" else 2) * d * config.resolved_d_ff
-    return config.n_layers * (attention + mlp) + config.vocab_size * d
+    gates = _value_layers(config) * config.n_kv_heads * min(GATE_CHANNELS, d)
+    return config.n_layers * (attention + mlp) + gates + config.vocab_size * d
 
 
 def count_params(config: ModelConfig) -> int:
@@ -25,7 +26,14 @@ def count_params(config: ModelConfig) -> int:
     d = config.d_model
     norms = config.n_layers * (2 * d + (2 * config.resolved_head_dim if config.qk_norm else 0)) + d
     untied = 0 if config.tie_embeddings else config.vocab_size * d
-    return count_matmul_params(config) + norms + untied
+    width = config.n_kv_heads * config.resolved_head_dim
+    values = _value_layers(config) * config.vocab_size * width
+    scalars = 2 * config.n_layers if config.residual_scalars else 0
+    return count_matmul_params(config) + norms + untied + values + scalars
+
+
+def _value_layers(config: ModelConfig) -> int:
+    return sum(config.has_value_embedding(layer) for layer in range(config.n_layers))
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> int:

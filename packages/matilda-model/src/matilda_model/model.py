@@ -23,17 +23,22 @@ from matilda_model.loss import LossOutput, linear_cross_entropy, softcap_logits
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
-        self.attn = Attention(config)
+        self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
         self.mlp: nn.Module = SwiGLU(config) if config.mlp == "swiglu" else ReLU2(config)
 
     def forward(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, cache: LayerCache | None = None
+        self,
+        x_BTD: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        input_ids_BT: Tensor,
+        cache: LayerCache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos, sin, cache)
+        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos, sin, input_ids_BT, cache)
         out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
         return out
 
@@ -56,9 +61,14 @@ class Transformer(nn.Module):
         self.compute_dtype = torch.float32
         table = torch.empty(config.vocab_size, config.d_model)
         self.embed = nn.Embedding(config.vocab_size, config.d_model, _weight=table)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layers))
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.n_layers))
         self.norm = RMSNorm(config.d_model, config.norm_eps)
         self.head = None if config.tie_embeddings else Linear(config.d_model, config.vocab_size)
+        self.residual_scale: nn.Parameter | None = None
+        self.embed_scale: nn.Parameter | None = None
+        if config.residual_scalars:
+            self.residual_scale = nn.Parameter(torch.empty(config.n_layers))
+            self.embed_scale = nn.Parameter(torch.empty(config.n_layers))
         half = config.resolved_head_dim // 2
         self.register_buffer("cos", torch.empty(config.max_seq_len, half), persistent=False)
         self.register_buffer("sin", torch.empty(config.max_seq_len, half), persistent=False)
@@ -71,13 +81,16 @@ class Transformer(nn.Module):
         config = self.config
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                parameter.fill_(0.0 if name == "embed_scale" else 1.0)
                 continue
             std = config.init_std
-            if name in ("embed.weight", "head.weight"):
+            if name in ("embed.weight", "head.weight") or name.endswith("value_embed.weight"):
                 std = config.resolved_embed_init_std
+            elif name.endswith("value_gate.weight"):
+                std = 0.0
             elif name.endswith(("attn.o.weight", "mlp.down.weight")):
-                std = config.init_std / math.sqrt(2 * config.n_layers)
+                outputs = 0.0 if config.zero_init_outputs else config.init_std
+                std = outputs / math.sqrt(2 * config.n_layers)
             parameter.normal_(0.0, std, generator=generator)
         cos, sin = rope_table(
             config.max_seq_len, config.resolved_head_dim, config.rope_theta, self.cos.device
@@ -130,7 +143,7 @@ class Transformer(nn.Module):
         )
 
     def hidden(self, input_ids_BT: Tensor, *, cache: KVCache | None = None) -> Tensor:
-        """Final normed hidden states [B, T, D] in `compute_dtype`."""
+        """What the head multiplies, [B, T, D] in `compute_dtype`: normed and logit-scaled."""
         n_tokens = input_ids_BT.shape[1]
         if n_tokens > self.config.max_seq_len:
             raise ValueError(
@@ -143,7 +156,12 @@ class Transformer(nn.Module):
             positions_BT = cache.next_positions(n_tokens)
             cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
         x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
+        embedding_BTD = x_BTD
         for index, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, cos, sin, None if cache is None else cache.layers[index])
+            if self.residual_scale is not None and self.embed_scale is not None:
+                r, e = self.residual_scale[index], self.embed_scale[index]
+                x_BTD = r.to(x_BTD.dtype) * x_BTD + e.to(x_BTD.dtype) * embedding_BTD
+            layer = None if cache is None else cache.layers[index]
+            x_BTD = block(x_BTD, cos, sin, input_ids_BT, layer)
         out: Tensor = self.norm(x_BTD)
-        return out
+        return out if self.config.logit_scale == 1.0 else out * self.config.logit_scale

@@ -1,0 +1,117 @@
+"""A model as a folder: `config.json` beside `model.safetensors`; loading also takes a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from matilda_model.config import ModelConfig
+from matilda_model.model import Transformer
+from matilda_model.tensor_file import read_tensors, write_tensors
+
+_FORMAT = "matilda-model/1"
+
+
+def save_pretrained(model: Transformer, folder: str | Path) -> Path:
+    """Write config and float32 weights to `folder`, made if missing; the folder."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", _weights(model))
+    description = {"format": _FORMAT, "model": dataclasses.asdict(model.config)}
+    (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
+    return folder
+
+
+def load_pretrained(
+    path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """The model in `path`, in evaluation mode.
+
+    `path` is a folder of `save_pretrained`, a training run (its newest committed, healthy
+    checkpoint) or one `step-…` checkpoint of a run. Raises ValueError, naming what is wrong, when
+    it is none of these, when a checkpoint's weights do not have the SHA-256 of its manifest, and
+    when weights and config do not fit together.
+    """
+    path = Path(path)
+    if (path / "config.json").is_file():
+        config = _read_json(path / "config.json")
+        if config.get("format") != _FORMAT:
+            raise ValueError(f"{str(path / 'config.json')!r} does not say `format` {_FORMAT!r}")
+        tensors = read_tensors(path / "model.safetensors")
+        return _build(config["model"], tensors, path, device, compute_dtype)
+    checkpoint = _newest_checkpoint(path) if (path / "run.json").is_file() else path
+    run_file = checkpoint.parent.parent / "run.json"
+    if not ((checkpoint / "COMMIT").is_file() and run_file.is_file()):
+        raise ValueError(
+            f"{str(path)!r} is no saved model, run or checkpoint of a run: give a folder with "
+            "`config.json` or `run.json`, or a `step-…` folder inside a run's `checkpoints`"
+        )
+    weights = checkpoint / "model.safetensors"
+    expected = _read_json(checkpoint / "MANIFEST.json")["files"]["model.safetensors"]["sha256"]
+    if hashlib.sha256(weights.read_bytes()).hexdigest() != expected:
+        raise ValueError(f"{str(weights)!r} is damaged: its SHA-256 differs from the manifest's")
+    model_section = _read_json(run_file)["config"]["model"]
+    return _build(model_section, read_tensors(weights), checkpoint, device, compute_dtype)
+
+
+def _newest_checkpoint(run: Path) -> Path:
+    for folder in sorted((run / "checkpoints").glob("step-*"), reverse=True):
+        if (folder / "COMMIT").is_file():
+            health = _read_json(folder / "MANIFEST.json").get("health", {})
+            if health.get("healthy", True):
+                return folder
+    raise ValueError(f"the run {str(run)!r} holds no committed, healthy checkpoint yet")
+
+
+def _build(
+    section: dict[str, Any],
+    tensors: dict[str, Tensor],
+    where: Path,
+    device: str | torch.device,
+    compute_dtype: torch.dtype,
+) -> Transformer:
+    known = {field.name for field in dataclasses.fields(ModelConfig)}
+    unknown = sorted(set(section) - known)
+    if unknown:
+        raise ValueError(
+            f"the config of {str(where)!r} has the unknown field {unknown[0]!r}: it was written by "
+            "another version of matilda-model"
+        )
+    model = Transformer(ModelConfig(**section))
+    expected = dict(model.named_parameters())
+    different = sorted(set(expected) ^ set(tensors))
+    if different:
+        raise ValueError(f"{str(where)!r}: config and weights disagree on {different[0]!r}")
+    with torch.no_grad():
+        for name, parameter in expected.items():
+            if parameter.shape != tensors[name].shape:
+                raise ValueError(
+                    f"{str(where)!r}: {name!r} has shape {tuple(tensors[name].shape)!r}, the "
+                    f"config asks for {tuple(parameter.shape)!r}"
+                )
+            parameter.copy_(tensors[name])
+    model.compute_dtype = compute_dtype
+    return model.to(device).eval()
+
+
+def _weights(model: Transformer) -> dict[str, Tensor]:
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} cannot be read as JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{str(path)!r} holds no JSON object")
+    return value

@@ -1,0 +1,169 @@
+"""Saving, loading and exporting: equal bits, equal logits, and refusal of what is damaged."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from matilda_model import (
+    ModelConfig,
+    Transformer,
+    export_transformers,
+    load_pretrained,
+    save_pretrained,
+)
+
+CONFIG = ModelConfig(
+    vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32
+)  # fmt: skip
+
+
+def made(**change: object) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(CONFIG, **change))  # type: ignore[arg-type]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+def as_run(model: Transformer, folder: Path, steps: tuple[int, ...] = (10,)) -> Path:
+    """A run directory as the trainer leaves it, as far as loading looks."""
+    folder.mkdir()
+    section = {"config": {"model": dataclasses.asdict(model.config)}}
+    (folder / "run.json").write_text(json.dumps(section))
+    for step in steps:
+        checkpoint = save_pretrained(model, folder / "checkpoints" / f"step-{step:08d}")
+        (checkpoint / "config.json").unlink()
+        digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
+        manifest = {"files": {"model.safetensors": {"sha256": digest}}, "health": {"healthy": True}}
+        (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
+        (checkpoint / "COMMIT").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
+def test_a_saved_model_loads_with_equal_bits(tie: bool, tmp_path: Path) -> None:
+    model = made(tie_embeddings=tie, mlp="relu2", logit_softcap=15.0)
+    loaded = load_pretrained(save_pretrained(model, tmp_path / "model"))
+    assert loaded.config == model.config
+    assert not loaded.training
+    for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_the_file_is_one_that_the_safetensors_package_reads(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.torch", reason="needs safetensors")
+    model = made()
+    save_pretrained(model, tmp_path)
+    theirs = safetensors.load_file(tmp_path / "model.safetensors")
+    assert set(theirs) == {name for name, _ in model.named_parameters()}
+    assert all(torch.equal(theirs[name], value) for name, value in model.named_parameters())
+
+
+def test_a_run_and_a_checkpoint_load_in_one_line(tmp_path: Path) -> None:
+    model = made()
+    run = as_run(model, tmp_path / "run", steps=(5, 10))
+    for path in (run, run / "checkpoints" / "step-00000005"):
+        loaded = load_pretrained(path, compute_dtype=torch.bfloat16)
+        assert torch.equal(loaded.embed.weight, model.embed.weight)
+        assert loaded.compute_dtype == torch.bfloat16
+
+
+def test_an_uncommitted_or_unhealthy_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    run = as_run(made(), tmp_path / "run", steps=(5, 10, 15))
+    (run / "checkpoints" / "step-00000015" / "COMMIT").unlink()
+    manifest = run / "checkpoints" / "step-00000010" / "MANIFEST.json"
+    manifest.write_text(manifest.read_text().replace("true", "false"))
+    (run / "checkpoints" / "step-00000015" / "model.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-00000010" / "model.safetensors").write_bytes(b"")
+    load_pretrained(run)
+    (run / "checkpoints" / "step-00000005" / "COMMIT").unlink()
+    with pytest.raises(ValueError, match="no committed, healthy checkpoint"):
+        load_pretrained(run)
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    run = as_run(made(), tmp_path / "run")
+    weights = run / "checkpoints" / "step-00000010" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-100] ^= 1
+    weights.write_bytes(bytes(data))
+    with pytest.raises(ValueError, match="is damaged: its SHA-256"):
+        load_pretrained(run)
+
+
+def test_damaged_or_foreign_folders_are_refused_by_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="is no saved model, run or checkpoint"):
+        load_pretrained(tmp_path)
+    folder = save_pretrained(made(), tmp_path / "model")
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    whole, text = weights.read_bytes(), config.read_text()
+    for length in (0, 5, 100, len(whole) - 1):
+        weights.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="no readable safetensors file"):
+            load_pretrained(folder)
+    weights.write_bytes(whole)
+    config.write_text(text.replace('"d_model": 32', '"d_model": 64'))
+    with pytest.raises(ValueError, match="has shape"):
+        load_pretrained(folder)
+    config.write_text(text.replace('"n_layers": 2', '"n_layers": 3'))
+    with pytest.raises(ValueError, match=r"disagree on 'blocks\.2"):
+        load_pretrained(folder)
+    config.write_text(text.replace('"d_model"', '"d_modle"'))
+    with pytest.raises(ValueError, match="unknown field 'd_modle'"):
+        load_pretrained(folder)
+    config.write_text("[")
+    with pytest.raises(ValueError, match="cannot be read as JSON"):
+        load_pretrained(folder)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"tie_embeddings": False}, {"mlp": "relu2", "logit_softcap": 5.0}, {"logit_softcap": 5.0}],
+    ids=["qwen3", "untied", "relu2 with soft-cap", "swiglu with soft-cap"],
+)
+def test_transformers_gives_the_same_logits(change: dict[str, object], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the export extra")
+    model = made(**change)
+    ids = torch.randint(0, 64, (2, 20))
+    difference = export_transformers(model, tmp_path / "out", ids, eos_token_id=0, card="# card\n")
+    assert difference < 1e-4
+    again = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path / "out", trust_remote_code=bool(set(change) & {"mlp", "logit_softcap"})
+    )
+    torch.testing.assert_close(
+        again.float()(input_ids=ids).logits, model(ids), rtol=1e-3, atol=1e-3
+    )
+    assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
+    with pytest.raises(ValueError, match="exists: choose a new folder"):
+        export_transformers(model, tmp_path / "out", ids)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_export_whose_logits_disagree_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers", reason="needs the export extra")
+    from matilda_model import export
+
+    right = export._config_json
+
+    def wrong(*arguments: object) -> dict[str, object]:
+        return right(*arguments) | {"rms_norm_eps": 0.5}  # type: ignore[arg-type]
+
+    monkeypatch.setattr(export, "_config_json", wrong)
+    with pytest.raises(ValueError, match="not exported: transformers' logits differ"):
+        export_transformers(made(), tmp_path / "out", torch.randint(0, 64, (1, 8)))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_shape_without_a_counterpart_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`qk_norm` is off"):
+        export_transformers(made(qk_norm=False), tmp_path / "out", torch.zeros(1, 4).long())
