@@ -32,6 +32,7 @@ NGRAM_WORDS = 13
 FILE_NAME = "evaluation.ngrams"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 CACHED_WORDS = 1 << 20
+FILTER_MASK = np.uint64((1 << 24) - 1)
 
 WORD = re.compile(r"[^\W_]+")
 
@@ -74,10 +75,18 @@ class EvaluationSet:
     items: npt.NDArray[np.int64]
     """For each n-gram the first item that has it, counted over all files."""
 
+    @functools.cached_property
+    def _seen(self) -> npt.NDArray[np.bool_]:
+        """Whether any n-gram has these low bits: most runs need no search."""
+        seen = np.zeros(int(FILTER_MASK) + 1, dtype=np.bool_)
+        seen[self.ngrams & FILTER_MASK] = True
+        return seen
+
     def matches(self, text: str, words: _WordHashes) -> npt.NDArray[np.int64]:
         """The items that `text` shares a run with, sorted."""
         runs = _ngrams(text, words)
-        if not len(runs) or not len(self.ngrams):
+        runs = runs[self._seen[runs & FILTER_MASK]]
+        if not len(runs):
             return np.empty(0, dtype=np.int64)
         places = np.minimum(np.searchsorted(self.ngrams, runs), len(self.ngrams) - 1)
         return np.unique(self.items[places[self.ngrams[places] == runs]])
