@@ -56,6 +56,18 @@ def test_flipped_payload_byte_is_found_before_use_naming_shard_and_chunk(data_di
     verify(data_dir)  # the quick check looks at headers and lengths only
 
 
+def test_flipped_bit_anywhere_in_a_payload_is_found_before_use(data_dir: Path) -> None:
+    shard = data_dir / "text_train_000001.bin"
+    pristine = shard.read_bytes()
+    for position in range(1024, len(pristine), 499):
+        flip(shard, position, position % 8)
+        chunk = (position - 1024) // 4096
+        with pytest.raises(DataError, match=rf"000001\.bin' is damaged in chunk {chunk} "):
+            read_everything(data_dir)
+        shard.write_bytes(pristine)
+    read_everything(data_dir)
+
+
 def test_undamaged_chunks_of_a_damaged_shard_are_still_served(data_dir: Path) -> None:
     flip(data_dir / "text_train_000000.bin", 1024 + 3 * 4096)
     stream = BinStream(data_dir, seq_len=64, seed=0, shuffle=False)

@@ -143,6 +143,19 @@ def test_prefetched_batches_are_the_stream(base: Path, depth: int) -> None:
     assert threading.active_count() == before - 2
 
 
+def test_prefetcher_state_counts_what_was_handed_out(base: Path) -> None:
+    with Prefetcher(stream_of(base), batch_size=4) as batches:
+        next(batches)
+        next(batches)
+        state = json.loads(json.dumps(batches.state_dict()))
+        following = next(batches).copy()
+    assert state["next_sample"] == 8
+    with Prefetcher(stream_of(base), batch_size=4) as resumed:
+        next(resumed)
+        resumed.load_state_dict(state)
+        assert (next(resumed) == following).all()
+
+
 def test_prefetch_keeps_a_batch_for_depth_more(base: Path) -> None:
     with Prefetcher(stream_of(base), batch_size=4, depth=2) as batches:
         held = next(batches)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -83,6 +83,18 @@ class Prefetcher:
         tokens = self._reader.get()
         self.stream.next_sample = first + self.batch_size
         return tokens
+
+    def state_dict(self) -> dict[str, Any]:
+        """The stream's: what was handed out, not what is in flight."""
+        return self.stream.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            DataError: as `BinStream.load_state_dict`.
+        """
+        self.stream.load_state_dict(state)
 
     def close(self) -> None:
         """Stop reading ahead; iterating again starts at `stream.next_sample`."""
