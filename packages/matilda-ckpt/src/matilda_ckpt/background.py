@@ -5,6 +5,9 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -58,6 +61,14 @@ class SaveHandle:
             raise self._error
 
 
+def _step_back() -> None:
+    """Give way to training on a busy CPU: Linux keeps a niceness for each thread, and threads
+    that this one starts inherit it."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 10)
+
+
 class Background:
     """At most one save in flight; a failure is raised once, by whoever asks first."""
 
@@ -72,6 +83,7 @@ class Background:
         self._abandoned.clear()
 
         def run() -> None:
+            _step_back()
             try:
                 info = job()
             except BaseException as error:  # handed to the caller, whatever it is
