@@ -30,6 +30,7 @@ def sample_text(model: Transformer, config: RunConfig) -> str:
         load_tokenizer(config.data.tokenizer),
         config.eval.sample_prompt,
         max_new_tokens=config.eval.sample_tokens,
+        temperature=0.6,
         seed=config.train.seed,
     )
 
