@@ -9,7 +9,14 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from matilda_model import ModelConfig, Transformer, count_params, flops_per_token
+from matilda_model import (
+    ModelConfig,
+    Transformer,
+    count_matmul_params,
+    count_params,
+    flops_per_token,
+)
+from matilda_model.attention import causal_attention
 
 V1 = ModelConfig()
 HERO = ModelConfig(
@@ -193,6 +200,36 @@ def test_residual_scalars_and_value_gates_start_neutral() -> None:
     assert model.blocks[0].attn.value_embed is None
 
 
+def test_a_window_bounds_what_a_token_reaches_and_its_flops() -> None:
+    config = dataclasses.replace(TINY, window=4, window_pattern="SSL", n_layers=3)
+    assert [config.layer_window(i) for i in range(3)] == [4, 4, None]
+    sliding = dataclasses.replace(config, n_layers=2)  # the last layer is full: look before it
+    model = Transformer(sliding)
+    ids = torch.randint(0, 128, (1, 16))
+    changed = ids.clone()
+    changed[:, 3] = (ids[:, 3] + 1) % 128
+    block = model.blocks[0]
+    cos, sin = model.cos[:16, None], model.sin[:16, None]
+    before, after = (block(model.embed(i), cos, sin, i) for i in (ids, changed))
+    same = (before == after).all(-1)[0]
+    assert same.tolist() == [not 3 <= t < 7 for t in range(16)]
+
+    attention = flops_per_token(config, 16, causal=False) - 6 * count_matmul_params(config)
+    assert attention == 12 * 64 * (4 + 4 + 16)
+    causal = flops_per_token(config, 16, causal=True) - 6 * count_matmul_params(config)
+    assert causal == 12 * 64 * (3.5 + 3.5 + 8)  # 4 * (1 - 4 / 32) of a window, half of the rest
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns that flex is slow when not compiled
+def test_flex_attention_equals_math_with_and_without_a_window() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 40, heads, 16) for heads in (4, 2, 2))
+    for window in (None, 7):
+        torch.testing.assert_close(
+            causal_attention(q, k, v, "flex", window), causal_attention(q, k, v, "math", window)
+        )
+
+
 def test_causal_flops_halve_the_attention_term_only() -> None:
     attention = 12 * 18 * 768 * 2048
     full = flops_per_token(HERO, 2048, causal=False)
@@ -233,6 +270,9 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
         ({"z_loss": -1.0}, "`z_loss` must be a finite number at least 0, not -1.0"),
         ({"logit_softcap": 0.0}, "`logit_softcap` must be a finite number greater than 0"),
         ({"norm_eps": math.nan}, "`norm_eps` must be a finite number"),
+        ({"window_pattern": "SXL"}, "`window_pattern` must be made of L and S"),
+        ({"window_pattern": "SL"}, "has S layers: set `window`"),
+        ({"window_pattern": "SL", "window": 8, "attention": "flash"}, "has no window"),
         ({"qk_norm": 1}, "`qk_norm` must be true or false"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

@@ -41,7 +41,7 @@ def test_weights_gradients_and_generators_are_left_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def forgets_the_mask(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+def forgets_the_mask(q: Tensor, k: Tensor, v: Tensor, backend: str, window: None) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return y.transpose(1, 2)

@@ -21,9 +21,18 @@ def model(**change: object) -> Transformer:
     return made
 
 
-@pytest.mark.parametrize("n_kv_heads", [4, 2, 1], ids=["mha", "gqa", "mqa"])
-def test_cached_decoding_equals_the_full_forward(n_kv_heads: int) -> None:
-    net = model(n_kv_heads=n_kv_heads, residual_scalars=True, value_embeddings=True)
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n_kv_heads": 4},
+        {"n_kv_heads": 1},
+        {"residual_scalars": True, "value_embeddings": True},
+        {"window_pattern": "SL", "window": 5},
+    ],
+    ids=["mha", "mqa", "options", "window"],
+)
+def test_cached_decoding_equals_the_full_forward(change: dict[str, object]) -> None:
+    net = model(**change)
     ids = torch.randint(0, 64, (3, 20))
     cache = KVCache(net.config, 3, 20, device="cpu", dtype=torch.float32)
     with torch.no_grad():

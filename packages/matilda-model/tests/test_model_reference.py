@@ -53,6 +53,8 @@ def reference_logits(model: Transformer, ids: Tensor) -> Tensor:
             p = f"blocks.{i}."
             if c.residual_scalars:
                 x = w["residual_scale"][i] * x + w["embed_scale"][i] * x0
+            short = c.window_pattern[i % len(c.window_pattern)] == "S" and i < c.n_layers - 1
+            window = c.window if short else None
             h = rms(x, w[p + "attn_norm.weight"])
             heads = []
             for head in range(c.n_heads):
@@ -70,8 +72,9 @@ def reference_logits(model: Transformer, ids: Tensor) -> Tensor:
                 q, k = rotate(q), rotate(k)
                 out = torch.zeros_like(q)
                 for t in range(len(row)):
-                    score = (k[: t + 1] @ q[t]) / math.sqrt(head_dim)
-                    out[t] = torch.softmax(score, 0) @ v[: t + 1]
+                    first = 0 if window is None else max(0, t + 1 - window)
+                    score = (k[first : t + 1] @ q[t]) / math.sqrt(head_dim)
+                    out[t] = torch.softmax(score, 0) @ v[first : t + 1]
                 heads.append(out)
             x = x + torch.cat(heads, dim=-1) @ w[p + "attn.o.weight"].T
             h = rms(x, w[p + "mlp_norm.weight"])
@@ -112,6 +115,8 @@ def test_logits_equal_the_float64_reference(n_kv_heads: int, mlp: str, attention
         {"rope_theta": 50.0},
         {"norm_eps": 0.5},
         {"logit_scale": 0.5},
+        {"window_pattern": "SSL", "window": 3, "n_layers": 5},
+        {"window_pattern": "S", "window": 4, "attention": "math"},
         {"residual_scalars": True},
         {"value_embeddings": True},
         {"value_embeddings": True, "n_layers": 3, "n_kv_heads": 4},

@@ -30,8 +30,15 @@ _SDPA_ORDER = {
 }
 
 
-def causal_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: str) -> Tensor:
-    """Causal softmax attention, scale `1/sqrt(E)`; [B, T, H, E] in the dtype of the inputs."""
+def causal_attention(
+    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: str, window: int | None = None
+) -> Tensor:
+    """Causal softmax attention, scale `1/sqrt(E)`; [B, T, H, E] in the dtype of the inputs.
+
+    With a `window` each query sees that many keys, its own the last.
+    """
+    if backend == "flex" or (window is not None and backend == "auto" and q_BTHE.is_cuda):
+        return _flex_attention(q_BTHE, k_BTKE, v_BTKE, window)
     if backend == "fa4":
         from matilda_model.flash4 import FlashAttention4
 
@@ -39,7 +46,12 @@ def causal_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: st
         return fa4_BTHE
     q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     gqa = q_BTHE.shape[2] != k_BTKE.shape[2]
-    if backend == "auto" and q_BTHE.device.type == "cpu":
+    if window is not None:
+        mask_TT = causal_mask(q_BTHE.shape[1], window, q_BTHE.device)
+        y_BHTE = F.scaled_dot_product_attention(
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask_TT, enable_gqa=gqa
+        )
+    elif backend == "auto" and q_BTHE.device.type == "cpu":
         # torch's own choice on a CPU is the flash kernel; a context manager a layer costs more
         y_BHTE = F.scaled_dot_product_attention(
             q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
@@ -49,6 +61,33 @@ def causal_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: st
             y_BHTE = F.scaled_dot_product_attention(
                 q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
             )
+    return y_BHTE.transpose(1, 2)
+
+
+def causal_mask(seq_len: int, window: int | None, device: torch.device) -> Tensor:
+    """What each query may see, bool [T, T]: True at [t, s] for `t - window < s <= t`."""
+    position = torch.arange(seq_len, device=device)
+    distance_TT = position[:, None] - position[None, :]
+    visible_TT = distance_TT >= 0
+    return visible_TT if window is None else visible_TT & (distance_TT < window)
+
+
+def _flex_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, window: int | None) -> Tensor:
+    """FlexAttention: skips the blocks outside a window; fast inside a compiled graph only."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
+        return (t >= s) if window is None else (t >= s) & (t - s < window)
+
+    seq_len = q_BTHE.shape[1]
+    blocks = create_block_mask(visible, None, None, seq_len, seq_len, device=q_BTHE.device.type)
+    y_BHTE = flex_attention(
+        q_BTHE.transpose(1, 2),
+        k_BTKE.transpose(1, 2),
+        v_BTKE.transpose(1, 2),
+        block_mask=blocks,
+        enable_gqa=q_BTHE.shape[2] != k_BTKE.shape[2],
+    )
     return y_BHTE.transpose(1, 2)
 
 
@@ -62,6 +101,7 @@ class Attention(nn.Module):
         self.n_heads = config.n_heads
         self.n_kv_heads = config.n_kv_heads
         self.backend = config.attention
+        self.window = config.layer_window(layer)
         self.norm = config.norm
         self.q = Linear(config.d_model, config.n_heads * e)
         self.k = Linear(config.d_model, config.n_kv_heads * e)
@@ -97,9 +137,9 @@ class Attention(nn.Module):
             added = F.embedding(input_ids_BT, self.value_embed.weight).to(v_BTKE.dtype)
             v_BTKE = v_BTKE + gate_BTK[..., None] * added.view_as(v_BTKE)
         if cache is None:
-            y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend)
+            y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend, self.window)
         else:
-            y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE)
+            y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE, self.window)
         out: Tensor = self.o(y_BTHE.flatten(2))
         return out
 

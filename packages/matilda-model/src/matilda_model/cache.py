@@ -24,19 +24,31 @@ class LayerCache:
         self.k_BKSE = k_BKSE
         self.v_BKSE = v_BKSE
 
-    def attend(self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
+    def attend(
+        self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, window: int | None = None
+    ) -> Tensor:
         """Store the new keys and values, then attend to everything up to each new token."""
         q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-        return self._attend(q_BHTE, k_BKTE, v_BKTE).transpose(1, 2)
+        return self._attend(q_BHTE, k_BKTE, v_BKTE, window).transpose(1, 2)
 
-    def _attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor) -> Tensor:
+    def _attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None) -> Tensor:
         gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
         n_new = q_BHTE.shape[2]
         if self.owner.filled == 0:
             self.k_BKSE[:, :, :n_new] = k_BKTE
             self.v_BKSE[:, :, :n_new] = v_BKTE
+            if window is None:
+                return F.scaled_dot_product_attention(
+                    q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+                )
+            slots = self.owner.slots[:n_new]
+            distance = slots[:, None] - slots[None, :]
             return F.scaled_dot_product_attention(
-                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+                q_BHTE,
+                k_BKTE,
+                v_BKTE,
+                attn_mask=(distance >= 0) & (distance < window),
+                enable_gqa=gqa,
             )
         index = self.owner.positions_B[:, None, None, None].expand(-1, k_BKTE.shape[1], 1, -1)
         index = index.expand(-1, -1, -1, k_BKTE.shape[3])
@@ -47,7 +59,7 @@ class LayerCache:
             q_BHTE,
             self.k_BKSE[:, :, :used],
             self.v_BKSE[:, :, :used],
-            attn_mask=self.owner.mask_B11S[..., :used],
+            attn_mask=self.owner.visible_B11S(window)[..., :used],
             enable_gqa=gqa,
         )
 
@@ -72,8 +84,7 @@ class KVCache:
         self.capacity = capacity
         self.filled = 0  # longest row; a Python number, so that no step waits for the device
         self.positions_B = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.mask_B11S = torch.zeros(batch, 1, 1, capacity, dtype=torch.bool, device=device)
-        self._slots = torch.arange(capacity, device=device)
+        self.slots = torch.arange(capacity, device=device)
         self.layers = [
             LayerCache(
                 self,
@@ -84,20 +95,27 @@ class KVCache:
         ]
 
     def next_positions(self, n_new: int) -> Tensor:
-        """Positions of the next `n_new` tokens of every row; also sets what they may attend to."""
+        """Positions of the next `n_new` tokens of every row, [B, n_new]."""
         if self.filled + n_new > self.capacity:
             raise ValueError(
                 f"the cache holds {self.capacity!r} tokens and {self.filled + n_new!r} are asked "
                 "for: make it with a larger `capacity`"
             )
         if self.filled == 0:
-            return self._slots[:n_new].expand(self.positions_B.shape[0], -1)
+            return self.slots[:n_new].expand(self.positions_B.shape[0], -1)
         if n_new != 1:
             raise ValueError(
                 f"after the prompt a cache takes one token per row at a time, not {n_new!r}"
             )
-        self.mask_B11S = (self._slots <= self.positions_B[:, None])[:, None, None, :]
         return self.positions_B[:, None]
+
+    def visible_B11S(self, window: int | None) -> Tensor:  # noqa: N802
+        """Which slots each row's next token sees, bool [B, 1, 1, S]."""
+        distance_BS = self.positions_B[:, None] - self.slots
+        seen_BS = distance_BS >= 0
+        if window is not None:
+            seen_BS = seen_BS & (distance_BS < window)
+        return seen_BS[:, None, None, :]
 
     def advance(self, n_new: int, lengths_B: Tensor | None = None) -> None:
         """Count `n_new` tokens as cached; `lengths_B` gives the true lengths of padded prompts."""

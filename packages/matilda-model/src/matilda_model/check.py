@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matilda_model.attention import causal_attention
+from matilda_model.attention import causal_attention, causal_mask
 from matilda_model.layers import ReLU2
 from matilda_model.loss import linear_cross_entropy
 from matilda_model.model import Block, Transformer
@@ -173,14 +173,14 @@ def _check_attention(
         leaves = block.attn.heads(hidden_BTD, cos, sin, plain=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, block.attn.backend)
+        return causal_attention(q, k, v, block.attn.backend, block.attn.window)
 
     def reference(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         group = q_BTHE.shape[2] // k_BTKE.shape[2]
         k_BTHE, v_BTHE = (x.repeat_interleave(group, dim=2) for x in (k_BTKE, v_BTKE))
         scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / math.sqrt(q_BTHE.shape[-1])
-        future = torch.ones_like(scores[0, 0], dtype=torch.bool).triu(1)
-        weights = scores.masked_fill(future, -torch.inf).softmax(-1)
+        visible = causal_mask(n_tokens, block.attn.window, scores.device)
+        weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bshe->bthe", weights, v_BTHE)
 
     kinds = (model.compute_dtype,) * 3

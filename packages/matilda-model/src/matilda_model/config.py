@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "math")
+ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "flex", "math")
 LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
@@ -77,6 +77,12 @@ class ModelConfig:
     """Standard deviation of the embedding and the head. None: `0.2 / sqrt(d_model)`, which starts
     the loss within 1 % of ln(vocab_size) at every width."""
 
+    window: int | None = None
+    """Tokens, itself included, that a query sees in the `S` layers of `window_pattern`."""
+
+    window_pattern: str = "L"
+    """`L` (full context) and `S` (`window`), repeated over the layers; the last layer is full."""
+
     zero_init_outputs: bool = False
     """Start every matrix that writes to the residual stream at zero (each block at identity)."""
 
@@ -93,7 +99,8 @@ class ModelConfig:
 
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
-    `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package)."""
+    `"flex"`, `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package). Layers with a window
+    need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
     """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"plain"`,
@@ -110,7 +117,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
             _check_positive_int(name, getattr(self, name))
-        for name in ("head_dim", "d_ff"):
+        for name in ("head_dim", "d_ff", "window"):
             if getattr(self, name) is not None:
                 _check_positive_int(name, getattr(self, name))
         for name in ("mlp_ratio", "rope_theta", "norm_eps", "init_std", "logit_scale"):
@@ -133,6 +140,19 @@ class ModelConfig:
         _check_choice("loss", self.loss, LOSS_BACKENDS)
         _check_choice("norm", self.norm, NORM_BACKENDS)
         _check_choice("matmul", self.matmul, MATMUL_BACKENDS)
+        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+            raise ValueError(
+                f"`window_pattern` must be made of L and S, such as 'SSSL', not "
+                f"{self.window_pattern!r}"
+            )
+        if "S" in self.window_pattern and self.window is None:
+            raise ValueError(
+                f"`window_pattern` {self.window_pattern!r} has S layers: set `window`, in tokens"
+            )
+        if "S" in self.window_pattern and self.attention in ("cudnn", "flash", "fa4"):
+            raise ValueError(
+                f"`attention` {self.attention!r} has no window: choose 'auto', 'flex' or 'math'"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"`n_heads` {self.n_heads!r} is not a multiple of `n_kv_heads` "
@@ -165,6 +185,11 @@ class ModelConfig:
         if self.embed_init_std is not None:
             return self.embed_init_std
         return 0.2 / math.sqrt(self.d_model)
+
+    def layer_window(self, layer: int) -> int | None:
+        """The window of block `layer`, None for full context."""
+        kind = self.window_pattern[layer % len(self.window_pattern)]
+        return self.window if kind == "S" and layer != self.n_layers - 1 else None
 
     def has_value_embedding(self, layer: int) -> bool:
         """Whether block `layer` adds a value embedding."""

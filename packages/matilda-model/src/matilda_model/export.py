@@ -54,7 +54,7 @@ def export_transformers(
     config, folder = model.config, Path(folder)
     if not config.qk_norm:
         raise ValueError("`qk_norm` is off, which transformers' Qwen3 cannot express: not exported")
-    for name in ("residual_scalars", "value_embeddings"):
+    for name in ("residual_scalars", "value_embeddings", "window"):
         if getattr(config, name):
             raise ValueError(f"`{name}` has no counterpart in transformers' Qwen3: not exported")
     if folder.exists():

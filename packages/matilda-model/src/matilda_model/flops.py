@@ -42,12 +42,18 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> int:
     PaLM's convention (Chowdhery et al. 2022, appendix B): 6 per matmul weight (tied head included)
     plus `12 * n_layers * n_heads * head_dim * seq_len` for attention scores and values.
     `causal=True` halves the attention term: half of the square is masked and need not be computed.
-    Recomputation (flash attention's backward, chunked losses) is never counted.
+    A layer with a window counts the window in place of `seq_len`, and, causal, what of it lies
+    inside the sequence. Recomputation (flash attention's backward) is never counted.
 
     Raises ValueError when `seq_len` is not positive.
     """
     if seq_len < 1:
         raise ValueError(f"`seq_len` must be a positive integer, not {seq_len!r}")
     width = config.n_heads * config.resolved_head_dim
-    attention = 12 * config.n_layers * width * seq_len
-    return 6 * count_matmul_params(config) + (attention // 2 if causal else attention)
+    attention = 0
+    for layer in range(config.n_layers):
+        window = min(config.layer_window(layer) or seq_len, seq_len)
+        # a full layer: seq_len keys, or seq_len / 2 when causal; both from one formula
+        keys_twice = window * (2 * seq_len - window) // seq_len if causal else 2 * window
+        attention += 6 * width * keys_twice
+    return 6 * count_matmul_params(config) + attention
