@@ -219,8 +219,9 @@ def _gpt2_tokenizer() -> Tokenizer:
         "gpt2",
         pat_str=GPT2_PATTERN,
         mergeable_ranks=ranks,
-        special_tokens={"<|endoftext|>": GPT2_EOT},
-        explicit_n_vocab=GPT2_EOT + 1,
+        # None on purpose: tiktoken 0.9's array path finds them in text whatever it is told.
+        special_tokens={},
+        explicit_n_vocab=GPT2_EOT,
     )
     token_bytes = [b""] * (GPT2_EOT + 1)
     for token, rank in ranks.items():
