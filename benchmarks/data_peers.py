@@ -261,6 +261,12 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
+def peak_megabytes() -> float:
+    """Largest resident memory of this process; `ru_maxrss` would include the parent's at fork."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    return int(fields["VmHWM"].split()[0]) / 1e3
+
+
 def main() -> None:
     name, task, corpus, work = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     work.mkdir(parents=True, exist_ok=True)
@@ -296,8 +302,7 @@ def main() -> None:
             "resume_ms": 1e3 * (time.perf_counter() - wall),
             "resume_cpu_ms": 1e3 * (cpu_seconds() - cpu),
         }
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
-    print("\n" + json.dumps({**result, "peak_rss_mb": peak}), flush=True)
+    print("\n" + json.dumps({**result, "peak_rss_mb": peak_megabytes()}), flush=True)
     os._exit(0)  # some peers leave threads that hold the process
 
 
