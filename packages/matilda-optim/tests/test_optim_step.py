@@ -67,6 +67,8 @@ def test_a_user_of_torch_muon_changes_one_import_and_keeps_the_loss() -> None:
 def test_updates_equal_torch_muon_within_bf16_noise(
     shape: tuple[int, int], adjust: str | None, nesterov: bool
 ) -> None:
+    if adjust == "spectral_unclamped" and torch.__version__ < "2.12":
+        pytest.skip("this torch.optim.Muon has no spectral_unclamped")
     g = torch.Generator().manual_seed(0)
     start = torch.randn(shape, generator=g)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())

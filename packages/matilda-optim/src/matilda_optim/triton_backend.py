@@ -106,6 +106,7 @@ class KernelClass:
             SKIP=key.skip,
             EVEN=even,
             PHASE=0,
+            enable_fp_fusion=True,  # stated: the default is about to change, and bits with it
         )
         x_BMN = share(x_BMN, lambda x: newton_schulz(x, key.quintics, self.chunk))
         kernels.update_kernel[(batch * self.tiles,)](
@@ -123,6 +124,7 @@ class KernelClass:
             CAUTIOUS=key.cautious,
             SKIP=key.skip,
             EVEN=even,
+            enable_fp_fusion=True,
         )
 
     def _addresses(self) -> bool:

@@ -126,6 +126,7 @@ def symmetric(
         BLOCK_K=config.block_k,
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )
     return out
 
@@ -155,5 +156,6 @@ def apply(
         BLOCK_K=config.block_k,
         num_warps=config.warps,
         num_stages=config.stages,
+        enable_fp_fusion=True,
     )
     return out
