@@ -1,8 +1,9 @@
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow isolation check ci quickstart bench
+.PHONY: help install format lint types test test-slow test-slow-ckpt verify-resume isolation \
+	check ci quickstart bench bench-powercut
 
 help: ## Print what every target does
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
 
 install: ## Make the environment that every other target uses
 	uv sync --all-packages
@@ -23,6 +24,20 @@ test: ## Run every package's tests and the cross-package ones
 
 test-slow: ## Run the long suites too: fuzzing, crash images, soaks
 	uv run pytest --run-slow
+
+test-slow-ckpt: ## matilda-ckpt's crash model, system-call sweep, fuzzing and resharding, whole
+	MATILDA_SLOW=1 uv run pytest packages/matilda-ckpt -o timeout=0
+
+verify-resume: ## 500 kills of a small run, compared bit for bit with its twin
+	rm -rf runs/verify-resume
+	uv run apps/verify_resume.py --config configs/verify_resume.json --kills 500 \
+		--run-dir runs/verify-resume
+
+bench: ## Every benchmark in its quick form
+	for program in ckpt data muon step; do uv run benchmarks/$$program.py --quick || exit 1; done
+
+bench-powercut: ## Crash images of a simulated power cut, beside peers (needs root, FUSE and loop)
+	uv run benchmarks/ckpt_powercut.py --quick
 
 isolation: ## Build all packages; test each wheel alone with only what it declares
 	.ci/isolation

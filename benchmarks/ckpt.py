@@ -125,7 +125,7 @@ def measure(
         if i:
             loads.append(seconds)
         name = max(state, key=lambda key: state[key].numel())
-        assert torch.equal(loaded[name], state[name].cpu()), f"{kind.name} loads other values"
+        assert torch.equal(loaded[name].cpu(), state[name].cpu()), f"{kind.name} loads other values"
         del loaded
     peer.close()
     shutil.rmtree(folder)
