@@ -14,6 +14,8 @@ import sys
 import traceback
 from typing import Any
 
+import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
+
 import matilda_train.loop  # noqa: F401  (loads torch once, for all children)
 
 

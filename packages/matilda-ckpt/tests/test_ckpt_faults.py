@@ -102,9 +102,12 @@ import os, sys, time
 from matilda_ckpt import Checkpointer
 c = Checkpointer(sys.argv[1])
 c.save(1, {"x": 1})
+ready, tell = os.pipe()
 pid = os.fork()
 if pid == 0:
+    os.write(tell, b"x")
     time.sleep(60)
+os.read(ready, 1)
 print(pid, flush=True)
 time.sleep(60)
 """

@@ -306,7 +306,7 @@ def train(
 
 
 def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
-    """The same run in at most 20 steps of at most two micro-steps, of one sequence on a CPU."""
+    """The same run in at most 20 steps of two micro-steps; on a CPU, of one sequence."""
     steps = min(config.train.total_steps, DRY_RUN_STEPS)
     micro_batch_size = 1 if device.type == "cpu" else config.train.micro_batch_size
     micro_step_tokens = config.seq_len * micro_batch_size * world_size
@@ -317,7 +317,10 @@ def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConf
             config.train,
             total_steps=steps,
             micro_batch_size=micro_batch_size,
-            tokens_per_step=min(config.train.tokens_per_step, 2 * micro_step_tokens),
+            tokens_per_step=min(
+                config.train.tokens_per_step,
+                micro_step_tokens * (1 if device.type == "cpu" else 2),
+            ),
         ),
         eval=replace(config.eval, tokens=micro_step_tokens),
     )

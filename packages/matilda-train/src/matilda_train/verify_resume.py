@@ -209,6 +209,8 @@ class LifeServer:
 
 def serve_lives() -> None:
     """Main function of the server process."""
+    import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
+
     import matilda_train.loop  # noqa: F401  (torch is loaded once, for all lives)
 
     for line in sys.stdin:
