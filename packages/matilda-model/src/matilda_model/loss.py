@@ -19,6 +19,7 @@ from matilda_model.device import has_triton
 
 IGNORE = -1
 _CHUNK_TOKENS = 8192
+_CPU_CHUNK_LOGITS = 1 << 22
 
 
 class LossOutput(NamedTuple):
@@ -50,16 +51,15 @@ def linear_cross_entropy(
     `targets_N` is int64. A target of -1 is ignored by every back end but `"liger"`, whose targets
     must all be real. Back ends:
 
-    - `"plain"`: all logits at once; what inductor or a CPU does best at small sizes.
+    - `"plain"`: all logits at once, differentiated by autograd: the reference.
     - `"chunked"`: rows in chunks, gradients taken while the chunk's logits exist; float32 sums.
     - `"liger"`: Liger's fused kernel, float32 accumulation, outside the compiled graph (it is
       wrong inside one); needs the `liger` extra and CUDA.
     - `"fused"`: as chunked, with soft-cap, loss and gradient in one Triton kernel; CUDA.
-    - `"auto"`: plain on a CPU, fused on CUDA (chunked where triton is missing).
+    - `"auto"`: fused on CUDA where triton is, else chunked.
     """
     if backend == "auto":
-        on_gpu = "fused" if has_triton() else "chunked"
-        backend = on_gpu if h_ND.device.type == "cuda" else "plain"
+        backend = "fused" if h_ND.device.type == "cuda" and has_triton() else "chunked"
     if backend == "plain":
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
     if backend in ("chunked", "fused"):
@@ -142,25 +142,31 @@ def _chunked_sweep(
     """Summed cross-entropy and z-loss, their gradients for `h` (its dtype) and `w` (float32)."""
     ce = torch.zeros((), device=h_ND.device)
     zl = torch.zeros((), device=h_ND.device)
-    vocab = torch.arange(w_VD.shape[0], device=h_ND.device)
     dw_VD = torch.zeros_like(w_VD, dtype=torch.float32)
     dh_chunks = []
-    for h, targets in zip(
-        torch.split(h_ND, _CHUNK_TOKENS), torch.split(targets_N, _CHUNK_TOKENS), strict=True
-    ):
-        valid = targets != IGNORE
-        z = softcap_logits((h @ w_VD.T).float(), softcap)
+    rows = _chunk_tokens(h_ND.device.type, w_VD.shape[0])
+    for h, targets in zip(torch.split(h_ND, rows), torch.split(targets_N, rows), strict=True):
+        valid = (targets != IGNORE).float()
+        index = targets.clamp_min(0)[:, None]
+        z = (h @ w_VD.T).float()
+        if softcap is not None:
+            z.div_(softcap).tanh_().mul_(softcap)
         lse = torch.logsumexp(z, dim=-1)
-        target = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-        ce = ce + ((lse - target) * valid).sum()
+        ce = ce + ((lse - z.gather(-1, index)[:, 0]) * valid).sum()
         zl = zl + z_loss * (lse.square() * valid).sum()
         if not with_grad:
             continue
-        dz = torch.exp(z - lse[:, None]) * (1.0 + 2.0 * z_loss * lse)[:, None]
-        dz = dz - (vocab == targets[:, None]).float()
-        if softcap is not None:
-            dz = dz * (1.0 - (z / softcap).square())
-        dz = (dz * valid[:, None]).to(h.dtype)
+        slope = None if softcap is None else z.square().mul_(-1.0 / softcap**2).add_(1.0)
+        dz = z.sub_(lse[:, None]).exp_().mul_(((1.0 + 2.0 * z_loss * lse) * valid)[:, None])
+        dz.scatter_add_(-1, index, -valid[:, None])
+        if slope is not None:
+            dz.mul_(slope)
+        dz = dz.to(h.dtype)
         dh_chunks.append(dz @ w_VD)
         dw_VD.add_(dz.T @ h)
     return ce, zl, torch.cat(dh_chunks) if with_grad else h_ND.new_empty(0), dw_VD
+
+
+def _chunk_tokens(device_type: str, vocab_size: int) -> int:
+    """Rows whose logits exist at once: matmul-sized on a GPU, within the caches' reach on a CPU."""
+    return _CHUNK_TOKENS if device_type != "cpu" else max(1, _CPU_CHUNK_LOGITS // vocab_size)
