@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import itertools
+import os
+import random
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import matilda_data.fast as fast_module
 import matilda_data.tokenizer as tokenizer_module
 from matilda_data import DataError, load_tokenizer
 
+SLOW = os.environ.get("MATILDA_SLOW") == "1"
+NEEDS_FASTOKENS = pytest.mark.skipif(
+    importlib.util.find_spec("fastokens") is None, reason="fastokens not installed"
+)
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
 
 
@@ -98,3 +107,54 @@ def test_damaged_vocabulary_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tokenizer_module, "GPT2_RANKS_SHA256", hashlib.sha256(b"").hexdigest())
     with pytest.raises(DataError, match="damaged"):
         tokenizer_module.gpt2_ranks_file()
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> int:
+    """Length of the left half in the merge that makes `token`, by playing the merges."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        pairs = [ranks.get(a + b, 1 << 30) for a, b in itertools.pairwise(parts)]
+        at = pairs.index(min(pairs))
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return len(parts[0])
+
+
+def test_shipped_splits_are_those_that_the_ranks_imply() -> None:
+    ranks = load_tokenizer("gpt2")._ranks
+    assert ranks is not None
+    tokens = [token for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    splits = tokenizer_module.gpt2_splits()
+    assert len(splits) == len(tokens)
+    for i in range(0, len(tokens), 1 if SLOW else 9):
+        assert splits[i] == last_merge(tokens[i], ranks), tokens[i]
+
+
+@NEEDS_FASTOKENS
+def test_fastokens_gives_tiktokens_ids_next_to_every_kind_of_character() -> None:
+    import fastokens
+
+    gpt2 = load_tokenizer("gpt2")
+    assert gpt2._ranks is not None
+    native = fastokens.Tokenizer.from_json_str(
+        fast_module.tokenizer_json(gpt2._ranks, tokenizer_module.gpt2_splits())
+    )
+    points = [point for point in range(0x110000) if not 0xD800 <= point < 0xE000]
+    draw = random.Random(5)
+    if not SLOW:
+        points = points[:0x500] + draw.sample(points, 3000)
+    texts = [
+        f"a{c}b {c} 1{c}2 {c}{c} .{c}!\n{c}\n\n {c} '{c}s's{c}  {c}x  {c}" for c in map(chr, points)
+    ]
+    kinds = [
+        *" \n\t\r\u00a0\u3000\u2028\x0b\x85\u200b",
+        *"abzé日1٣²Ⅷ.'-_\u0301ǅ",
+        "'s",
+        "'ll",
+        "'S",
+    ]
+    for _ in range(200_000 if SLOW else 5000):
+        texts.append("".join(draw.choices(kinds, k=draw.randrange(40))))
+    ids, ends = native.encode_batch_flat(texts)
+    expected, lengths = gpt2._one_by_one(texts)
+    assert np.array_equal(np.diff(np.frombuffer(ends, "<u8").astype(np.int64)), lengths)
+    assert np.array_equal(np.frombuffer(ids, "<u4"), expected)

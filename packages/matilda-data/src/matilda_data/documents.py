@@ -19,6 +19,8 @@ from matilda_data.persistence import Retry
 
 __all__ = ["Document", "ReadOptions", "read_documents"]
 
+ESCAPED_SURROGATES = (b"\\ud", b"\\uD")
+
 
 @dataclass(frozen=True, kw_only=True)
 class ReadOptions:
@@ -91,8 +93,6 @@ def _decode(raw: bytes, where: str, options: ReadOptions) -> str:
 
 def _clean(text: str, where: str, options: ReadOptions) -> str:
     """JSON can spell lone surrogates, which no UTF-8 has."""
-    if text.isascii():
-        return text
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -124,7 +124,9 @@ def _read_lines(unit: Unit, options: ReadOptions) -> Iterator[Document]:
             raise DataError(
                 f"{where} has no string `{options.text_field}`; each line must be an object with it"
             )
-        text = _clean(record[options.text_field], where, options)
+        text = record[options.text_field]
+        if any(escape in line for escape in ESCAPED_SURROGATES):
+            text = _clean(text, where, options)
         name = _label(record.get("id"), f"{file.name}:{number}")
         yield Document(text, name, _label(record.get("source"), ""))
 

@@ -48,6 +48,8 @@ WORK_DIR = ".prepare"
 REPORT_NAME = "contamination.json"
 # Below this much input, starting worker processes costs more than it saves.
 BYTES_PER_WORKER = 16 << 20
+# Below this much input a worker, tiktoken is done before fastokens is loaded; the ids are the same.
+BYTES_FOR_FASTOKENS = 5 << 20
 
 Runner = Callable[[Sequence[tuple[str, Unit]], EncodeSettings, int], Iterator[PartRecord]]
 """Encodes (key, unit) pairs, yielding records as parts become durable, in any order."""
@@ -118,13 +120,13 @@ class Engine:
         todo = [(key, found[0][1]) for key, found in places.items()]
         if self.provide is not None and todo:
             self.provide([unit for _, unit in todo])
+        count = min(self.workers or _automatic_workers(todo), len(todo))
         settings = EncodeSettings(
             directory=str(self.parts.absolute()),
             tokenizer=self.tokenizer.name,
-            backend=self.backend,
+            backend=_worthwhile_backend(self.backend, todo, count),
             options=self.read_options,
         )
-        count = min(self.workers or _automatic_workers(todo), len(todo))
         running = (self.runner or run_units)(todo, settings, count)
         try:
             for record in running:
@@ -207,6 +209,11 @@ def _automatic_workers(todo: Sequence[tuple[str, Unit]]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     useful = sum(unit.input_bytes for _, unit in todo) // BYTES_PER_WORKER
     return max(1, min(cores or 1, useful))
+
+
+def _worthwhile_backend(backend: str, todo: Sequence[tuple[str, Unit]], workers: int) -> str:
+    size = sum(unit.input_bytes for _, unit in todo)
+    return "tiktoken" if backend == "auto" and size < BYTES_FOR_FASTOKENS * workers else backend
 
 
 @contextlib.contextmanager

@@ -7,7 +7,7 @@ import difflib
 import functools
 import hashlib
 import importlib.resources
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -55,7 +55,8 @@ class Tokenizer:
         eot_id: int,
         token_bytes: list[bytes],
         encode_piece: Callable[[str], TokenArray],
-        ranks_file: bytes | None = None,
+        ranks: Mapping[bytes, int] | None = None,
+        splits: bytes = b"",
     ) -> None:
         self.name = name
         self.sha256 = sha256
@@ -68,7 +69,8 @@ class Tokenizer:
         self.token_byte_lengths.setflags(write=False)
         self._token_bytes = token_bytes
         self._encode_piece = encode_piece
-        self._ranks_file = ranks_file
+        self._ranks = ranks
+        self._splits = splits
 
     def encode(self, text: str) -> TokenArray:
         """uint16[n] ids of `text`; special-token spellings in it are encoded as plain text.
@@ -93,10 +95,10 @@ class Tokenizer:
         """
         if backend not in BACKENDS:
             raise DataError(f"unknown backend {backend!r}; choose one of {', '.join(BACKENDS)}")
-        if self._ranks_file is None:
+        if self._ranks is None:
             return self._batched(self._one_by_one), self.name
         if backend != "tiktoken":
-            fast, reason = load_fast_encoder(self._ranks_file, self.pattern, self._one_by_one)
+            fast, reason = load_fast_encoder(self._ranks, self._splits, self._one_by_one)
             if fast is not None:
                 return self._batched(fast), "fastokens"
             if backend == "fastokens":
@@ -195,14 +197,7 @@ def _check_utf8(text: str) -> None:
 
 def gpt2_ranks_file() -> bytes:
     """The shipped GPT-2 merge ranks in tiktoken form, checked against the hash tiktoken pins."""
-    packed = importlib.resources.files("matilda_data").joinpath("vocab/gpt2.tiktoken.zst")
-    try:
-        raw = zstandard.ZstdDecompressor().decompress(packed.read_bytes())
-    except (OSError, zstandard.ZstdError) as error:
-        raise DataError(
-            f"the GPT-2 vocabulary file inside matilda-data cannot be read ({error}); "
-            "reinstall matilda-data"
-        ) from None
+    raw = _vocabulary_file("gpt2.tiktoken.zst")
     if hashlib.sha256(raw).hexdigest() != GPT2_RANKS_SHA256:
         raise DataError(
             "the GPT-2 vocabulary file inside matilda-data is damaged (its SHA-256 is not the one "
@@ -211,9 +206,24 @@ def gpt2_ranks_file() -> bytes:
     return raw
 
 
+def gpt2_splits() -> bytes:
+    """For each token of two bytes or more, by rank, the length of its last merge's left half."""
+    return _vocabulary_file("gpt2.splits.zst")
+
+
+def _vocabulary_file(name: str) -> bytes:
+    packed = importlib.resources.files("matilda_data").joinpath("vocab", name)
+    try:
+        return zstandard.ZstdDecompressor().decompress(packed.read_bytes())
+    except (OSError, zstandard.ZstdError) as error:
+        raise DataError(
+            f"the GPT-2 vocabulary file {name!r} inside matilda-data cannot be read ({error}); "
+            "reinstall matilda-data"
+        ) from None
+
+
 def _gpt2_tokenizer() -> Tokenizer:
-    ranks_file = gpt2_ranks_file()
-    pairs = (line.split() for line in ranks_file.splitlines() if line)
+    pairs = (line.split() for line in gpt2_ranks_file().splitlines() if line)
     ranks = {base64.b64decode(token): int(rank) for token, rank in pairs}
     encoding = tiktoken.Encoding(
         "gpt2",
@@ -238,7 +248,8 @@ def _gpt2_tokenizer() -> Tokenizer:
         eot_id=GPT2_EOT,
         token_bytes=token_bytes,
         encode_piece=encode_piece,
-        ranks_file=ranks_file,
+        ranks=ranks,
+        splits=gpt2_splits(),
     )
 
 
