@@ -39,7 +39,7 @@ def main() -> int:
     stop = StopRequest().install()
     args = parse_arguments()
     from matilda_train import TerminalDisplay
-    from matilda_train.data_source import PreparationStoppedError, prepare_with_display
+    from matilda_train.preparation import PreparationStoppedError, prepare_with_display
 
     with TerminalDisplay() as display:
         try:

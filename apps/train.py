@@ -44,10 +44,12 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     stop = StopRequest().install()
     args = parse_arguments()
-    # Everything below loads torch, which takes seconds: signals are handled already.
-    from matilda_train import TerminalDisplay, load_config, train
+    from matilda_train import TerminalDisplay, load_config
 
     config = load_config(args.config, args.set)
+    # This loads torch, which takes seconds: signals and mistakes are dealt with already.
+    from matilda_train import train
+
     run_dir = args.run_dir or Path("runs") / args.config.stem
     with TerminalDisplay() as display:
         result = train(

@@ -1,8 +1,8 @@
 """Runs trainings in children forked from one process that has imported torch but run nothing.
 
 Started by `killable_runs.TrainServer`: a JSON request a line on stdin, a reply a line on stdout. A
-child may be told to kill itself with SIGKILL at its n-th fsync, which reaches into the middle
-of a save, or at its n-th training step, or to send itself a signal there.
+run may have several ranks. A child may be told to kill itself with SIGKILL at its n-th fsync, which
+reaches into the middle of a save, or at its n-th training step, or to send itself a signal there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import traceback
 from typing import Any
@@ -86,25 +87,50 @@ def plant_nan(loop: Any, step: int) -> None:
     loop.clip_gradients = poisoned
 
 
+def child(request: dict[str, Any], rank: int, port: int) -> None:
+    """Be one rank of a run, and exit."""
+    ranks = request.get("ranks", 1)
+    if ranks > 1:
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+    log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    code = 99
+    try:
+        code = run(request)
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port: int = listener.getsockname()[1]
+        return port
+
+
 def main() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
         request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(log, 1)
-            os.dup2(log, 2)
-            code = 99
-            try:
-                code = run(request)
-            except BaseException:
-                traceback.print_exc()
-                sys.stderr.flush()
-            finally:
-                os._exit(code)
-        status = os.waitpid(pid, 0)[1]
-        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+        children, port = [], free_port()
+        for rank in range(request.get("ranks", 1)):
+            pid = os.fork()
+            if pid == 0:
+                child(request, rank, port)
+            children.append(pid)
+        codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
+        print(json.dumps(codes.pop() if len(codes) == 1 else 99), flush=True)
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     )
     from matilda_train.config_load import config_from_dict, config_to_dict, load_config
     from matilda_train.console import Display, SilentDisplay, TerminalDisplay
-    from matilda_train.evaluate import Evaluation, evaluate
-    from matilda_train.guards import TrainingDivergedError
+    from matilda_train.errors import TrainingDivergedError
+    from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text, load_run_model
@@ -66,8 +66,8 @@ _HOME = {
     ),
     "config_load": ("config_from_dict", "config_to_dict", "load_config"),
     "console": ("Display", "SilentDisplay", "TerminalDisplay"),
-    "evaluate": ("Evaluation", "evaluate"),
-    "guards": ("TrainingDivergedError",),
+    "errors": ("TrainingDivergedError",),
+    "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),
     "run_dir": ("RunDir",),
     "sample": ("complete_text", "load_run_model"),

@@ -31,7 +31,7 @@ def run_app(main: Callable[[], int]) -> None:
 
 def _exit_code(error: Exception) -> int | None:
     from matilda_ckpt import CheckpointError
-    from matilda_train.guards import TrainingDivergedError
+    from matilda_train.errors import TrainingDivergedError
 
     if isinstance(error, TrainingDivergedError):
         return EXIT_DIVERGED

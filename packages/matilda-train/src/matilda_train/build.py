@@ -19,6 +19,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_schedule",
+    "compile_blocks",
     "compile_model",
     "set_learning_rates",
     "token_byte_lengths",
@@ -38,8 +39,21 @@ def compile_model(model: Transformer) -> nn.Module:
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
-def build_optimizer(config: OptimConfig, model: Transformer) -> Muon:
-    """Muon and AdamW as one optimizer over every trainable parameter of `model`."""
+def compile_blocks(model: Transformer) -> None:
+    """Compile each block of `model` by itself, in place, for static shapes.
+
+    With several ranks: a whole compiled backward hands over its gradients at its very end, a
+    block's at the block's end, so that their exchange overlaps with what remains.
+    """
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str = "none") -> Muon:
+    """Muon and AdamW as one optimizer over every trainable parameter of `model`.
+
+    `distribute` is Muon's: whether data-parallel ranks share out its matrices.
+    """
     groups = param_groups(
         model,
         algorithm=config.algorithm,
@@ -53,7 +67,7 @@ def build_optimizer(config: OptimConfig, model: Transformer) -> Muon:
         eps=config.eps,
         momentum=config.momentum,
     )
-    return Muon(groups, backend=config.backend)
+    return Muon(groups, backend=config.backend, distribute=distribute)
 
 
 def build_schedule(config: RunConfig) -> Callable[[int], float]:

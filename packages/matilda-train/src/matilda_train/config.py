@@ -60,6 +60,11 @@ class OptimConfig:
     """Kernels of the optimizer's step. `reference`, plain torch, takes 11 ms of the 152M model's
     1,360 ms step on an H100; `auto` takes Triton kernels where the GPU has them (4 ms)."""
 
+    distribute: Literal["none", "ddp", "auto"] = "auto"
+    """With several ranks and `train.parallel` `ddp`: `ddp` has each rank orthogonalise its share of
+    the matrices, `none` all of them, `auto` what is faster for each shape, measured once. The
+    weights are the same bits."""
+
     schedule: Literal["wsd", "cosine", "constant"] = "wsd"
     """Shape of the learning rate: warm-up + stable + decay, warm-up + cosine, or warm-up only."""
 
@@ -150,6 +155,10 @@ class TrainConfig:
 
     compile: bool = True
     """Compile the model with torch.compile."""
+
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """How several ranks share the work: `ddp` keeps everything on each, `fsdp` divides weights,
+    gradients and optimizer state over them (FSDP2). May change at a resume."""
 
     deterministic: bool = False
     """Use deterministic kernels only: bit-for-bit repeatable on a GPU too, but slower."""

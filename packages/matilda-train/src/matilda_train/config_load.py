@@ -35,9 +35,11 @@ ROUNDING_ON_RESUME = (
     "model.attention",
     "model.loss",
     "optim.backend",
+    "optim.distribute",
     "train.micro_batch_size",
     "train.device",
     "train.compile",
+    "train.parallel",
     "train.deterministic",
     "train.threads",
 )

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 __all__ = ["Ranks"]
@@ -35,11 +38,20 @@ class Ranks:
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
         )
-        if device.type == "cuda":
+        # What an attempt before a restart left in torchrun's store would mislead this one.
+        store, _, _ = next(rendezvous("env://"))
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        on_gpu = device.type == "cuda"
+        if on_gpu:
             torch.cuda.set_device(ranks.local_rank)
-            dist.init_process_group("nccl", device_id=torch.device("cuda", ranks.local_rank))
-        else:
-            dist.init_process_group("gloo")
+        dist.init_process_group(
+            # gloo beside NCCL: votes travel between the hosts without waiting for the GPUs
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+            store=store,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            device_id=torch.device("cuda", ranks.local_rank) if on_gpu else None,
+        )
         try:
             yield ranks
         finally:
@@ -57,8 +69,8 @@ class Ranks:
         return self.rank == 0
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """`model` with gradients averaged over all ranks."""
-        if self.world_size == 1:
+        """`model` with gradients averaged over all ranks; a sharded model does so by itself."""
+        if self.world_size == 1 or isinstance(model, FSDPModule):
             return model
         ids = [device.index] if device.type == "cuda" else None
         return DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True)
@@ -66,6 +78,8 @@ class Ranks:
     @contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
         """Exchange gradients in the last micro-step only."""
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
         wait = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if wait else nullcontext():  # type: ignore[operator]
             yield
@@ -77,11 +91,11 @@ class Ranks:
             value /= self.world_size
         return value
 
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether any rank's flag is set; the same answer on every rank."""
+    def any(self, flag: bool) -> bool:
+        """Whether any rank's flag is set; the same answer on every rank. The GPU is not asked."""
         if self.world_size == 1:
             return flag
-        votes = torch.tensor(float(flag), device=device)
+        votes = torch.tensor(float(flag))
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 

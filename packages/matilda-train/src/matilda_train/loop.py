@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from matilda_ckpt import Checkpointer, Keep, RngState
 from matilda_train.batches import BatchReader, chain_hash
@@ -18,23 +19,27 @@ from matilda_train.build import (
     build_model,
     build_optimizer,
     build_schedule,
+    compile_blocks,
     compile_model,
     set_learning_rates,
     token_byte_lengths,
 )
 from matilda_train.config import RunConfig
 from matilda_train.console import Display, SilentDisplay
-from matilda_train.data_source import SyntheticStream, TokenStream, open_streams, prepare_corpus
+from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
-from matilda_train.evaluate import evaluate
-from matilda_train.guards import TrainingDivergedError, clip_gradients
+from matilda_train.errors import TrainingDivergedError
+from matilda_train.evaluation import evaluate
+from matilda_train.guards import clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
 from matilda_train.phases import PhaseClock
+from matilda_train.preparation import prepare_corpus
 from matilda_train.provenance import collect_provenance
 from matilda_train.run_dir import RunDir
 from matilda_train.sample import sample_text
+from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
 from matilda_train.wandb_log import WandbMirror, require_wandb
 
 __all__ = ["TrainResult", "train"]
@@ -113,7 +118,7 @@ def train(
             if ranks.is_main and config.data.corpus is not None:
                 with phase.during("preparing data"):
                     prepare_corpus(config.data, data, stop=stop, display=display)
-            if ranks.any(stop(), device):
+            if ranks.any(stop()):
                 return TrainResult("preempted", Path(run_dir), 0)
             ranks.barrier()
             stream, held_out = open_streams(config, data)
@@ -135,12 +140,16 @@ def train(
 
         seed_generators(config.train.seed)
         model = build_model(config, device, choose_dtype(config.train.dtype, device))
-        optimizer = build_optimizer(config.optim, model)
+        sharded = ranks.world_size > 1 and config.train.parallel == "fsdp"
+        if sharded:
+            shard_model(model, device, ranks.world_size)
+        distribute = "none" if sharded or ranks.world_size == 1 else config.optim.distribute
+        optimizer = build_optimizer(config.optim, model, distribute=distribute)
         schedule = build_schedule(config)
         state = LoopState()
         everything = {
-            "model": model,
-            "optimizer": optimizer,
+            "model": WholeState(model) if sharded else model,
+            "optimizer": WholeState(optimizer) if sharded else optimizer,
             "stream": stream,
             "loop": state,
             "rng": RngState(),
@@ -173,7 +182,12 @@ def train(
         )
 
         # Sampling keeps to `model` itself: its shapes change with every token.
-        wrapped = ranks.wrap(compile_model(model) if config.train.compile else model, device)
+        compiled: nn.Module = model
+        if config.train.compile and ranks.world_size == 1:
+            compiled = compile_model(model)
+        elif config.train.compile:
+            compile_blocks(model)
+        wrapped = ranks.wrap(compiled, device)
         parameters = [p for p in model.parameters() if p.requires_grad]
         reader = BatchReader(
             stream.windows,
@@ -209,7 +223,7 @@ def train(
                     metrics.write({"step": state.step} | asdict(evaluation))
                     display.note(f"step {state.step:,}: {evaluation}")
 
-            stopping = ranks.any(stop(), device)
+            stopping = ranks.any(stop())
             save_due = at_end or (state.step > 0 and state.step % config.ckpt.every_steps == 0)
             if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):
                 checkpoints.finish()
@@ -219,10 +233,11 @@ def train(
                 wait = at_end or stopping or not config.ckpt.background
                 phase.enter("saving")
                 metrics.sync()
+                whole = gather_state(everything) if sharded else everything
                 if ranks.is_main:
                     checkpoints.save(
                         state.step,
-                        everything,
+                        whole,
                         metrics=metrics.newest_evaluation,
                         provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
                         wait=wait,
@@ -291,8 +306,9 @@ def train(
 
         phase.enter("sampling")
         sample = None
+        alone = whole_model(model) if sharded else model
         if ranks.is_main:
-            sample = sample_text(model, config)
+            sample = sample_text(alone, config)
             opened.write_sample(state.step, sample)
         events.write("finish", step=state.step, seconds=phase.seconds())
         return TrainResult(

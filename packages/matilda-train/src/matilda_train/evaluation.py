@@ -70,7 +70,7 @@ def evaluate(
     model.eval()
     try:
         for round_ in range(rounds):
-            if ranks.any(should_stop(), device):
+            if ranks.any(should_stop()):
                 return None
             batch = reader.read(round_ * share * ranks.world_size, prefetch=round_ + 1 < rounds)
             for inputs, targets in batch.micro_batches(share, device):
