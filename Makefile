@@ -47,5 +47,5 @@ check: lint types test ## What to run before a commit
 ci: ## The whole gate
 	.ci/run
 
-quickstart: ## Train a tiny model on the standard library's source, under three minutes on 2 cores
+quickstart: ## Train a tiny model on the standard library's source, about two minutes on 2 cores
 	uv run apps/train.py --config configs/quickstart.json

@@ -85,8 +85,6 @@ def test_quickstart_trains_stops_resumes_finishes_and_generates(tmp_path: Path) 
     text = app("apps/generate.py --run runs/quickstart --prompt 'def ' --tokens 30", tmp_path)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("def ")
-    same = app("apps/generate.py --run runs/quickstart --prompt 'def ' --tokens 30", tmp_path)
-    assert same.stdout == text.stdout
 
 
 def test_prepare_text_writes_shards_that_verify_and_is_idempotent(tmp_path: Path) -> None:
