@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
+import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from matilda_data import DataError, prepare_text
-from matilda_data.contamination import build_evaluation_set, new_word_hashes
+from matilda_data.contamination import EvaluationSet, build_evaluation_set, new_word_hashes
+from matilda_data.rolling import run_hashes
 
 RUN = "the quick brown fox jumps over the lazy dog and then it sleeps all day"
 
@@ -61,3 +66,77 @@ def test_evaluation_set_that_cannot_be_read_is_refused(corpus: Path, tmp_path: P
         with pytest.raises(DataError, match=match):
             prepare_text(corpus, tmp_path / "out", tokenizer="byte", decontaminate=[path])
     assert not (tmp_path / "out").exists()
+
+
+def runs_of_words(text: str, words: int) -> list[tuple[str, ...]]:
+    """The rule itself, word by word."""
+    found = re.findall(r"[^\W_]+", text.lower())
+    return [tuple(found[i : i + words]) for i in range(len(found) - words + 1)]
+
+
+PIECES = [
+    "a",
+    "B",
+    "Ab",
+    "7",
+    "é",
+    "É",
+    "ß",
+    "Σ",
+    "ς",
+    "σ",
+    "İ",
+    "i̇",
+    "ǅ",
+    "日本",
+    "\U0001d400",
+    "²",
+]
+GAPS = [" ", "  ", "\n", "_", "-", "’", "\u0301", "\u200b", ". ", "\0", "😀"]
+
+
+@given(st.lists(st.sampled_from(PIECES + GAPS), max_size=40).map("".join))
+@example("")
+@example("___")
+@example("ΑΣ ας")
+def test_rolling_hashes_are_equal_exactly_where_runs_of_words_are(text: str) -> None:
+    expected = runs_of_words(text, 3)
+    hashes = run_hashes(text, 3).tolist()
+    assert len(hashes) == len(expected)
+    assert len(set(zip(hashes, expected, strict=True))) == len(set(hashes)) == len(set(expected))
+
+
+@given(
+    st.lists(st.sampled_from(["a", "b", "C", "é"]), min_size=40, max_size=90),
+    st.lists(st.sampled_from([" ", "\n", ", "]), min_size=1, max_size=5),
+    st.integers(0, 30),
+    st.integers(8, 20),
+)
+def test_matches_are_those_of_a_look_at_every_word(
+    words: list[str], gaps: list[str], start: int, length: int
+) -> None:
+    texts = [
+        "".join(word + gaps[i % len(gaps)] for i, word in enumerate(words)),
+        " ".join(words[start : start + length]).upper(),
+        "b " * 12,
+    ]
+    evaluation = _evaluation([{"x": [texts[1], "short"]}, {"y": texts[2]}, {"z": "a b " * 9}])
+    found = evaluation.matches(texts[0], new_word_hashes()).tolist()
+    wanted = set(runs_of_words(texts[0], 13))
+    items = [
+        runs_of_words(texts[1], 13),
+        runs_of_words(texts[2], 13),
+        runs_of_words("a b " * 9, 13),
+    ]
+    first_owner: dict[tuple[str, ...], int] = {}
+    for number, runs in enumerate(items):
+        for run in runs:
+            first_owner.setdefault(run, number)
+    assert found == sorted({first_owner[run] for run in wanted if run in first_owner})
+
+
+def _evaluation(items: list[object]) -> EvaluationSet:
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "eval.jsonl"
+        path.write_text("".join(json.dumps(item) + "\n" for item in items))
+        return build_evaluation_set([path])

@@ -3,6 +3,9 @@
 Words are runs of letters and digits in lower case; a document is contaminated when any 13 words in
 a row are also in a row in one field of an evaluation item (the rule of GPT-3, Brown et al. 2020,
 appendix C, without its exceptions).
+
+Nearly every document is cleared by a rolling hash over its characters (`rolling.py`); the few that
+are not are compared word by word.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ import numpy.typing as npt
 from matilda_data.columns import pack_columns, unpack_columns
 from matilda_data.durable import write_durably
 from matilda_data.errors import DataError
+from matilda_data.rolling import run_hashes
 
 __all__ = ["NGRAM_WORDS", "EvaluationSet", "build_evaluation_set", "load_evaluation_set"]
 
@@ -32,7 +36,8 @@ NGRAM_WORDS = 13
 FILE_NAME = "evaluation.ngrams"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 CACHED_WORDS = 1 << 20
-FILTER_MASK = np.uint64((1 << 24) - 1)
+FILTER_BITS = 27
+FILTER_SHIFT = np.uint64(64 - FILTER_BITS)
 
 WORD = re.compile(r"[^\W_]+")
 
@@ -74,22 +79,37 @@ class EvaluationSet:
     """Sorted, distinct hashes."""
     items: npt.NDArray[np.int64]
     """For each n-gram the first item that has it, counted over all files."""
+    rolling: UInt64Array
+    """Sorted, distinct rolling hashes of the same n-grams."""
 
     @functools.cached_property
-    def _seen(self) -> npt.NDArray[np.bool_]:
-        """Whether any n-gram has these low bits: most runs need no search."""
-        seen = np.zeros(int(FILTER_MASK) + 1, dtype=np.bool_)
-        seen[self.ngrams & FILTER_MASK] = True
-        return seen
+    def _filter(self) -> npt.NDArray[np.uint8]:
+        """Bit i is set if any rolling hash has the high bits i: most runs need no search."""
+        seen = np.zeros(1 << FILTER_BITS, dtype=np.bool_)
+        seen[self.rolling >> FILTER_SHIFT] = True
+        return np.packbits(seen, bitorder="little")
+
+    def _maybe(self, runs: UInt64Array) -> UInt64Array:
+        """Those of `runs` that pass the filter."""
+        places = (runs >> FILTER_SHIFT).astype(np.uint32)
+        bits = self._filter[places >> np.uint32(3)] >> (places & np.uint32(7)).astype(np.uint8)
+        return runs[(bits & np.uint8(1)).astype(np.bool_)]
 
     def matches(self, text: str, words: _WordHashes) -> npt.NDArray[np.int64]:
         """The items that `text` shares a run with, sorted."""
-        runs = _ngrams(text, words)
-        runs = runs[self._seen[runs & FILTER_MASK]]
-        if not len(runs):
+        runs = self._maybe(run_hashes(text, NGRAM_WORDS))
+        if not len(runs) or not _among(runs, self.rolling).any():
             return np.empty(0, dtype=np.int64)
-        places = np.minimum(np.searchsorted(self.ngrams, runs), len(self.ngrams) - 1)
-        return np.unique(self.items[places[self.ngrams[places] == runs]])
+        runs = _ngrams(text, words)
+        runs = runs[_among(runs, self.ngrams)]
+        return np.unique(self.items[np.searchsorted(self.ngrams, runs)])
+
+
+def _among(values: UInt64Array, known: UInt64Array) -> npt.NDArray[np.bool_]:
+    """bool[n]: which `values` are in sorted, non-empty `known`."""
+    places = np.minimum(np.searchsorted(known, values), len(known) - 1)
+    found: npt.NDArray[np.bool_] = known[places] == values
+    return found
 
 
 def new_word_hashes() -> _WordHashes:
@@ -133,13 +153,17 @@ def build_evaluation_set(paths: Sequence[str | os.PathLike[str]]) -> EvaluationS
     files: list[dict[str, Any]] = []
     hashes: list[UInt64Array] = []
     owners: list[npt.NDArray[np.int64]] = []
+    rolling: list[UInt64Array] = []
     item = 0
     for path in map(Path, paths):
         before = item
         for value in _items(path):
             for text in _strings(value):
+                if len(text) < 2 * NGRAM_WORDS - 1:
+                    continue  # not so many words with something between them
                 runs = _ngrams(text, words)
                 hashes.append(runs)
+                rolling.append(run_hashes(text, NGRAM_WORDS))
                 owners.append(np.full(len(runs), item, dtype=np.int64))
             item += 1
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -148,14 +172,19 @@ def build_evaluation_set(paths: Sequence[str | os.PathLike[str]]) -> EvaluationS
     ngrams, first = np.unique(every, return_index=True)
     items = np.concatenate([np.empty(0, np.int64), *owners])[first]
     identity = hashlib.sha256(json.dumps(files).encode() + ngrams.tobytes()).hexdigest()
-    return EvaluationSet(files, identity, ngrams, items)
+    distinct = np.unique(np.concatenate([np.empty(0, np.uint64), *rolling]))
+    return EvaluationSet(files, identity, ngrams, items, distinct)
 
 
 def store_evaluation_set(evaluation: EvaluationSet, directory: Path) -> None:
     """Put it where worker processes find it."""
     packed = pack_columns(
         {"files": evaluation.files, "sha256": evaluation.sha256},
-        {"ngrams": evaluation.ngrams, "items": evaluation.items},
+        {
+            "ngrams": evaluation.ngrams,
+            "items": evaluation.items,
+            "rolling": evaluation.rolling,
+        },
     )
     write_durably(directory / FILE_NAME, packed)
 
@@ -174,7 +203,9 @@ def load_evaluation_set(directory: Path, sha256: str) -> EvaluationSet:
         raise DataError(f"cannot read {str(path)!r}: {error.strerror}") from None
     if meta["sha256"] != sha256:
         raise DataError(f"{str(path)!r} is not the evaluation set of this preparation")
-    return EvaluationSet(meta["files"], sha256, columns["ngrams"], columns["items"])
+    return EvaluationSet(
+        meta["files"], sha256, columns["ngrams"], columns["items"], columns["rolling"]
+    )
 
 
 def report(
