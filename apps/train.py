@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from matilda_train import EXIT_PREEMPTED, StopRequest
@@ -38,12 +39,18 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="at most 20 steps on synthetic tokens, keep nothing"
     )
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        metavar="N",
+        help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after N s in any case",
+    )
     return parser.parse_args()
 
 
 def main() -> int:
-    stop = StopRequest().install()
     args = parse_arguments()
+    stop = StopRequest(args.grace_seconds).install()
     from matilda_train import TerminalDisplay, load_config
 
     config = load_config(args.config, args.set)
@@ -60,6 +67,8 @@ def main() -> int:
             stop=lambda: bool(stop),
             display=display,
         )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return EXIT_PREEMPTED if result.status == "preempted" else 0
     if result.status == "preempted":
         print(f"Stopped at step {result.step:,}; run the same command again to go on.")
         return EXIT_PREEMPTED

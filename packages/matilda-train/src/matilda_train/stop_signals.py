@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+import time
 from types import FrameType
 
 __all__ = ["EXIT_PREEMPTED", "StopRequest"]
@@ -17,17 +19,30 @@ EXIT_PREEMPTED = 75
 
 
 class StopRequest:
-    """Becomes true when one of `SIGNALS` arrives; a second SIGINT ends the process at once."""
+    """Becomes true when one of `SIGNALS` arrives; a second SIGINT ends the process at once.
+
+    With `grace_seconds`, a process that is still there so long after the first signal ends with
+    `EXIT_PREEMPTED`, wherever it hangs; its newest durable checkpoint stands.
+    """
 
     SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
-    def __init__(self) -> None:
+    def __init__(self, grace_seconds: float | None = None) -> None:
+        if grace_seconds is not None and not grace_seconds > 0:
+            raise ValueError(f"`--grace-seconds` is {grace_seconds:g}, but must be above 0.")
         self.signal_name: str | None = None
+        self._grace_seconds = grace_seconds
 
     def install(self) -> StopRequest:
         """Handle the signals from now on; call it from the main thread."""
         for number in self.SIGNALS:
             signal.signal(number, self._handle)
+        if self._grace_seconds is not None:
+            # Python's own handlers wait for the main thread, which may hang in a collective.
+            arrived, note = os.pipe()
+            os.set_blocking(note, False)
+            signal.set_wakeup_fd(note, warn_on_full_buffer=False)
+            threading.Thread(target=self._enforce, args=(arrived,), daemon=True).start()
         return self
 
     def __bool__(self) -> bool:
@@ -43,3 +58,12 @@ class StopRequest:
             note = f"\n{self.signal_name}: saving at the next step, then stopping."
             hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
             os.write(2, f"{note}{hint}\n".encode())
+
+    def _enforce(self, arrived: int) -> None:
+        assert self._grace_seconds is not None
+        while os.read(arrived, 1)[0] not in self.SIGNALS:
+            pass
+        time.sleep(self._grace_seconds)
+        text = f"\nNot done within {self._grace_seconds:g} s; the newest checkpoint stands.\n"
+        os.write(2, text.encode())
+        os._exit(EXIT_PREEMPTED)
