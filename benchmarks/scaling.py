@@ -1,0 +1,352 @@
+"""One node of several GPUs: speed by number and strategy, resume on other numbers, a killed rank.
+
+    python benchmarks/scaling.py --data-dir DIR --work-dir DIR [--gpus 8] [--json FILE]
+
+Every case is `torchrun apps/train.py` on real shards at one global batch. Speed is the median of
+the logged steps after the first 8; cases that fit on the node together run at the same time, on
+GPUs of their own. Profiles divide a step of the first rank into arithmetic, exchange that nothing
+hides, and idle time. Then one run is stopped by SIGTERM on all GPUs, continued on half of them and
+on all again, and one loses a rank to SIGKILL under `--max-restarts`; both must see the batches of
+the undisturbed run, by hash, and their losses differ from it no more than two undisturbed runs do.
+Needs CUDA; `--cpu` tries everything with gloo on small processes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from matilda_train.metrics_log import read_rows
+
+ROOT = Path(__file__).resolve().parents[1]
+WARM_UP_STEPS = 8
+
+
+@dataclass(frozen=True)
+class Case:
+    """One launch; `gpus` processes."""
+
+    name: str
+    gpus: int
+    parallel: str = "ddp"
+    distribute: str = "none"
+    profile: bool = False
+
+    @property
+    def settings(self) -> list[str]:
+        return [f"train.parallel={self.parallel}", f"optim.distribute={self.distribute}"]
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.profile_worker:
+        profile_worker(args)
+        return
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    node = Node(args)
+    full, half = args.gpus, args.gpus // 2
+    smaller = [2**i for i in range(10) if 2**i < full]
+    cases = [
+        *(Case(f"{n} ddp" if n > 1 else "1", n) for n in smaller),
+        *(Case(f"{n} fsdp", n, "fsdp") for n in smaller if n > 1),
+        *(Case(f"{n} ddp, shared Muon", n, "ddp", "ddp") for n in smaller if n > 1),
+        Case(f"{full} ddp", full),
+        Case(f"{full} ddp, shared Muon", full, "ddp", "ddp"),
+        Case(f"{full} fsdp", full, "fsdp"),
+    ]
+    results: dict[str, Any] = {"environment": environment(args), "speed": [], "profile": []}
+
+    def report() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1))
+
+    for wave in waves(cases, full):
+        running = [(case, *node.launch(case)) for case in wave]
+        for case, run_dir, process in running:
+            code = process.wait()
+            row = asdict(case) | ({"exit": code} if code else speed_of(run_dir))
+            results["speed"].append(row)
+            print(json.dumps(row), flush=True)
+        report()
+    profiles = [Case(f"profile {n}", n, profile=True) for n in (1, full) if not args.cpu]
+    for case in profiles:
+        _, process = node.launch(case)
+        out = args.work_dir / case.name.replace(" ", "-") / "profile.json"
+        if process.wait() == 0:
+            results["profile"].append({"name": case.name} | json.loads(out.read_text()))
+            print(json.dumps(results["profile"][-1]), flush=True)
+        report()
+    twin = node.run_dir(Case(f"{full} ddp", full))
+    other = node.run_dir(Case(f"{full} ddp, shared Muon", full))
+    results["noise"] = differences(twin, other)
+    print("two undisturbed runs:", json.dumps(results["noise"]), flush=True)
+
+    elastic = node.work_dir / "elastic"
+    for n, until in ((full, 20), (half, 40), (full, None)):
+        node.run_until(Case("elastic", n), elastic, until)
+    results["elastic"] = differences(twin, elastic) | {"events": events_of(elastic)}
+    print("elastic:", json.dumps(results["elastic"]), flush=True)
+    report()
+
+    killed = node.work_dir / "killed"
+    results["killed rank"] = node.kill_a_rank(Case("killed", full), killed, after_step=20)
+    results["killed rank"] |= differences(twin, killed) | {"events": events_of(killed)}
+    print("killed rank:", json.dumps(results["killed rank"]), flush=True)
+    report()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", type=Path, default=ROOT / "configs/base_152m_v2.json")
+    parser.add_argument("--data-dir", type=Path, required=True, help="prepared data set")
+    parser.add_argument("--work-dir", type=Path, required=True, help="run directories go here")
+    parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument("--steps", type=int, default=60, help="steps on all GPUs (60)")
+    parser.add_argument("--set", nargs="+", default=[], help="settings of every run")
+    parser.add_argument("--cpu", action="store_true", help="processes instead of GPUs")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--profile-worker", action="store_true", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def waves(cases: Sequence[Case], gpus: int) -> Iterable[list[Case]]:
+    """Cases side by side, as many as the node has room for; largest first within a wave."""
+    left = sorted(cases, key=lambda case: case.gpus)
+    while left:
+        wave: list[Case] = []
+        for case in sorted(left, key=lambda case: -case.gpus):
+            if sum(c.gpus for c in wave) + case.gpus <= gpus:
+                wave.append(case)
+        left = [case for case in left if case not in wave]
+        yield wave
+
+
+class Node:
+    """Starts runs on this machine's GPUs, each free one given to one run at a time."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.work_dir: Path = args.work_dir
+        self._next_gpu = 0
+
+    def run_dir(self, case: Case) -> Path:
+        return self.work_dir / case.name.replace(",", "").replace(" ", "-")
+
+    def launch(
+        self,
+        case: Case,
+        run_dir: Path | None = None,
+        *,
+        restarts: int = 0,
+        extra: Sequence[str] = (),
+    ) -> tuple[Path, subprocess.Popen[bytes]]:
+        """Start torchrun; a case with fewer GPUs than the node takes the next free ones."""
+        args, run_dir = self.args, run_dir or self.run_dir(case)
+        first = self._next_gpu if self._next_gpu + case.gpus <= args.gpus else 0
+        self._next_gpu = (first + case.gpus) % args.gpus
+        # the smaller cases take longer a step, the figures need as many steps of each
+        steps = args.steps if case.gpus == args.gpus else max(16, 6 * case.gpus)
+        if run_dir.name in ("elastic", "killed"):
+            steps = args.steps
+        every = 10 if restarts else 20
+        program = [__file__, "--profile-worker"] if case.profile else [str(ROOT / "apps/train.py")]
+        if case.profile:
+            program += ["--work-dir", str(run_dir)]
+        else:
+            program += ["--run-dir", str(run_dir)]
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(case.gpus), "--max-restarts", str(restarts), *program),
+            *("--config", str(args.config), "--data-dir", str(args.data_dir), "--set"),
+            *(f"train.total_steps={steps}", "optim.warmup_steps=5", "optim.schedule=constant"),
+            *("log.every_steps=1", f"ckpt.every_steps={every}", "eval.every_steps=100000"),
+            *("eval.tokens=262144", "eval.sample_tokens=0", *case.settings, *args.set, *extra),
+        ]
+        visible = ",".join(str(i) for i in range(first, first + case.gpus))
+        log = (self.work_dir / f"{run_dir.name}.log").open("ab")
+        environment = os.environ | {"OMP_NUM_THREADS": "4"}
+        if not args.cpu:
+            environment["CUDA_VISIBLE_DEVICES"] = visible
+        process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+        log.close()
+        return run_dir, process
+
+    def run_until(self, case: Case, run_dir: Path, step: int | None) -> None:
+        """Run to the end, or stop by SIGTERM to torchrun once `step` is in the metrics."""
+        began = time.monotonic()
+        _, process = self.launch(case, run_dir)
+        if step is not None:
+            wait_for_step(run_dir, step, process)
+            process.send_signal(signal.SIGTERM)
+        process.wait()
+        print(f"{case.gpus} GPUs: {time.monotonic() - began:.0f} s", flush=True)
+
+    def kill_a_rank(self, case: Case, run_dir: Path, *, after_step: int) -> dict[str, Any]:
+        """SIGKILL to the last rank in mid-step; torchrun must bring the run to its end."""
+        began = time.monotonic()
+        _, process = self.launch(case, run_dir, restarts=3)
+        wait_for_step(run_dir, after_step + 3, process)
+        os.kill(worker_of_rank(case.gpus - 1, process.pid), signal.SIGKILL)
+        killed = time.monotonic()
+        code = process.wait()
+        rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "step_ms" in row]
+        wall = time.monotonic() - began
+        useful = sum(row["step_ms"] for row in rows) / 1e3
+        return {
+            "exit": code,
+            "seconds": wall,
+            "seconds after the kill": time.monotonic() - killed,
+            "goodput": useful / wall,
+        }
+
+
+def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    while process.poll() is None:
+        path = run_dir / "metrics.jsonl"
+        if path.exists() and any(row["step"] >= step for row in read_rows(path)):
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"{run_dir.name} ended before step {step}, exit code {process.returncode}")
+
+
+def worker_of_rank(rank: int, agent: int) -> int:
+    """Process id of the worker that the torchrun process `agent` started as `rank`."""
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
+                variables = (entry / "environ").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if parent == agent and f"RANK={rank}".encode() in variables:
+                return int(entry.name)
+    raise RuntimeError(f"no worker of rank {rank} under process {agent}")
+
+
+def speed_of(run_dir: Path) -> dict[str, Any]:
+    rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "step_ms" in row]
+    timed = rows[WARM_UP_STEPS:]
+    step_ms = [row["step_ms"] for row in timed]
+    median = statistics.median(step_ms)
+    typical = min(timed, key=lambda row: abs(row["step_ms"] - median))
+    return {
+        "steps": len(timed),
+        "step_ms": median,
+        "step_ms_quartiles": statistics.quantiles(step_ms, n=4) if len(step_ms) > 1 else None,
+        "tokens_per_second": typical["tokens_per_second"],
+        "mfu_palm": typical["mfu_palm"],
+        "mfu_causal": typical["mfu_causal"],
+        "peak_memory_gib": rows[-1].get("peak_memory_gib"),
+        "data_wait_ms": statistics.median(row["data_wait_ms"] for row in timed),
+    }
+
+
+def differences(one: Path, other: Path) -> dict[str, Any]:
+    """Whether two runs saw equal batches, and the largest relative difference of their losses."""
+
+    def by_step(run_dir: Path) -> dict[int, dict[str, Any]]:
+        rows = read_rows(run_dir / "metrics.jsonl")
+        return {row["step"]: row for row in rows if "loss_nats" in row}
+
+    a, b = by_step(one), by_step(other)
+    common = sorted(a.keys() & b.keys())
+    apart = [abs(a[s]["loss_nats"] - b[s]["loss_nats"]) / a[s]["loss_nats"] for s in common]
+    return {
+        "steps": len(common),
+        "all_steps": a.keys() == b.keys(),
+        "equal_batches": all(a[s]["batch_sha256"] == b[s]["batch_sha256"] for s in common),
+        "largest_loss_difference": max(apart),
+        "mean_loss_difference": statistics.fmean(apart),
+    }
+
+
+def events_of(run_dir: Path) -> list[str]:
+    return [f"{row['event']} {row['step']}" for row in read_rows(run_dir / "events.jsonl")]
+
+
+def environment(args: argparse.Namespace) -> dict[str, Any]:
+    return {
+        "device": "cpu" if args.cpu else torch.cuda.get_device_name(0),
+        "gpus": args.gpus,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "nccl": None if args.cpu else ".".join(map(str, torch.cuda.nccl.version())),
+        "python": platform.python_version(),
+        "config": args.config.name,
+        "settings": args.set,
+        "warm_up_steps": WARM_UP_STEPS,
+    }
+
+
+def profile_worker(args: argparse.Namespace) -> None:
+    """One rank of a profiled run: traces the steps after warm-up, the first rank writes."""
+    from matilda_train import load_config, train
+
+    config = load_config(args.config, args.set)
+    profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
+    traced, calls = 6, 0
+    marks: list[float] = []
+
+    def on_phase(name: str) -> None:
+        nonlocal calls
+        if name != "training":
+            return
+        calls += 1
+        if calls == WARM_UP_STEPS + 1:
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+            profiler.start()
+        elif calls == WARM_UP_STEPS + traced + 1:
+            torch.cuda.synchronize()
+            marks.append(time.perf_counter())
+            profiler.stop()
+
+    train(config, run_dir=args.work_dir, data_dir=args.data_dir, on_phase=on_phase)
+    if int(os.environ.get("RANK", "0")) == 0:
+        row = divide(profiler.events(), 1e3 * (marks[1] - marks[0]), traced)
+        (args.work_dir / "profile.json").write_text(json.dumps(row))
+
+
+def divide(events: Any, wall_ms: float, steps: int) -> dict[str, Any]:
+    """Milliseconds a step: kernels other than NCCL's, NCCL's, NCCL's beside nothing else, idle."""
+    kernels, exchange = [], []
+    for event in events:
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            span = (event.time_range.start, event.time_range.end)
+            (exchange if "nccl" in event.name.lower() else kernels).append(span)
+    busy, both = union(kernels), union(kernels + exchange)
+    return {
+        "step_ms": wall_ms / steps,
+        "kernels_ms": busy / 1e3 / steps,
+        "exchange_ms": union(exchange) / 1e3 / steps,
+        "exposed_exchange_ms": (both - busy) / 1e3 / steps,
+        "idle_ms": wall_ms / steps - both / 1e3 / steps,
+    }
+
+
+def union(spans: list[tuple[float, float]]) -> float:
+    """Length covered by any of the spans, which may overlap."""
+    total, end = 0.0, float("-inf")
+    for begin, finish in sorted(spans):
+        total += max(0.0, finish - max(begin, end))
+        end = max(end, finish)
+    return total
+
+
+if __name__ == "__main__":
+    main()
