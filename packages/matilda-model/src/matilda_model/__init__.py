@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matilda_model.cache import KVCache
-    from matilda_model.check import KernelCheck, KernelMismatchError, self_check
+    from matilda_model.check import KernelCheck, self_check
     from matilda_model.config import ModelConfig
+    from matilda_model.errors import KernelMismatchError
     from matilda_model.export import export_transformers
     from matilda_model.flops import count_matmul_params, count_params, flops_per_token
     from matilda_model.generation import generate, sample, stream_tokens
@@ -42,8 +43,9 @@ __all__ = [
 
 _HOME = {
     "cache": ("KVCache",),
-    "check": ("KernelCheck", "KernelMismatchError", "self_check"),
+    "check": ("KernelCheck", "self_check"),
     "config": ("ModelConfig",),
+    "errors": ("KernelMismatchError",),
     "export": ("export_transformers",),
     "flops": ("count_matmul_params", "count_params", "flops_per_token"),
     "generation": ("generate", "sample", "stream_tokens"),

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.attention import causal_attention, causal_mask
+from matilda_model.errors import KernelMismatchError
 from matilda_model.layers import ReLU2
 from matilda_model.loss import linear_cross_entropy
 from matilda_model.model import Block, Transformer
@@ -24,10 +25,6 @@ from matilda_model.model import Block, Transformer
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Allowed error, `|got - expected| / |expected|`, by compute dtype: several times what correct
 kernels show (docs/LOG.md), far under what a wrong mask, scale or missing term does."""
-
-
-class KernelMismatchError(RuntimeError):
-    """A chosen kernel disagrees with float32 arithmetic."""
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ def run_app(main: Callable[[], int]) -> None:
     """Exit with what `main` returns, or with the code of the error it raises.
 
     2: bad input (`ValueError`). 3: the loss diverged. 4: the environment failed (disk full,
-    unreadable file, no valid checkpoint among those there). Set `MATILDA_DEBUG=1` for tracebacks.
+    unreadable file, no valid checkpoint among those there, a kernel that computes wrongly). Set
+    `MATILDA_DEBUG=1` for tracebacks.
     """
     try:
         sys.exit(main())
@@ -31,10 +32,11 @@ def run_app(main: Callable[[], int]) -> None:
 
 def _exit_code(error: Exception) -> int | None:
     from matilda_ckpt import CheckpointError
+    from matilda_model import KernelMismatchError
     from matilda_train.errors import TrainingDivergedError
 
     if isinstance(error, TrainingDivergedError):
         return EXIT_DIVERGED
-    if isinstance(error, CheckpointError | OSError):
+    if isinstance(error, CheckpointError | KernelMismatchError | OSError):
         return EXIT_ENVIRONMENT
     return EXIT_BAD_INPUT if isinstance(error, ValueError) else None

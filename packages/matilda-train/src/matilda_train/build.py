@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from matilda_data import load_tokenizer
-from matilda_model import Transformer
+from matilda_model import KernelCheck, Transformer, self_check
 from matilda_optim import Muon, constant, cosine, param_groups, wsd
 from matilda_train.config import OptimConfig, RunConfig
 
@@ -19,6 +19,7 @@ __all__ = [
     "build_model",
     "build_optimizer",
     "build_schedule",
+    "check_kernels",
     "compile_blocks",
     "compile_model",
     "set_learning_rates",
@@ -47,6 +48,18 @@ def compile_blocks(model: Transformer) -> None:
     """
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def check_kernels(
+    model: Transformer, windows: NDArray[np.uint16], device: torch.device, *, fall_back: bool
+) -> list[KernelCheck]:
+    """Compare the kernels that `model` will use with float32 arithmetic on these token windows.
+
+    Raises `KernelMismatchError`; with `fall_back`, a kernel that `"auto"` chose is replaced by the
+    plain one instead. Before sharding and compiling.
+    """
+    ids = torch.from_numpy(windows.astype(np.int64)).to(device)
+    return self_check(model, ids[:, :-1], ids[:, 1:], fall_back=fall_back)
 
 
 def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str = "none") -> Muon:

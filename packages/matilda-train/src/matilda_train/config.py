@@ -156,6 +156,10 @@ class TrainConfig:
     compile: bool = True
     """Compile the model with torch.compile."""
 
+    check_kernels: bool = True
+    """On a GPU: compare every kernel with float32 arithmetic before the first step, in seconds. A
+    wrong one that `auto` chose is replaced, a wrong one of the config's ends the run."""
+
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """How several ranks share the work: `ddp` keeps everything on each, `fsdp` divides weights,
     gradients and optimizer state over them (FSDP2). May change at a resume."""

@@ -38,6 +38,7 @@ ROUNDING_ON_RESUME = (
     "optim.distribute",
     "train.micro_batch_size",
     "train.device",
+    "train.check_kernels",
     "train.compile",
     "train.parallel",
     "train.deterministic",

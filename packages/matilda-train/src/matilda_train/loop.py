@@ -19,6 +19,7 @@ from matilda_train.build import (
     build_model,
     build_optimizer,
     build_schedule,
+    check_kernels,
     compile_blocks,
     compile_model,
     set_learning_rates,
@@ -140,6 +141,15 @@ def train(
 
         seed_generators(config.train.seed)
         model = build_model(config, device, choose_dtype(config.train.dtype, device))
+        if device.type == "cuda" and config.train.check_kernels:
+            checks = check_kernels(
+                model, stream.windows(0, 2), device, fall_back=ranks.world_size == 1
+            )
+            wrong = sorted({check.kernel for check in checks if not check.ok})
+            worst = max(checks, key=lambda check: check.error)
+            events.write("kernels", largest_error=worst.error, of=worst.quantity, replaced=wrong)
+            for name in wrong:
+                display.note(f"the `{name}` kernel is wrong on this machine: the plain one is used")
         sharded = ranks.world_size > 1 and config.train.parallel == "fsdp"
         if sharded:
             shard_model(model, device, ranks.world_size)
