@@ -95,6 +95,8 @@ EDITS: dict[str, Callable[[dict], None] | bytes] = {
     "other dtype": tensor(dtype="F64"),
     "hash is short": tensor(sha256="00"),
     "upper case hash": tensor(sha256="A" * 64),
+    "other tree": lambda m: m["files"]["model.safetensors"].update(tree_sha256="0" * 64),
+    "origin is a path": lambda m: m["files"]["model.safetensors"].update(origin="../x"),
     "huge header": lambda m: m["files"]["model.safetensors"].update(header_size=HUGE),
     "huge file": lambda m: m["files"]["loop.json"].update(size=HUGE),
     "huge tensor file": lambda m: m["files"]["model.safetensors"].update(size=HUGE),
@@ -182,10 +184,10 @@ def test_header_that_contradicts_the_manifest_is_refused(checkpoint: Path) -> No
     path.write_bytes(changed)
 
     def edit(manifest: dict) -> None:
-        manifest["files"]["model.safetensors"].update(
-            sha256=hashlib.sha256(changed).hexdigest(),
-            header_sha256=hashlib.sha256(changed[: 8 + length]).hexdigest(),
-        )
+        entry = manifest["files"]["model.safetensors"]
+        entry["header_sha256"] = hashlib.sha256(changed[: 8 + length]).hexdigest()
+        lines = f"{entry['header_sha256']}\n{entry['tensors']['w']['sha256']}\n"
+        entry["tree_sha256"] = hashlib.sha256(lines.encode()).hexdigest()
 
     reseal(checkpoint, edit)
     assert "contradicts the manifest" in str(verify(checkpoint).problem)
@@ -248,7 +250,8 @@ GOOD = {
         "x.json": {"size": 3, "sha256": "0" * 64},
         "x.safetensors": {
             "size": 108,
-            "sha256": "0" * 64,
+            "tree_sha256": hashlib.sha256(("0" * 64 + "\n").encode() * 2).hexdigest(),
+            "origin": "1" * 64,
             "header_size": 100,
             "header_sha256": "0" * 64,
             "tensors": {"w": {"dtype": "F32", "shape": [2], "offsets": [0, 8], "sha256": "0" * 64}},
@@ -270,6 +273,10 @@ def paths(value: object, prefix: tuple[object, ...] = ()) -> list[tuple[object, 
     for key, item in items:
         found += paths(item, (*prefix, key))
     return found
+
+
+def test_the_manifest_that_fuzzing_starts_from_is_good() -> None:
+    assert parse_manifest(json.dumps(GOOD).encode()).step == 1
 
 
 @settings(max_examples=EXAMPLES, deadline=None)

@@ -207,7 +207,9 @@ def test_tied_tensors_are_stored_once_within_and_across_names(tmp_path: Path) ->
     assert model["embed"].data_ptr() == model["head"].data_ptr()
 
 
-def test_files_are_plain_safetensors_with_the_hashes_of_sha256sum(tmp_path: Path) -> None:
+def test_files_are_plain_safetensors_with_the_hashes_of_sha256sum(
+    tmp_path: Path,
+) -> None:
     model = torch.nn.Linear(3, 4)
     checkpoints = Checkpointer(tmp_path)
     path = checkpoints.save(7, {"model": model}).path
@@ -223,8 +225,19 @@ def test_files_are_plain_safetensors_with_the_hashes_of_sha256sum(tmp_path: Path
     ]
     for name, entry in manifest["files"].items():
         data = (path / name).read_bytes()
-        assert entry["sha256"] == hashlib.sha256(data).hexdigest()
         assert entry["size"] == len(data)
+        if name.endswith(".json"):
+            assert entry["sha256"] == hashlib.sha256(data).hexdigest()
+            continue
+        start = entry["header_size"]
+        parts = [data[:start]]
+        for tensor in sorted(entry["tensors"].values(), key=lambda t: t["offsets"]):
+            parts.append(data[start + tensor["offsets"][0] : start + tensor["offsets"][1]])
+            assert tensor["sha256"] == hashlib.sha256(parts[-1]).hexdigest()
+        assert b"".join(parts) == data
+        lines = "".join(hashlib.sha256(part).hexdigest() + "\n" for part in parts)
+        assert entry["header_sha256"] == lines[:64]
+        assert entry["tree_sha256"] == hashlib.sha256(lines.encode()).hexdigest()
     tensor = manifest["files"]["model.safetensors"]["tensors"]["weight"]
     raw = model.weight.detach().numpy().tobytes()
     assert tensor["sha256"] == hashlib.sha256(raw).hexdigest()

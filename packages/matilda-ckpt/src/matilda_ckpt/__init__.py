@@ -5,14 +5,7 @@ Importing this package does not import torch; saving or loading tensors does.
 
 from matilda_ckpt.background import SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
-from matilda_ckpt.checkpointer import (
-    Checkpointer,
-    Restored,
-    Skipped,
-    VerifyReport,
-    load_state,
-    verify,
-)
+from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.errors import (
     CheckpointError,
     DamagedError,
@@ -21,6 +14,8 @@ from matilda_ckpt.errors import (
     SaveError,
 )
 from matilda_ckpt.manifest import Manifest
+from matilda_ckpt.reading import VerifyReport, load_state, verify
+from matilda_ckpt.restored import Restored, Skipped
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.rng import RngState, capture_rng, restore_rng
 from matilda_ckpt.scrubber import Scrubber

@@ -5,11 +5,11 @@ from __future__ import annotations
 import builtins
 import logging
 import os
+import re
 import secrets
 import sys
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -21,58 +21,39 @@ from matilda_ckpt.errors import DamagedError, NoValidCheckpointError, SaveError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest, check_state_name
+from matilda_ckpt.object_fs import object_url
+from matilda_ckpt.reading import default_threads, load_from, load_state
+from matilda_ckpt.restored import Restored, Skipped, give, unwrapped
 from matilda_ckpt.retention import Keep
-from matilda_ckpt.rng import RngState
 from matilda_ckpt.state_tree import Encoder
-from matilda_ckpt.store import Part, SaveRequest, Store
+from matilda_ckpt.store import SHARE_BYTES, Part, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
-from matilda_ckpt.tensor_file import TensorSource
 
 if TYPE_CHECKING:
     from matilda_ckpt.snapshot import HostPool, Snapshot
 
 _LOG = logging.getLogger("matilda_ckpt")
 MAX_STEP = 10**18 - 1
-DEFAULT_THREADS = 4
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A checkpoint that `restore` passed over."""
-
-    name: str
-    step: int
-    reason: str
-    moved_to: Path | None = None
-    """Its place in `quarantine/`, or None when it was left where it is."""
-
-    def __str__(self) -> str:
-        return f"{self.name}: {self.reason}"
-
-
-@dataclass(frozen=True)
-class Restored:
-    """What `restore` found and did."""
-
-    step: int
-    path: Path
-    state: dict[str, object]
-    """Plain data of the names that no object took."""
-    manifest: Manifest
-    skipped: tuple[Skipped, ...] = ()
+_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
 class Checkpointer:
     """Atomic, verified checkpoints in one directory, with one writer at a time.
 
     Args:
-        root: directory of the checkpoints, created when missing.
+        root: directory of the checkpoints, created when missing, or the URL of a place in object
+            storage (`s3://bucket/run`; needs `matilda-ckpt[s3]` or fsspec's package for it).
         keep: retention rule, applied after each durable save.
         run_id: identity written into every manifest (default: random).
         fs: file operations (default: the operating system's).
-        threads: files written, hashed or read at the same time.
+        threads: files written, hashed or read at the same time (default: one more than cores,
+            at most 8).
         shard_bytes: a name's tensors are split into files of about this size, so that several
             cores can hash them.
+        share_bytes: when at least this many bytes of a name did not change over the last saves,
+            they share an older checkpoint's blocks (clone or hard link) instead of being written
+            again; the two newest checkpoints never share with each other. None: never share.
+        storage_options: for a URL: arguments of fsspec's client, for instance `endpoint_url`.
         read_only: never take the writer lock or move anything; `save` then raises ValueError.
 
     The writer lock is taken by the first `save` or `restore` and released by `close()`, by
@@ -86,20 +67,38 @@ class Checkpointer:
         keep: Keep = Keep(last=3),  # noqa: B008 (frozen)
         run_id: str | None = None,
         fs: Fs | None = None,
-        threads: int = DEFAULT_THREADS,
+        threads: int | None = None,
         shard_bytes: int = 256 << 20,
+        share_bytes: int | None = SHARE_BYTES,
         read_only: bool = False,
+        storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        threads = default_threads() if threads is None else threads
         if threads < 1 or shard_bytes < 1:
             raise ValueError("`threads` and `shard_bytes` must be positive")
-        self.root = Path(os.path.abspath(root))  # noqa: PTH100 (no link resolution)
         self.keep = keep
         self.run_id = run_id if run_id is not None else secrets.token_hex(8)
         self.read_only = read_only
         self._shard_bytes = shard_bytes
         self._background = Background()
         self._pool: HostPool | None = None
-        self._store = Store(fs or OsFs(), str(self.root), run_id=self.run_id, threads=threads)
+        url = object_url(root)
+        self.root = Path(os.path.abspath(root) if url is None else url)  # noqa: PTH100
+        self._store: Store
+        if url is not None:
+            from matilda_ckpt.object_store import ObjectStore
+
+            self._store = ObjectStore(
+                url, run_id=self.run_id, threads=threads, storage_options=storage_options
+            )
+        else:
+            self._store = Store(
+                fs or OsFs(),
+                str(self.root),
+                run_id=self.run_id,
+                threads=threads,
+                share_bytes=share_bytes,
+            )
 
     # -- save ----------------------------------------------------------------------------------
 
@@ -206,6 +205,12 @@ class Checkpointer:
         names = [check_state_name(name) for name in state]
         if len({name.lower() for name in names}) != len(names):
             raise ValueError("two names of `state` differ only in case")
+        for name in names:
+            stem = _SHARD_NAME.fullmatch(name)
+            if stem and stem[1] in state:
+                raise ValueError(
+                    f"state names {name!r} and {stem[1]!r} could use the same file; rename one"
+                )
         numbers = {str(key): float(value) for key, value in metrics.items()}
         try:
             strict_json.dumps(dict(provenance))
@@ -215,16 +220,8 @@ class Checkpointer:
         parts = []
         for name, value in state.items():
             encoded = encoder.encode(name, _state_of(value))
-            parts.append(
-                Part(
-                    name,
-                    strict_json.dumps(encoded.tree, sort_keys=False),
-                    _shards(name, encoded.tensors, self._shard_bytes),
-                )
-            )
-        files = [f for part in parts for f in (f"{part.name}.json", *part.tensor_files)]
-        if len(set(files)) != len(files):
-            raise ValueError("two names of `state` would use the same file; rename one")
+            tree = strict_json.dumps(encoded.tree, sort_keys=False)
+            parts.append(Part(name, tree, encoded.tensors))
 
         watch = encoder.watch
 
@@ -232,7 +229,9 @@ class Checkpointer:
             return watch is None or watch.finite
 
         alive = self._background.alive
-        return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive)
+        return SaveRequest(
+            step, parts, healthy, finite, numbers, dict(provenance), alive, self._shard_bytes
+        )
 
     # -- restore -------------------------------------------------------------------------------
 
@@ -252,7 +251,7 @@ class Checkpointer:
         the step is not there.
         """
         self._background.settle()
-        if not self.read_only and self._store.fs.entry(str(self.root)) is not None:
+        if not self.read_only and self._store.fs.entry(self._store.root) is not None:
             self._store.acquire()
         skipped: list[Skipped] = []
         for info in self._candidates(step):
@@ -268,7 +267,7 @@ class Checkpointer:
                     raise
                 skipped.append(self._set_aside(info, str(error)))
                 continue
-            return _apply(info, loaded, into, skipped)
+            return give(info, loaded, into, skipped)
         if not skipped:
             quarantined = self._store.quarantined()
             if not quarantined:
@@ -329,7 +328,7 @@ class Checkpointer:
             found = [info for info in found if info.problem is None and info.healthy]
         if not found:
             raise NoValidCheckpointError(f"`{self.root}` holds no healthy checkpoint")
-        return load_state(found[0].path, names=names)
+        return load_from(self._store, found[0].name, names)
 
     # -- look ----------------------------------------------------------------------------------
 
@@ -380,105 +379,12 @@ class Checkpointer:
         self.close()
 
 
-@dataclass(frozen=True)
-class VerifyReport:
-    """Outcome of `verify`."""
-
-    path: Path
-    ok: bool
-    problem: str | None
-    manifest: Manifest | None
-
-
-def verify(
-    path: str | os.PathLike[str], deep: bool = True, *, fs: Fs | None = None
-) -> VerifyReport:
-    """Check one checkpoint directory: seal, manifest, files, and with `deep` every byte."""
-    store, name = _store_of(path, fs)
-    try:
-        manifest = store.verify(name) if deep else store.open(name)[0]
-    except DamagedError as error:
-        return VerifyReport(Path(path), False, str(error), None)
-    return VerifyReport(Path(path), True, None, manifest)
-
-
-def load_state(
-    path: str | os.PathLike[str], *, names: Collection[str] | None = None, fs: Fs | None = None
-) -> dict[str, object]:
-    """Plain nested data of the checkpoint directory `path`, verified while it is read.
-
-    Raises DamagedError when it does not verify, ValueError when a name is not in it.
-    """
-    store, name = _store_of(path, fs)
-    manifest, _ = store.open(name)
-    wanted = list(manifest.state) if names is None else list(names)
-    for item in wanted:
-        if item not in manifest.state:
-            raise ValueError(
-                f"checkpoint `{path}` holds no {item!r}; "
-                f"it holds {', '.join(sorted(manifest.state))}"
-            )
-    return load_names(store, name, manifest, wanted)
-
-
-def _store_of(path: str | os.PathLike[str], fs: Fs | None) -> tuple[Store, str]:
-    full = os.path.abspath(path)  # noqa: PTH100
-    root, name = os.path.split(full)
-    return Store(fs or OsFs(), root, run_id="", threads=DEFAULT_THREADS), name
-
-
 def _has_tensors() -> bool:
     """Without torch in the process there is no tensor to freeze."""
     return "torch" in sys.modules
-
-
-def unwrapped(value: object) -> object:
-    """The module inside `torch.compile` and `DistributedDataParallel`, so that keys carry no
-    `_orig_mod.` or `module.` and load into any other wrapping."""
-    while True:
-        if hasattr(value, "_orig_mod"):
-            value = value._orig_mod
-        elif type(value).__name__ in ("DistributedDataParallel", "DataParallel"):
-            value = value.module  # type: ignore[attr-defined]
-        else:
-            return value
 
 
 def _state_of(value: object) -> object:
     value = unwrapped(value)
     state_dict = getattr(value, "state_dict", None)
     return state_dict() if callable(state_dict) else value
-
-
-def _shards(name: str, tensors: list[TensorSource], limit: int) -> dict[str, list[TensorSource]]:
-    groups: list[list[TensorSource]] = []
-    room = 0
-    for tensor in tensors:
-        if not groups or tensor.nbytes > room:
-            groups.append([])
-            room = limit
-        groups[-1].append(tensor)
-        room -= tensor.nbytes
-    if len(groups) == 1:
-        return {f"{name}.safetensors": groups[0]}
-    count = len(groups)
-    return {f"{name}-{i + 1:05d}-of-{count:05d}.safetensors": g for i, g in enumerate(groups)}
-
-
-def _apply(
-    info: CheckpointInfo,
-    loaded: tuple[Manifest, dict[str, object]],
-    into: Mapping[str, object],
-    skipped: list[Skipped],
-) -> Restored:
-    manifest, state = loaded
-    targets = [(n, unwrapped(target)) for n, target in into.items() if target is not None]
-    for name, target in targets:
-        if not callable(getattr(target, "load_state_dict", None)):
-            raise ValueError(
-                f"`into[{name!r}]` has no load_state_dict; map it to None to get plain data"
-            )
-    targets.sort(key=lambda item: isinstance(item[1], RngState))
-    for name, target in targets:
-        target.load_state_dict(state.pop(name))  # type: ignore[attr-defined]
-    return Restored(info.step, Path(info.path), state, manifest, tuple(skipped))

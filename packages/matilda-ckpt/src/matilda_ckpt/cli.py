@@ -14,9 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matilda_ckpt.catalog import CheckpointInfo, parse_name
-from matilda_ckpt.checkpointer import Checkpointer, verify
+from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.errors import CheckpointError
 from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME
+from matilda_ckpt.object_fs import object_url
+from matilda_ckpt.reading import verify
 from matilda_ckpt.retention import Keep, victims
 
 
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    where = "directory of checkpoints, a run directory that has `checkpoints`, or one checkpoint"
+    where = (
+        "directory (or s3:// URL) of checkpoints, run directory with `checkpoints`, or one of them"
+    )
     add("ls", _ls, "list checkpoints, newest first").add_argument("path", type=Path, help=where)
     check = add("verify", _verify, "check every byte against its SHA-256")
     check.add_argument("path", type=Path, help=where)
@@ -81,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _root(path: Path) -> Path:
     """The directory of checkpoints that `path` means."""
+    if object_url(path):
+        return path
     if not path.is_dir():
         raise ValueError(f"`{path}` is not a directory")
     nested = path / "checkpoints"

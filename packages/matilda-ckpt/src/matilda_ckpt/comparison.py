@@ -6,9 +6,9 @@ import math
 import os
 from dataclasses import dataclass, field
 
-from matilda_ckpt.checkpointer import load_state, verify
 from matilda_ckpt.errors import DamagedError
 from matilda_ckpt.manifest import Manifest, TensorEntry
+from matilda_ckpt.reading import load_state, verify
 
 
 @dataclass(frozen=True)

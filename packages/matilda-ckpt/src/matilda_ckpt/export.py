@@ -7,8 +7,8 @@ import secrets
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from matilda_ckpt.checkpointer import load_state
 from matilda_ckpt.fs import OsFs
+from matilda_ckpt.reading import load_state
 from matilda_ckpt.tensor_file import TensorSource, plan_tensor_file, write_tensor_file
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """Whether everything that is written is finite, asked of the very chunks on their way to disk.
 
 With the sign bit removed, a float's bits as an integer are at least those of infinity exactly
-when it is infinite or NaN: one `and` and one `max` over a chunk that is in the cache anyway.
+when it is infinite or NaN: one `and` and one `max` over a chunk that fits the cache of a core.
 """
 
 from __future__ import annotations
@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
-CHUNK_BYTES = 1 << 20
+from matilda_ckpt.tensor_file import CHUNK_BYTES
+
+LOOK_BYTES = 256 << 10
 
 _LIMITS: dict[str, tuple[str, int, int]] = {
     "F64": ("<u8", 0x7FFF_FFFF_FFFF_FFFF, 0x7FF0_0000_0000_0000),
@@ -40,12 +42,12 @@ class FiniteWatch:
         code, mask, limit = _LIMITS[dtype]
 
         def watched() -> Iterator[memoryview]:
-            scratch: np.ndarray[Any, Any] = np.empty(CHUNK_BYTES // np.dtype(code).itemsize, code)
+            scratch: np.ndarray[Any, Any] = np.empty(LOOK_BYTES // np.dtype(code).itemsize, code)
             for piece in read():
                 for start in range(0, len(piece), CHUNK_BYTES):
                     chunk = piece[start : start + CHUNK_BYTES]
-                    if self.finite:
-                        bits = np.frombuffer(chunk, dtype=code)
+                    for at in range(0, len(chunk) if self.finite else 0, LOOK_BYTES):
+                        bits = np.frombuffer(chunk[at : at + LOOK_BYTES], dtype=code)
                         masked = np.bitwise_and(
                             bits, bits.dtype.type(mask), out=scratch[: len(bits)]
                         )

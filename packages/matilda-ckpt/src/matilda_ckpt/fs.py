@@ -7,7 +7,6 @@ Nothing here imports torch.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import stat
@@ -16,8 +15,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-RENAME_NOREPLACE = 1
-AT_FDCWD = -100
+from matilda_ckpt import system_calls
+
+WRITEBACK_BYTES = 8 << 20
+"""The disk is set to work each time that this many bytes have been written."""
 _NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
@@ -86,6 +87,12 @@ class Fs(Protocol):
     def link(self, src: str, dst: str) -> None:
         """Hard link; OSError where the file system has none."""
 
+    def clone(self, src: str, dst: str) -> None:
+        """New file that shares the blocks of `src`; OSError where the file system cannot."""
+
+    def fsync_file(self, path: str) -> None:
+        """Make the content of an existing file durable (not its name)."""
+
     def free_bytes(self, path: str) -> int: ...
 
     def lock(self, path: str) -> Lock | None:
@@ -102,8 +109,10 @@ class Lock(Protocol):
 
 
 class _OsWriteFile:
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, writeback_bytes: int) -> None:
         self._fd = fd
+        self._writeback_bytes = writeback_bytes
+        self._written = self._started = 0
 
     def write(self, data: memoryview) -> None:
         view = data.cast("B") if data.format != "B" or data.ndim != 1 else data
@@ -112,6 +121,13 @@ class _OsWriteFile:
             if n <= 0:
                 raise OSError(errno.EIO, "write made no progress")
             view = view[n:]
+            self._written += n
+        waiting = self._written - self._started
+        if waiting >= self._writeback_bytes:
+            # Or the disk would idle until `fsync` and everything would wait for it then.
+            if not system_calls.start_writeback(self._fd, self._started, waiting):
+                self._writeback_bytes = 1 << 62
+            self._started = self._written
 
     def fsync(self) -> None:
         os.fsync(self._fd)
@@ -185,6 +201,8 @@ def _closer(lock: _OsLock) -> Any:
 class OsFs:
     """`Fs` over the operating system."""
 
+    writeback_bytes = WRITEBACK_BYTES
+
     def mkdir(self, path: str) -> None:
         os.mkdir(path)  # noqa: PTH102
 
@@ -202,7 +220,7 @@ class OsFs:
         except BaseException:
             os.close(fd)
             raise
-        return _OsWriteFile(fd)
+        return _OsWriteFile(fd, self.writeback_bytes)
 
     def open_read(self, path: str) -> ReadFile:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _NO_FOLLOW | os.O_NONBLOCK)
@@ -229,7 +247,7 @@ class OsFs:
             return None
 
     def rename_noreplace(self, src: str, dst: str) -> None:
-        if _renameat2(src, dst):
+        if system_calls.rename_noreplace(src, dst):
             return
         # The lock is held, so check-then-rename can only race with a stranger; a directory
         # rename still fails on a non-empty target.
@@ -252,6 +270,28 @@ class OsFs:
 
     def link(self, src: str, dst: str) -> None:
         os.link(src, dst, follow_symlinks=False)
+
+    def clone(self, src: str, dst: str) -> None:
+        source = os.open(src, os.O_RDONLY | os.O_CLOEXEC | _NO_FOLLOW)
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | _NO_FOLLOW
+            target = os.open(dst, flags, 0o644)
+            try:
+                system_calls.clone_file(source, target)
+            except BaseException:
+                os.unlink(dst)  # noqa: PTH108
+                raise
+            finally:
+                os.close(target)
+        finally:
+            os.close(source)
+
+    def fsync_file(self, path: str) -> None:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | _NO_FOLLOW)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
 
     def free_bytes(self, path: str) -> int:
         info = os.statvfs(path)
@@ -280,19 +320,6 @@ def _entry(name: str, info: os.stat_result) -> Entry:
     else:
         kind, size = "other", 0
     return Entry(name, kind, size, (info.st_dev, info.st_ino, info.st_mtime_ns, info.st_ctime_ns))
-
-
-def _renameat2(src: str, dst: str) -> bool:
-    """True when done; False when this system cannot (caller falls back)."""
-    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if call is None:
-        return False
-    if call(AT_FDCWD, os.fsencode(src), AT_FDCWD, os.fsencode(dst), RENAME_NOREPLACE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
-        return False
-    raise OSError(code, os.strerror(code), src, None, dst)
 
 
 @contextmanager

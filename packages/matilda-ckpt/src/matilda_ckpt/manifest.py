@@ -62,10 +62,14 @@ class TensorEntry:
 class FileEntry:
     size: int
     sha256: str
+    """Of the bytes; for a tensor file `tree_sha256`, so that every byte is hashed only once."""
     header_size: int = 0
     """Bytes before the tensor data (8 + header); 0 for files without tensors."""
     header_sha256: str = ""
     tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
+    origin: str = ""
+    """SHA-256 of the manifest of the checkpoint whose save wrote these bytes to disk, when they
+    are shared with it; "" when this save wrote them."""
 
 
 @dataclass(frozen=True)
@@ -141,6 +145,18 @@ class Commit:
         return Commit(hashlib.sha256(manifest).hexdigest(), len(manifest))
 
 
+def tree_sha256(header_sha256: str, tensors: Mapping[str, TensorEntry]) -> str:
+    """SHA-256 over a line for the header and one for each tensor in file order.
+
+    Each line is a SHA-256 in hexadecimal and a newline. Header and tensors tile the file, so that
+    this changes when any byte does; `sha256sum` of the parts gives the lines.
+    """
+    ordered = sorted(tensors.values(), key=lambda t: (t.start, t.end))
+    # Tensors without elements share an offset and a hash: their order cannot matter.
+    lines = [header_sha256, *(tensor.sha256 for tensor in ordered)]
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode("ascii")).hexdigest()
+
+
 def check_state_name(name: object) -> str:
     """ValueError unless `name` can name files on every file system."""
     if (
@@ -208,7 +224,11 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def _file_json(entry: FileEntry) -> dict[str, JSON]:
-    result: dict[str, JSON] = {"size": entry.size, "sha256": entry.sha256}
+    if not entry.header_size:
+        return {"size": entry.size, "sha256": entry.sha256}
+    result: dict[str, JSON] = {"size": entry.size, "tree_sha256": entry.sha256}
+    if entry.origin:
+        result["origin"] = entry.origin
     if entry.header_size:
         result["header_size"] = entry.header_size
         result["header_sha256"] = entry.header_sha256
@@ -228,8 +248,8 @@ def _parse_file(name: str, value: JSON) -> FileEntry:
     what = f"{MANIFEST_NAME}: files: {name[:80]}"
     raw = _object(value, what)
     size = _integer(raw, "size", what)
-    sha256 = _sha(raw, "sha256", what)
     if "tensors" not in raw:
+        sha256 = _sha(raw, "sha256", what)
         if name.endswith(".safetensors"):
             raise ValueError(f"`{what}` lists no tensors")
         if size > MAX_JSON_BYTES:
@@ -247,7 +267,11 @@ def _parse_file(name: str, value: JSON) -> FileEntry:
         position = entry.end
     if header_size < 8 or header_size + position != size:
         raise ValueError(f"`{what}`: header and tensors do not add up to {size} bytes")
-    return FileEntry(size, sha256, header_size, _sha(raw, "header_sha256", what), tensors)
+    tree, header = _sha(raw, "tree_sha256", what), _sha(raw, "header_sha256", what)
+    if tree != tree_sha256(header, tensors):
+        raise ValueError(f"`{what}`: `tree_sha256` is not that of its header and tensors")
+    origin = _sha(raw, "origin", what) if "origin" in raw else ""
+    return FileEntry(size, tree, header_size, header, tensors, origin)
 
 
 def _parse_tensor(what: str, value: JSON) -> TensorEntry:

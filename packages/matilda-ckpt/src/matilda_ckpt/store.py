@@ -4,6 +4,8 @@
     → MANIFEST.json, fsync → COMMIT, fsync → fsync directory → rename without replacing
     → fsync parent → acknowledged → only now retention.
 
+Files whose tensors did not change may share the blocks of an older checkpoint (`sharing.py`).
+
 Nothing here imports torch: every byte goes through an `Fs`, so that tests can crash it anywhere.
 """
 
@@ -38,11 +40,11 @@ from matilda_ckpt.manifest import (
 )
 from matilda_ckpt.parallel import each
 from matilda_ckpt.retention import MIN_KEPT, Keep, victims
+from matilda_ckpt.sharing import Before, look_back, plan_files, share
 from matilda_ckpt.strict_json import JSON
 from matilda_ckpt.tensor_file import (
     TensorFilePlan,
     TensorSource,
-    plan_tensor_file,
     write_bytes_file,
     write_tensor_file,
 )
@@ -50,15 +52,16 @@ from matilda_ckpt.writer_lock import TEMP_PREFIX, TRASH_PREFIX, WriterLock
 
 SPARE_BYTES = 1 << 20
 """Room for manifest, directory blocks and rounding that the preflight asks for on top."""
+SHARE_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
 class Part:
-    """One name of the saved state: its JSON, and its tensors grouped by file."""
+    """One name of the saved state: its JSON and its tensors."""
 
     name: str
     json: bytes
-    tensor_files: Mapping[str, Sequence[TensorSource]]
+    tensors: Sequence[TensorSource]
 
 
 @dataclass
@@ -81,10 +84,15 @@ class SaveRequest:
     provenance: Mapping[str, JSON]
     alive: Callable[[], None] = lambda: None
     """Called between chunks and right before the name is published; raises to abandon the save."""
+    shard_bytes: int = 256 << 20
+    """Tensors of one name go into files of about this size."""
 
 
 class Store(Catalog):
-    """One checkpoint directory. Not thread-safe: one caller at a time."""
+    """One checkpoint directory. Not thread-safe: one caller at a time.
+
+    `share_bytes`: unchanged tensors of a name are shared from this size on; None: never.
+    """
 
     def __init__(
         self,
@@ -93,11 +101,13 @@ class Store(Catalog):
         *,
         run_id: str,
         threads: int = 1,
+        share_bytes: int | None = SHARE_BYTES,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
         nonce: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
         super().__init__(fs, root, threads=threads)
         self.run_id = run_id
+        self.share_bytes = share_bytes
         self._now = now
         self._nonce = nonce
         self._lock = WriterLock(fs, root, run_id)
@@ -215,28 +225,49 @@ class Store(Catalog):
     def _write_all(
         self, temp: str, request: SaveRequest
     ) -> tuple[dict[str, FileEntry], dict[str, StateEntry]]:
-        plans = {
-            file: plan_tensor_file(tensors)
+        before = Before() if self.share_bytes is None else look_back(self, self.share_bytes)
+        parts = {
+            part.name: plan_files(
+                part.name, part.tensors, request.shard_bytes, before.still.get(part.name, ())
+            )
             for part in request.parts
-            for file, tensors in part.tensor_files.items()
         }
         texts = {f"{part.name}.json": part.json for part in request.parts}
-        sizes = {file: plan.size for file, plan in plans.items()}
+        plans = {file: plan for planned in parts.values() for file, plan in planned.items()}
+        if len(plans) != sum(len(planned) for planned in parts.values()):
+            raise ValueError("two names of `state` would use the same file; rename one")
+        files = self._share(before, plans, temp, request.alive)
+        sizes = {file: plan.size for file, plan in plans.items() if file not in files}
         sizes |= {file: len(text) for file, text in texts.items()}
         self._preflight(sum(sizes.values()))
         handles: dict[str, WriteFile] = {}
         try:
             for file, size in sizes.items():
                 handles[file] = self.fs.create(f"{temp}/{file}", size)
-            files = self._write_files(handles, plans, texts, request.alive)
+            files |= self._write_files(handles, plans, texts, request.alive)
         finally:
             for handle in handles.values():
                 handle.close()
         state = {
-            part.name: StateEntry(f"{part.name}.json", tuple(part.tensor_files))
+            part.name: StateEntry(f"{part.name}.json", tuple(parts[part.name]))
             for part in request.parts
         }
         return files, state
+
+    def _share(
+        self,
+        before: Before,
+        plans: Mapping[str, TensorFilePlan],
+        temp: str,
+        alive: Callable[[], None],
+    ) -> dict[str, FileEntry]:
+        """Entries of the files that need not be written, because an older one could be shared."""
+
+        def shared(file: str) -> FileEntry | None:
+            return share(self, before, plans[file], f"{temp}/{file}", alive)
+
+        found = zip(plans, each(shared, list(plans), self.threads), strict=True)
+        return {file: entry for file, entry in found if entry is not None}
 
     def _preflight(self, need: int) -> None:
         free = self.fs.free_bytes(self.root)

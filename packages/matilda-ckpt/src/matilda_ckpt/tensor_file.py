@@ -16,9 +16,10 @@ from dataclasses import dataclass
 
 from matilda_ckpt import strict_json
 from matilda_ckpt.fs import Fs, ReadFile, WriteFile, read_exactly, reading
-from matilda_ckpt.manifest import DTYPE_BITS, FileEntry, TensorEntry
+from matilda_ckpt.manifest import DTYPE_BITS, FileEntry, TensorEntry, tree_sha256
 
-CHUNK_BYTES = 4 << 20
+CHUNK_BYTES = 1 << 20
+"""Read, hashed and written at a time: small enough to stay in a cache on the way."""
 
 
 @dataclass(frozen=True)
@@ -70,17 +71,15 @@ def write_tensor_file(
     file: WriteFile, plan: TensorFilePlan, alive: Callable[[], None] = lambda: None
 ) -> FileEntry:
     """Write and hash in one pass, fsync, close. `alive` runs between chunks and may raise."""
-    whole = hashlib.sha256(plan.header)
     file.write(memoryview(plan.header))
     entries: dict[str, TensorEntry] = {}
     position = 0
     for tensor in plan.tensors:
         digest = hashlib.sha256()
         end = position
-        for chunk in _chunks(tensor.read()):
+        for chunk in chunks(tensor.read()):
             alive()
             digest.update(chunk)
-            whole.update(chunk)
             file.write(chunk)
             end += len(chunk)
         if end - position != tensor.nbytes:
@@ -93,16 +92,21 @@ def write_tensor_file(
         position = end
     file.fsync()
     file.close()
+    return tensor_file_entry(plan, entries)
+
+
+def tensor_file_entry(plan: TensorFilePlan, entries: Mapping[str, TensorEntry]) -> FileEntry:
+    header_sha256 = hashlib.sha256(plan.header).hexdigest()
     return FileEntry(
         size=plan.size,
-        sha256=whole.hexdigest(),
+        sha256=tree_sha256(header_sha256, entries),
         header_size=len(plan.header),
-        header_sha256=hashlib.sha256(plan.header).hexdigest(),
+        header_sha256=header_sha256,
         tensors=entries,
     )
 
 
-def _chunks(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
+def chunks(pieces: Iterable[memoryview]) -> Iterator[memoryview]:
     for piece in pieces:
         for start in range(0, len(piece), CHUNK_BYTES):
             yield piece[start : start + CHUNK_BYTES]

@@ -53,8 +53,10 @@ def _error(code: int, path: str) -> OSError:
 class MemFs:
     """`Fs` in memory. `on_operation(name, path)` runs after every operation."""
 
-    def __init__(self, capacity: int = 1 << 40) -> None:
+    def __init__(self, capacity: int = 1 << 40, *, clones: bool = False) -> None:
         self.top = Dir()
+        self.clones = clones
+        """Whether this file system can share blocks between files."""
         self.capacity = capacity
         self.operations = 0
         self.on_operation: Callable[[str, str], None] = lambda _name, _path: None
@@ -157,6 +159,28 @@ class MemFs:
         self._change(parent, (name, node))
         self._did("link", dst)
 
+    def clone(self, src: str, dst: str) -> None:
+        if not self.clones:
+            raise _error(errno.EOPNOTSUPP, dst)
+        self.fault("clone", dst)
+        node = self._find(src)
+        parent, name = self._parent(dst)
+        if not isinstance(node, File):
+            raise _error(errno.ENOENT, src)
+        if name in parent.names:
+            raise _error(errno.EEXIST, dst)
+        self._change(parent, (name, File(bytearray(node.data))))
+        self._did("clone", dst)
+
+    def fsync_file(self, path: str) -> None:
+        self.fault("fsync", path)
+        node = self._find(path)
+        if not isinstance(node, File):
+            raise _error(errno.ENOENT, path)
+        if not self.skips("fsync", path):
+            node.durable = bytes(node.data)
+        self._did("fsync", path)
+
     def free_bytes(self, path: str) -> int:
         return self.capacity - sum(len(file.data) for file in _files(self.top))
 
@@ -183,7 +207,7 @@ class MemFs:
         no reader opens them, so that what is inside can only be removed.
         """
         for tree in _dir_states(self.top, visible=True):
-            fresh = MemFs(self.capacity)
+            fresh = MemFs(self.capacity, clones=self.clones)
             fresh.top = _built(tree)
             if all(fresh._find(src) or fresh._find(dst) for src, dst in self._moves):
                 yield fresh

@@ -37,6 +37,12 @@ def payload(step: int) -> dict[str, object]:
     }
 
 
+def partly_still(step: int) -> dict[str, object]:
+    """Some tensors of the same name change, others never do."""
+    model = {"w": np.full(3, step, dtype=np.int64), "frozen": np.arange(5, dtype=np.int64)}
+    return {"model": model, "loop": {"step": step}}
+
+
 @dataclass
 class Verdict:
     """Result of one scenario."""
@@ -58,6 +64,7 @@ class Explorer:
         """Checkpoint directories, damaged or not, that must still be somewhere."""
         self.tied = False
         """Two writers may give the same sequence; either is then the newest."""
+        self.payload = payload
         self._stop_early = stop_early
         self._seen: set[tuple[object, int]] = set()
         fs.on_operation = self._crash_here
@@ -80,7 +87,7 @@ class Explorer:
                     raise ViolationFoundError
 
     def _judge(self, state: MemFs) -> str | None:
-        reader = Checkpointer(ROOT, fs=state, threads=1, keep=Keep(last=2))
+        reader = Checkpointer(ROOT, fs=state, threads=1, keep=Keep(last=2), share_bytes=1)
         if _directories(state) < self.evidence:
             return "a damaged checkpoint vanished"
         found = reader.list()
@@ -96,14 +103,14 @@ class Explorer:
             return f"nothing could be restored: {error}" if self.acknowledged else None
         if restored is None:
             return "an acknowledged checkpoint is lost" if self.acknowledged else None
-        expected = payload(restored.step)
+        expected = self.payload(restored.step)
         if not _equal(restored.state, expected):
             return f"a torn state of step {restored.step} was loaded"
         if self.acknowledged and not self.tied:
             newest = self.acknowledged[-1]
             if restored.manifest.sequence < newest.sequence:
                 return f"acknowledged {newest.name} is lost; {restored.path.name} was restored"
-        reader.save(10**6, payload(10**6))
+        reader.save(10**6, self.payload(10**6))
         again = reader.restore({})
         if again is None or again.step != 10**6:
             return "the recovered directory does not take a new save"
@@ -120,7 +127,7 @@ Maker = Callable[[MemFs, Keep], Checkpointer]
 
 def plain(fs: MemFs, keep: Keep) -> Checkpointer:
     """The real thing."""
-    return Checkpointer(ROOT, fs=fs, keep=keep, threads=1)
+    return Checkpointer(ROOT, fs=fs, keep=keep, threads=1, share_bytes=1)
 
 
 def with_store(kind: type[Store]) -> Maker:
@@ -181,6 +188,25 @@ def quarantine(explorer: Explorer, make: Maker) -> None:
     restored = checkpoints.restore({})
     assert restored is not None
     explorer.saved(checkpoints.save(4, payload(4)).result())
+
+
+def unchanged(explorer: Explorer, make: Maker) -> None:
+    """Files with the same content are shared between checkpoints, from the fifth save on."""
+    explorer.payload = partly_still
+    explorer.fs.on_operation = lambda _operation, _path: None
+    checkpoints = make(explorer.fs, Keep(last=2))
+    for step in range(1, 7):
+        if step == 5:
+            explorer.fs.on_operation = explorer._crash_here
+        explorer.saved(checkpoints.save(step, partly_still(step)).result())
+    origins = [e.origin for e in checkpoints._store.open("step-00000006")[0].files.values()]
+    assert any(origins), "nothing was shared"
+
+
+def unchanged_cloned(explorer: Explorer, make: Maker) -> None:
+    """The same on a file system that can clone files."""
+    explorer.fs.clones = True
+    unchanged(explorer, make)
 
 
 def disk_errors(explorer: Explorer, make: Maker) -> None:
@@ -249,6 +275,8 @@ SCENARIOS: dict[str, Scenario] = {
     "background": background,
     "restarts": restarts,
     "quarantine": quarantine,
+    "unchanged, linked": unchanged,
+    "unchanged, cloned": unchanged_cloned,
     "disk errors": disk_errors,
     "two writers": take_over,
 }

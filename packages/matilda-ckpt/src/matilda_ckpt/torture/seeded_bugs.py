@@ -1,4 +1,4 @@
-"""Twelve broken protocols. A crash suite that passes one of them proves nothing.
+"""Thirteen broken protocols. A crash suite that passes one of them proves nothing.
 
 Each is a mistake found in real checkpointers, applied to the real code in the model file system.
 """
@@ -123,6 +123,9 @@ class _InPlace(Store):
 BUGS: dict[str, SeededBug] = {
     "tensor files not fsynced": SeededBug(
         "save", _without("fsync", lambda path: path.endswith(".safetensors"))
+    ),
+    "clones not fsynced": SeededBug(
+        "unchanged, cloned", _without("fsync", lambda path: path.endswith("-00002.safetensors"))
     ),
     "manifest not fsynced": SeededBug(
         "save", _without("fsync", lambda path: path.endswith("MANIFEST.json"))

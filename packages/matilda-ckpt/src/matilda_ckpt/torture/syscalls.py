@@ -20,13 +20,23 @@ import matilda_ckpt
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.torture import writer
 
-CHANGING_CALLS = ("mkdir", "write", "fsync", "fallocate", "renameat2", "unlink", "rmdir")
+CHANGING_CALLS = (
+    "mkdir",
+    "write",
+    "sync_file_range",
+    "fsync",
+    "fallocate",
+    "renameat2",
+    "unlink",
+    "rmdir",
+)
 KILL = "SIGKILL"
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EINTR")
 CALLS = (
     "openat",
     "mkdir",
     "write",
+    "sync_file_range",
     "fsync",
     "fallocate",
     "rename",
