@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
+import sys
 
-from matilda_train import EXIT_PREEMPTED, StopRequest
-from matilda_train.app import run_app
+from matilda_data import (
+    DataError,
+    TextSource,
+    add_preparation_options,
+    parse_weights,
+    prepare_text,
+    run_preparation,
+)
 
 EXAMPLES = """examples:
   uv run apps/prepare_text.py --input 'books/**/*.txt' --out-dir data/books --tokenizer gpt2
   uv run apps/prepare_text.py --input corpus-*.jsonl.zst --out-dir data/corpus --tokenizer gpt2
+  uv run apps/prepare_text.py --source prose=83 corpus-edu-*.jsonl.zst \\
+      --source code=17 corpus-code-*.jsonl.zst --out-dir data/mix
   uv run apps/train.py --config configs/base_124m.json --data-dir data/corpus
 
 Input: .txt and .py (a document a file), .jsonl, .jsonl.zst (a document a line, field `text`),
@@ -18,53 +26,40 @@ Input: .txt and .py (a document a file), .jsonl, .jsonl.zst (a document a line, 
 """
 
 
-def parse_arguments() -> argparse.Namespace:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--input", required=True, nargs="+", metavar="GLOB", help="text to read")
-    parser.add_argument("--out-dir", required=True, type=Path, help="where the data set goes")
-    parser.add_argument("--tokenizer", choices=("gpt2", "byte"), default="gpt2", help="(gpt2)")
-    parser.add_argument(
-        "--shard-tokens", type=int, default=100_000_000, help="tokens per shard (100,000,000)"
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--input", nargs="+", metavar="GLOB", help="text to read")
+    what.add_argument(
+        "--source",
+        nargs="+",
+        action="append",
+        metavar=("NAME=WEIGHT", "GLOB"),
+        help="text of one part of a mixture; give it once for each part",
     )
-    parser.add_argument(
-        "--val-fraction", type=float, default=0.01, help="held-out share of documents (0.01)"
-    )
-    parser.add_argument("--workers", type=int, help="processes (default: one a core)")
-    return parser.parse_args()
+    add_preparation_options(parser, val_fraction=0.01)
+    options = parser.parse_args()
+    try:
+        inputs = options.input or [_source(*words) for words in options.source]
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    code = run_preparation(prepare_text, options, inputs=inputs)
+    if code == 0 and options.partition is None:
+        train = "uv run apps/train.py --config configs/base_124m.json"
+        print(f"Next: {train} --data-dir {options.out_dir}")
+    return code
 
 
-def main() -> int:
-    stop = StopRequest().install()
-    args = parse_arguments()
-    from matilda_train import TerminalDisplay
-    from matilda_train.preparation import PreparationStoppedError, prepare_with_display
-
-    with TerminalDisplay() as display:
-        try:
-            manifest = prepare_with_display(
-                args.input,
-                args.out_dir,
-                stop=lambda: bool(stop),
-                display=display,
-                tokenizer=args.tokenizer,
-                shard_tokens=args.shard_tokens,
-                val_fraction=args.val_fraction,
-                workers=args.workers,
-            )
-        except PreparationStoppedError as stopped:
-            print(stopped)
-            return EXIT_PREEMPTED
-    for split in ("train", "val"):
-        print(
-            f"{split}: {manifest.total_tokens(split):,} tokens of "
-            f"{manifest.total_documents(split):,} documents"
-        )
-    print(f"Data set: {args.out_dir} (data_id {manifest.data_id})")
-    print(f"Next: uv run apps/train.py --config configs/base_124m.json --data-dir {args.out_dir}")
-    return 0
+def _source(weight: str, *inputs: str) -> TextSource:
+    weights = parse_weights(weight)
+    if len(weights) != 1 or not inputs:
+        raise DataError(f"`--source {weight}` needs one NAME=WEIGHT and then what to read")
+    ((name, number),) = weights.items()
+    return TextSource(name=name, weight=number, inputs=inputs)
 
 
 if __name__ == "__main__":
-    run_app(main)
+    sys.exit(main())

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import datasets
 import huggingface_hub.errors  # noqa: F401  (imported before the forks)
@@ -47,7 +48,7 @@ def sources(revision: str = "main") -> list[HubSource]:
     ]
 
 
-def prepare(out: Path, workers: int, progress: object = None) -> str:
+def prepare(out: Path, workers: int, **options: Any) -> str:
     inputs_module.UNIT_BYTES = 20_000
     manifest = prepare_hub(
         sources(),
@@ -58,17 +59,17 @@ def prepare(out: Path, workers: int, progress: object = None) -> str:
         val_fraction=0.05,
         workers=workers,
         retry=Retry(first_wait=0.01, longest_wait=0.1),
-        progress=progress,  # type: ignore[arg-type]
+        **options,
     )
-    return manifest.data_id
+    return "" if options.get("partition") else manifest.data_id
 
 
-def in_child(out: Path, workers: int, kill_after: float | None) -> bool:
+def in_child(out: Path, workers: int, kill_after: float | None = None, **options: Any) -> bool:
     """Prepare in a fork; True when it finished."""
     child = os.fork()
     if child == 0:
         try:
-            prepare(out, workers)
+            prepare(out, workers, **options)
             os._exit(0)
         except BaseException as error:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
@@ -83,6 +84,12 @@ def in_child(out: Path, workers: int, kill_after: float | None) -> bool:
     return code == 0
 
 
+def fetches() -> int:
+    """Files of the data set that the server was asked to send so far."""
+    log = (ROOT / "requests.log").read_text().splitlines()
+    return sum(line.startswith("GET /datasets/") and ".parquet" in line for line in log)
+
+
 def faults(rate: float, kinds: list[str]) -> None:
     (ROOT / "faults.json").write_text(json.dumps({"rate": rate, "kinds": kinds}))
 
@@ -93,7 +100,7 @@ def main() -> None:
     server = start_server()
     try:
         began = time.monotonic()
-        assert in_child(OUT / "calm", 1, None)
+        assert in_child(OUT / "calm", 1)
         calm = time.monotonic() - began
         results["calm"] = open_dataset(OUT / "calm").data_id
         report = verify(OUT / "calm", deep=True)
@@ -103,23 +110,35 @@ def main() -> None:
         )
 
         faults(0.3, ["500", "429", "garbage", "truncate", "slow", "drop"])
-        assert in_child(OUT / "stormy", 2, None)
+        assert in_child(OUT / "stormy", 2)
         results["stormy"] = open_dataset(OUT / "stormy").data_id
 
         faults(0.0, [])
         draw = random.Random(7)
         killed = 0
-        for workers in (1, 2, 5):
-            out = OUT / f"killed-{workers}"
-            for _ in range(KILLS):
+        # Killed once with each number of workers in turn, or with each many times.
+        plans = [[1, 2, 5]] if KILLS == 1 else [[workers] * KILLS for workers in (1, 2, 5)]
+        for number, plan in enumerate(plans):
+            out = OUT / f"killed-{number}"
+            for workers in plan:
                 if in_child(out, workers, draw.uniform(0.05, 1.2 * calm)):
-                    out.rename(OUT / f"done-{workers}-{killed}")
-                    assert open_dataset(OUT / f"done-{workers}-{killed}").data_id == results["calm"]
-                    shutil.rmtree(OUT / f"done-{workers}-{killed}")
+                    out.rename(OUT / f"done-{killed}")
+                    assert open_dataset(OUT / f"done-{killed}").data_id == results["calm"]
+                    shutil.rmtree(OUT / f"done-{killed}")
                 killed += 1
-            assert in_child(out, workers, None)
-            results[f"killed {workers}"] = open_dataset(out).data_id
+            assert in_child(out, plan[-1])
+            results[f"killed {number}"] = open_dataset(out).data_id
         results["kills"] = killed
+
+        # Two machines do a part each, one is killed on the way; a third joins what they did.
+        parts = [OUT / f"part-{number}" for number in range(2)]
+        in_child(parts[1], 1, 0.4 * calm, partition=(1, 2))
+        for number, part in enumerate(parts):
+            assert in_child(part, 1, partition=(number, 2))
+        before = fetches()
+        results["merged"] = prepare(OUT / "merged", 1, merge=parts)
+        results["fetched to merge"] = fetches() - before
+        results["merged of one"] = prepare(OUT / "one", 1, merge=parts[:1])
 
         # The server dies in mid-preparation and comes back.
         def restart() -> None:
@@ -135,7 +154,7 @@ def main() -> None:
             if row.tokens and not restarter.ident:
                 restarter.start()
 
-        results["restarted"] = prepare(OUT / "restarted", 1, progress)
+        results["restarted"] = prepare(OUT / "restarted", 1, progress=progress)
         restarter.join()
         results["server ran anew"] = server.poll() is None
 

@@ -1,6 +1,8 @@
 """Text to verified uint16 token shards, and resumable, elastic streams over them."""
 
 from matilda_data.binfiles import open_bin
+from matilda_data.blobs import SOFTWARE_HERITAGE
+from matilda_data.command_line import add_preparation_options, parse_weights, run_preparation
 from matilda_data.dataset import TokenDataset, open_dataset
 from matilda_data.errors import DataError
 from matilda_data.hub import HubSource, prepare_hub
@@ -17,6 +19,7 @@ from matilda_data.tokenizer import Tokenizer, load_tokenizer
 from matilda_data.verify import VerifyReport, verify
 
 __all__ = [
+    "SOFTWARE_HERITAGE",
     "BinStream",
     "DataError",
     "DocumentSpan",
@@ -33,13 +36,16 @@ __all__ = [
     "TokenDataset",
     "Tokenizer",
     "VerifyReport",
+    "add_preparation_options",
     "batch_sha256",
     "cu_seqlens",
     "documents_of",
     "load_tokenizer",
     "open_bin",
     "open_dataset",
+    "parse_weights",
     "prepare_hub",
     "prepare_text",
+    "run_preparation",
     "verify",
 ]

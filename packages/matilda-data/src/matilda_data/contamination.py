@@ -93,7 +93,8 @@ class EvaluationSet:
         """Those of `runs` that pass the filter."""
         places = (runs >> FILTER_SHIFT).astype(np.uint32)
         bits = self._filter[places >> np.uint32(3)] >> (places & np.uint32(7)).astype(np.uint8)
-        return runs[(bits & np.uint8(1)).astype(np.bool_)]
+        passed: UInt64Array = runs[(bits & np.uint8(1)).astype(np.bool_)]
+        return passed
 
     def matches(self, text: str, words: _WordHashes) -> npt.NDArray[np.int64]:
         """The items that `text` shares a run with, sorted."""

@@ -17,11 +17,11 @@ from matilda_data.contamination import build_evaluation_set, store_evaluation_se
 from matilda_data.documents import ReadOptions
 from matilda_data.engine import WORK_DIR, Engine, PlannedSource, finished_manifest, locked, tidy
 from matilda_data.errors import DataError
-from matilda_data.hub_client import HubFiles, HubSource
+from matilda_data.hub_client import HubFiles, HubSource, take_over_plans
 from matilda_data.manifest import Manifest, write_incomplete
 from matilda_data.packer import select
 from matilda_data.persistence import Retry
-from matilda_data.prepare import PathLike, Settings
+from matilda_data.prepare import PathLike, Settings, check_partition, take_over
 from matilda_data.progress import Meter, ProgressCallback
 
 __all__ = ["HubSource", "prepare_hub"]
@@ -41,6 +41,8 @@ def prepare_hub(
     decontaminate: Sequence[PathLike] = (),
     backend: str = "auto",
     runner: str = "local",
+    partition: tuple[int, int] | None = None,
+    merge: Sequence[PathLike] = (),
     retry: Retry | None = None,
     command: str | None = None,
 ) -> Manifest:
@@ -54,6 +56,10 @@ def prepare_hub(
     Args:
         sources: what to read; more than one make a mixture.
         target_tokens: training tokens over all sources; None takes everything.
+        partition: (i, n) encodes every n-th file from the i-th on, as many as a share of 1/n of
+            the tokens needs, into an `out_dir` of its own that `merge` takes; the manifest returned
+            is empty and the directory unfinished.
+        merge: `out_dir`s of partitions whose work is taken over; what is missing is done here.
         retry: how to wait for a hub that fails; None waits for ever.
         others: as in `prepare_text`.
 
@@ -66,6 +72,7 @@ def prepare_hub(
         raise DataError(f"source names {names!r} are not distinct, or there are none")
     if target_tokens is not None and target_tokens < 1:
         raise DataError(f"`target_tokens` is {target_tokens!r}; give a positive number or None")
+    check_partition(partition)
     evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(
         tokenizer=tokenizer,
@@ -94,10 +101,14 @@ def prepare_hub(
         if evaluation is not None:
             store_evaluation_set(evaluation, directory / WORK_DIR)
         meter = Meter(progress, target_tokens)
+        for other in merge:
+            take_over_plans(Path(other) / WORK_DIR, directory / WORK_DIR)
         hub = HubFiles(directory / WORK_DIR / "hub", settings, retry or Retry(), meter)
         try:
             engine = replace(settings.engine(directory, journal, meter), provide=hub.provide)
-            return _run(engine, hub, sources, target_tokens, preparation)
+            for other in merge:
+                take_over(Path(other), engine)
+            return _run(engine, hub, sources, target_tokens, preparation, partition)
         finally:
             hub.close()
 
@@ -108,9 +119,14 @@ def _run(
     sources: Sequence[HubSource],
     target_tokens: int | None,
     preparation: dict[str, Any],
+    partition: tuple[int, int] | None,
 ) -> Manifest:
-    weight = sum(source.weight for source in sources)
-    files = {source.name: hub.resolve(source) for source in sources}
+    index, count = partition or (0, 1)
+    weight = sum(source.weight for source in sources) * count
+    files = {}
+    for source in sources:
+        commit, listed = hub.resolve(source)
+        files[source.name] = (commit, listed[index::count])
     planned = [
         PlannedSource(
             name=source.name,
@@ -137,7 +153,7 @@ def _run(
             if source.name not in lacking:
                 continue
             if taken[source.name] == len(listed):
-                if plan.train_tokens is not None:
+                if plan.train_tokens is not None and partition is None:
                     raise DataError(
                         f"source {source.name!r} ends after {lacking[source.name]} of the "
                         f"{plan.train_tokens} training tokens asked for; lower `target_tokens` or "
@@ -149,16 +165,18 @@ def _run(
             units = hub.plan(source, files[source.name][0], file)
             plan.units += units
             fresh.append(replace(plan, units=units))
+        if not fresh and partition is not None:
+            return Manifest(tokenizer={}, sources=(), shards=(), preparation=preparation)
         if not fresh:
             return engine.publish(planned, preparation)
         for source, plan in zip(sources, planned, strict=True):
             commit, listed = files[source.name]
-            so_far, count = lacking.get(source.name, 0), taken[source.name]
-            if 1 < count < len(listed) and source.name in lacking:
+            so_far, read = lacking.get(source.name, 0), taken[source.name]
+            if 1 < read < len(listed) and source.name in lacking:
                 # Wanted next unless the file at hand, if like those before, is enough.
-                expected = so_far * count // (count - 1)
+                expected = so_far * read // (read - 1)
                 if plan.train_tokens is None or expected < plan.train_tokens:
-                    hub.look_ahead(source, commit, listed[count])
+                    hub.look_ahead(source, commit, listed[read])
         engine.expect(fresh)
         engine.encode(fresh)
         hub.remove_files([unit for plan in fresh for _, unit in plan.units])

@@ -22,7 +22,7 @@ from matilda_data.prepare import Settings, check_source
 from matilda_data.progress import Meter
 from matilda_data.shard import file_sha256
 
-__all__ = ["HubFile", "HubFiles", "HubSource"]
+__all__ = ["HubFile", "HubFiles", "HubSource", "take_over_plans"]
 
 DOWNLOADS_AHEAD = 2
 
@@ -178,6 +178,14 @@ class HubFiles:
         path.replace(target)
         shutil.rmtree(folder, ignore_errors=True)
         return target
+
+
+def take_over_plans(other: Path, work: Path) -> None:
+    """Copy what a partition knows of the hub, so that no file is fetched only to be divided."""
+    (work / "hub").mkdir(exist_ok=True)
+    for record in sorted((other / "hub").glob("*.json")):
+        if not (work / "hub" / record.name).exists():
+            write_durably(work / "hub" / record.name, record.read_bytes())
 
 
 class _NoSuchPartError(DataError):

@@ -206,6 +206,7 @@ def prepare_text(
         DataError: nothing to read, an unreadable or malformed input, an unknown tokenizer, a bad
             option, an `out_dir` with another data set or with a preparation still running.
     """
+    check_partition(partition)
     evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(
         tokenizer=tokenizer,
@@ -262,10 +263,14 @@ def prepare_text(
         return engine.publish(sources, preparation)
 
 
+def check_partition(partition: tuple[int, int] | None) -> None:
+    """Raise DataError unless `partition` is None or (i, n) with 0 ≤ i < n."""
+    if partition is not None and not 0 <= partition[0] < partition[1]:
+        raise DataError(f"`partition` is {partition!r}; give (i, n) with 0 ≤ i < n")
+
+
 def _own_share(sources: list[PlannedSource], partition: tuple[int, int]) -> list[PlannedSource]:
     index, count = partition
-    if not 0 <= index < count:
-        raise DataError(f"`partition` is {partition!r}; give (i, n) with 0 ≤ i < n")
     numbered = [item for source in sources for item in source.units]
     mine = {key for key, _ in numbered[index::count]}
     return [

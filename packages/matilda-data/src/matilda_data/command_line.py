@@ -1,0 +1,116 @@
+"""What the programs that prepare data share: options, signals, exit codes, the closing lines.
+
+parser = argparse.ArgumentParser()
+add_preparation_options(parser, val_fraction=0.01)
+options = parser.parse_args()
+sys.exit(run_preparation(prepare_text, options, inputs=options.input))
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from matilda_data.errors import DataError
+from matilda_data.manifest import SPLITS, Manifest
+from matilda_data.terminal import ProgressLine
+from matilda_data.tokenizer import TOKENIZERS
+from matilda_data.worker import RUNNERS
+
+__all__ = ["add_preparation_options", "parse_weights", "run_preparation"]
+
+EXIT_BAD_INPUT = 2
+EXIT_ENVIRONMENT = 4
+EXIT_STOPPED = 75  # a launcher should run the same command again
+
+
+def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: float) -> None:
+    """Add what every preparation takes; `val_fraction` is the default of that option."""
+    add = parser.add_argument
+    add("--out-dir", type=Path, required=True, help="directory of the data set")
+    add("--tokenizer", choices=tuple(TOKENIZERS), default="gpt2", help="(%(default)s)")
+    add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
+    add("--val-fraction", type=float, default=val_fraction, help="held-out share (%(default)s)")
+    add("--workers", type=int, help="processes (default: one a core, as far as they are useful)")
+    add("--runner", choices=RUNNERS, default="local", help="or a Ray cluster (%(default)s)")
+    add("--decontaminate", nargs="+", metavar="FILE", default=[], help="evaluation sets (.jsonl)")
+    add("--partition", type=_partition, metavar="I/N", help="do part I of N (0 to N-1) only")
+    add("--merge", nargs="+", metavar="DIR", default=[], help="join these partitions' work")
+
+
+def run_preparation(
+    prepare: Callable[..., Manifest], options: argparse.Namespace, **arguments: Any
+) -> int:
+    """Call `prepare` with `arguments` and the shared `options`; returns the exit code.
+
+    0 when done; with one sentence, 2 for bad input and 4 for an environment that failed (disk
+    full); 75 when stopped by Ctrl-C or SIGTERM. After 4 and 75 the same command goes on.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    command = "uv run " + shlex.join(sys.argv)
+    try:
+        manifest = prepare(
+            out_dir=options.out_dir,
+            tokenizer=options.tokenizer,
+            shard_tokens=options.shard_tokens,
+            val_fraction=options.val_fraction,
+            workers=options.workers,
+            runner=options.runner,
+            decontaminate=options.decontaminate,
+            partition=options.partition,
+            merge=options.merge,
+            progress=ProgressLine(),
+            command=command,
+            **arguments,
+        )
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_BAD_INPUT
+    except OSError as error:
+        print(f"error: {error}; run the same command again to go on", file=sys.stderr)
+        return EXIT_ENVIRONMENT
+    except KeyboardInterrupt:
+        print("\nStopped; run the same command again to go on.", file=sys.stderr)
+        return EXIT_STOPPED
+    if options.partition is not None:
+        index, count = options.partition
+        print(
+            f"Part {index} of {count} is done. When all are, join them with the same options and "
+            "--merge DIR… instead of --partition."
+        )
+        return 0
+    for split in SPLITS:
+        print(
+            f"{split}: {manifest.total_tokens(split):,} tokens of "
+            f"{manifest.total_documents(split):,} documents"
+        )
+    print(f"Data set: {options.out_dir} (data_id {manifest.data_id})")
+    return 0
+
+
+def parse_weights(text: str) -> dict[str, int]:
+    """`NAME=WEIGHT,…` as a mapping.
+
+    Raises:
+        DataError: anything else, or a name twice.
+    """
+    try:
+        pairs = [(name, int(weight)) for name, weight in (p.split("=") for p in text.split(","))]
+    except ValueError:
+        raise DataError(f"{text!r} is not NAME=WEIGHT,… such as prose=83,code=17") from None
+    if len(dict(pairs)) != len(pairs):
+        raise DataError(f"{text!r} names a source twice")
+    return dict(pairs)
+
+
+def _partition(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    try:
+        return int(index), int(count)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N such as 0/4") from None
