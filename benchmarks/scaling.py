@@ -8,6 +8,7 @@ GPUs of their own. Profiles divide a step of the first rank into arithmetic, exc
 hides, and idle time. Then one run is stopped by SIGTERM on all GPUs, continued on half of them and
 on all again, and one loses a rank to SIGKILL under `--max-restarts`; both must see the batches of
 the undisturbed run, by hash, and their losses differ from it no more than two undisturbed runs do.
+`--table FILE` prints the figures of an earlier `--json FILE` as Markdown.
 Needs CUDA; `--cpu` tries everything with gloo on small processes.
 """
 
@@ -52,6 +53,11 @@ class Case:
 
 def main() -> None:
     args = parse_arguments()
+    if args.table:
+        print(table(json.loads(args.table.read_text())))
+        return
+    if args.data_dir is None or args.work_dir is None:
+        raise SystemExit("error: give --data-dir and --work-dir, or --table FILE")
     if args.profile_worker:
         profile_worker(args)
         return
@@ -113,13 +119,14 @@ def parse_arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", type=Path, default=ROOT / "configs/base_152m_v2.json")
-    parser.add_argument("--data-dir", type=Path, required=True, help="prepared data set")
-    parser.add_argument("--work-dir", type=Path, required=True, help="run directories go here")
+    parser.add_argument("--data-dir", type=Path, help="prepared data set")
+    parser.add_argument("--work-dir", type=Path, help="run directories go here")
     parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
     parser.add_argument("--steps", type=int, default=60, help="steps on all GPUs (60)")
     parser.add_argument("--set", nargs="+", default=[], help="settings of every run")
     parser.add_argument("--cpu", action="store_true", help="processes instead of GPUs")
     parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--table", type=Path, help="print this result as Markdown, run nothing")
     parser.add_argument("--profile-worker", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -277,6 +284,62 @@ def differences(one: Path, other: Path) -> dict[str, Any]:
 
 def events_of(run_dir: Path) -> list[str]:
     return [f"{row['event']} {row['step']}" for row in read_rows(run_dir / "events.jsonl")]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The figures as Markdown; efficiency is against the single GPU's tokens a second."""
+    about = results["environment"]
+    rows = [row for row in results["speed"] if "step_ms" in row]
+    rows.sort(key=lambda row: (row["gpus"], row["name"]))
+    single = next(row["tokens_per_second"] for row in rows if row["gpus"] == 1)
+    lines = [
+        f"{about['gpus']} × {about['device']}, torch {about['torch']}, NCCL {about['nccl']}, "
+        f"`{about['config']}`, {' '.join(about['settings'])}; median of the steps after "
+        f"{about['warm_up_steps']}.",
+        "",
+        "| GPUs | strategy | ms a step [quartiles] | tokens/s | efficiency | PaLM | causal | GiB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, _, high = row["step_ms_quartiles"]
+        efficiency = row["tokens_per_second"] / single / row["gpus"]
+        strategy = row["name"].split(" ", 1)[-1] if row["gpus"] > 1 else "–"
+        mfu = [f"{100 * (row[key] or 0):.1f} %" for key in ("mfu_palm", "mfu_causal")]
+        lines.append(
+            f"| {row['gpus']} | {strategy} | {row['step_ms']:.1f} [{low:.1f}–{high:.1f}] "
+            f"| {row['tokens_per_second']:,.0f} | {100 * efficiency:.1f} % | {' | '.join(mfu)} "
+            f"| {row['peak_memory_gib'] or 0:.1f} |"
+        )
+    lines += [
+        "",
+        "| first rank, ms a step | step | kernels | exchange | of it exposed | idle |",
+        "|---|---|---|---|---|---|",
+    ]
+    figures = ("step_ms", "kernels_ms", "exchange_ms", "exposed_exchange_ms", "idle_ms")
+    for profile in results["profile"]:
+        numbers = " | ".join(f"{profile[figure]:.1f}" for figure in figures)
+        lines.append(f"| {profile['name']} | {numbers} |")
+    lines += [
+        "",
+        "| against the undisturbed run | steps | equal batches | largest loss difference | mean |",
+        "|---|---|---|---|---|",
+    ]
+    for name in ("noise", "elastic", "killed rank"):
+        if name in results:
+            found = results[name]
+            lines.append(
+                f"| {name} | {found['steps']} | {'yes' if found['equal_batches'] else 'NO'} "
+                f"| {found['largest_loss_difference']:.1e} | {found['mean_loss_difference']:.1e} |"
+            )
+    if "killed rank" in results:
+        killed = results["killed rank"]
+        lines += [
+            "",
+            f"Killed rank: exit code {killed['exit']}, {killed['seconds']:.0f} s in all, "
+            f"{killed['seconds after the kill']:.0f} s after the kill, "
+            f"goodput {100 * killed['goodput']:.0f} %.",
+        ]
+    return "\n".join(lines)
 
 
 def environment(args: argparse.Namespace) -> dict[str, Any]:
