@@ -208,6 +208,7 @@ def main() -> int:
     parser.add_argument("--peer-dir", type=Path, help="folder of peers' public checkouts")
     parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}; all by default")
     parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--only", nargs="*", help="those whose name contains one of these")
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds for one figure")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -227,6 +228,8 @@ def main() -> int:
             base = None
             key = {"model": model, "dtype": dtype}
             for who, build in contenders(args.peer_dir, cuda).items():
+                if args.only and not any(part in who for part in args.only):
+                    continue
                 try:
                     row = measure(build, shapes, device, getattr(torch, dtype), args.budget_s)
                 except Exception as error:

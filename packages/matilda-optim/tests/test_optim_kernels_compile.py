@@ -41,24 +41,30 @@ def block(rows, cols):
 t, _, k, warps, stages = symmetric_config(768)
 tile, operand = block(t, t), block(t, k)
 types = {"a_desc": operand, "b_desc": operand, "d_desc": tile, "out_desc": tile}
-types |= {"alpha": "fp32", "beta": "fp32", "gamma": "fp32"}
-constants = {"ADD": True, "TILE": t, "BLOCK_K": k}
-build(kernels.symmetric_kernel, constants, types, warps, stages, True)
+types |= {"alpha": "fp32", "beta": "fp32", "gamma": "fp32", "factors": "*fp32"}
+for scaled in (True, False):
+    constants = {"ADD": not scaled, "SCALED": scaled, "TILE": t, "BLOCK_K": k}
+    build(kernels.symmetric_kernel, constants, types, warps, stages, True)
 
 m, n, k, warps, stages = apply_config(768, 3072)
-types = {"q_desc": block(m, k), "x_desc": block(k, n), "out_desc": block(m, n)}
-constants = {"TILE_M": m, "TILE_N": n, "BLOCK_K": k, "PROGRAMS": 132}
-build(kernels.apply_kernel, constants, types, warps, stages, True)
+types = {"q_desc": block(m, k), "x_desc": block(k, n), "out_desc": block(m, n // 2)}
+types |= {"factors": "*fp32"}
+constants = {"TILE_M": m, "TILE_N": n, "BLOCK_K": k, "PROGRAMS": 132, "HALVES": True}
+for scaled in (True, False):
+    build(kernels.apply_kernel, constants | {"SCALED": scaled}, types, warps, stages, True)
 
 tables = {"grad_ptrs": "*i64", "momentum_ptrs": "*i64", "param_ptrs": "*i64", "shapes": "*i32"}
 tables |= {"hyper": "*fp32", "x": "*fp16", "o": "*fp16", "partial": "*fp64", "norms": "*fp64"}
-tables |= {"counters": "*i32"}
+tables |= {"samples": "*fp64", "factors": "*fp32"}
 for even in (True, False):
-    constants = {"TILE": 64, "SKIP": not even, "EVEN": even}
-    gather = {"TILES_POW2": 1024, "GRAD": tl.float32, "NESTEROV": even, "PHASE": 0}
-    build(kernels.gather_kernel, constants | gather, tables, 4, 3, False)
-    update = {"PARAM": tl.bfloat16, "CAUTIOUS": not even}
-    build(kernels.update_kernel, constants | update, tables, 4, 3, False)
+    constants = {"TILE": 64, "EVEN": even}
+    source = constants | {"GRAD": tl.float32, "NESTEROV": even}
+    build(kernels.sample_kernel, source, tables, 4, 3, False)
+    source |= {"SKIP": not even, "SAMPLES_POW2": 16 if even else 1024}
+    build(kernels.gather_kernel, source, tables, 4, 3, False)
+    build(kernels.settle_kernel, source | {"TILES_POW2": 1024}, tables, 4, 3, False)
+    constants |= {"SKIP": not even, "PARAM": tl.bfloat16, "CAUTIOUS": not even}
+    build(kernels.update_kernel, constants, tables, 4, 3, False)
 """
 
 
@@ -68,4 +74,4 @@ def test_kernels_compile_for_hopper(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    assert len(done.stdout.split()) == 6
+    assert len(done.stdout.split()) == 12

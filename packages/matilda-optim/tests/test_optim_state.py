@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import hashlib
 import io
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -173,3 +175,17 @@ def test_a_pickled_copy_behaves_the_same() -> None:
     train(model, optimizer, 2, 4)
     train(twin_model, twin, 2, 4)
     assert digest(model, optimizer) == digest(twin_model, twin)
+
+
+def test_an_optimizer_is_freed_with_its_last_reference() -> None:
+    p = torch.nn.Parameter(torch.randn(8, 8))
+    p.grad = torch.randn(8, 8)
+    optimizer = Muon([p])
+    optimizer.step()
+    gone = weakref.ref(optimizer)
+    gc.disable()
+    try:
+        del optimizer
+        assert gone() is None
+    finally:
+        gc.enable()

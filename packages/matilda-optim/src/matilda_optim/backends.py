@@ -50,7 +50,7 @@ class MuonStep:
         self.sharing = sharing or Sharing("none")
         self.graph = graph
         self._key: Hashable = None
-        self._plan: KernelPlan | None = None
+        self._split: tuple[KernelPlan | None, Work, Work] = (None, [], [])
         self._devices: dict[torch.device, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -59,30 +59,44 @@ class MuonStep:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(**state)  # type: ignore[misc]
 
+    def forget(self) -> None:
+        """Drops what was built for tensors and groups that may be replaced now."""
+        self._key, self._split = None, (None, [], [])
+
     def __call__(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
-        plain: Work = []
-        kernel: Work = []
-        sharded: Work = []
-        for group in groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            spread = [p for p in params if is_sharded(p)]
-            if spread:
-                sharded.append((group, spread))
-                params = [p for p in params if not is_sharded(p)]
-            fit = [p for p in params if self._fits(group, p)]
-            rest = [p for p in params if p not in set(fit)] if len(fit) < len(params) else []
-            if fit:
-                kernel.append((group, fit))
-            if rest:
-                plain.append((group, rest))
-        if kernel:
-            self._kernel_step(kernel, states)
+        key = _structure(groups, states)
+        if key != self._key:
+            self._split = self._divide(groups, states)
+            self._key = key
+        plan, plain, sharded = self._split
+        if plan is not None:
+            plan.step(self.sharing, self.sharing.mode != "none")
         if plain:
             reference_step(plain, states, self.sharing)
         if sharded:
             from matilda_optim.sharded import sharded_step
 
             sharded_step(sharded, states)
+
+    def _divide(
+        self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
+    ) -> tuple[KernelPlan | None, Work, Work]:
+        """The kernels' plan, the pure-torch work and the DTensor work."""
+        plain: Work = []
+        kernel: Work = []
+        sharded: Work = []
+        for group in groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            spread = [p for p in params if is_sharded(p)]
+            whole = [p for p in params if not is_sharded(p)]
+            fit = [p for p in whole if self._fits(group, p)]
+            chosen = set(fit)
+            rest = [p for p in whole if p not in chosen]
+            for work, members in ((sharded, spread), (kernel, fit), (plain, rest)):
+                if members:
+                    work.append((group, members))
+        plan = _build_plan(kernel, states, self.graph) if kernel else None
+        return plan, plain, sharded
 
     def _fits(self, group: dict[str, Any], param: Tensor) -> bool:
         if self.backend == "reference":
@@ -106,27 +120,35 @@ class MuonStep:
             )
         return fits
 
-    def _kernel_step(self, work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
-        key = tuple(
-            (
-                tuple((id(p), id(states[p]["momentum_buffer"]), p.grad.dtype) for p in params),  # type: ignore[union-attr]
-                id(group),
-                group["nesterov"],
-                str(group["ns_coefficients"]),
-                group["ns_steps"],
-                group["ns_dtype"],
-                group["adjust_lr_fn"],
-                group["cautious"],
-                group["nonfinite"],
-                block_spec(group),
-            )
-            for group, params in work
+
+def _structure(groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> Hashable:
+    """What a plan was built for; addresses and hyper-parameters may change under it."""
+    params = [p for group in groups for p in group["params"]]
+    options = [
+        (
+            id(group),
+            len(group["params"]),
+            group["nesterov"],
+            str(group["ns_coefficients"]),
+            group["ns_steps"],
+            group["ns_dtype"],
+            group["adjust_lr_fn"],
+            group["cautious"],
+            group["normuon_beta2"] is None,
+            group["nonfinite"],
+            block_spec(group),
         )
-        if key != self._key:
-            self._plan = _build_plan(work, states, self.graph)
-            self._key = key
-        assert self._plan is not None
-        self._plan.step(self.sharing, self.sharing.mode != "none")
+        for group in groups
+    ]
+    grads = [p.grad for p in params]
+    return (
+        id(states),
+        options,
+        list(map(id, params)),
+        [p.dtype for p in params],
+        [p.is_contiguous() for p in params],
+        [None if g is None else g.dtype for g in grads],
+    )
 
 
 def _build_plan(work: Work, states: dict[Tensor, dict[str, Any]], graph: bool) -> KernelPlan:
@@ -152,8 +174,6 @@ def _build_plan(work: Work, states: dict[Tensor, dict[str, Any]], graph: bool) -
                     group["nonfinite"] == "skip",
                 )
                 ratio = lr_ratio(group["adjust_lr_fn"], rows, cols)
-                momentum = states[p]["momentum_buffer"]
-                members.setdefault(key, []).append(
-                    Matrix(p, momentum, offset, rows, cols, ratio, group)
-                )
+                matrix = Matrix(p, states[p], offset, rows, cols, ratio, group)
+                members.setdefault(key, []).append(matrix)
     return KernelPlan([KernelClass(key, group) for key, group in members.items()], graph)

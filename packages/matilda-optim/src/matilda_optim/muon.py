@@ -125,6 +125,12 @@ class Muon(Optimizer):
         self._adam_eps = adam_eps
         self._muon_step = MuonStep(backend, Sharing(distribute, process_group), graph)
         super().__init__(params, defaults)
+        self._stay_out_of_graphs()
+
+    def _stay_out_of_graphs(self) -> None:
+        """A compiled train step calls the update as it is: one graph break, no tracing."""
+        # a module's function: a bound method would keep parameters alive until the next collection
+        self._update = torch.compiler.disable(_update_groups)  # type: ignore[no-untyped-call]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a group, checks it and creates its state."""
@@ -157,6 +163,8 @@ class Muon(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._stay_out_of_graphs()
+        self._muon_step.forget()
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
@@ -200,13 +208,17 @@ class Muon(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        muon_groups = [group for group in self.param_groups if group["algorithm"] == "muon"]
-        for group in self.param_groups:
-            if group["algorithm"] == "adamw":
-                adamw_step(group, self.state)
-        if muon_groups:
-            self._muon_step(muon_groups, self.state)
+        self._update(self)
         return loss
+
+
+def _update_groups(optimizer: Muon) -> None:
+    muon_groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
+    for group in optimizer.param_groups:
+        if group["algorithm"] == "adamw":
+            adamw_step(group, optimizer.state)
+    if muon_groups:
+        optimizer._muon_step(muon_groups, optimizer.state)
 
 
 def _check_group(group: dict[str, Any]) -> None:

@@ -23,8 +23,8 @@ from matilda_optim.orthogonalize import (
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that have a gradient."""
 
-Share = Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor]
-"""Runs a batch function on x_BMN, possibly on several ranks."""
+Share = Callable[..., Tensor]
+"""`share(function, x_BMN, …)` runs a function of batches, possibly on several ranks."""
 
 
 def reference_step(work: Work, states: dict[Tensor, dict[str, Any]], share: Share) -> None:
@@ -105,7 +105,7 @@ def _orthogonalize_class(key: ClassKey, members: list[tuple[Tensor, float]], sha
     wide = [block if block.shape[0] <= block.shape[1] else block.mT for block, _ in members]
     x_BMN = workspace(wide)
     normalize_(x_BMN)
-    out_BMN = share(x_BMN.to(key.ns_dtype), lambda x: newton_schulz(x, key.quintics))
+    out_BMN = share(lambda x: newton_schulz(x, key.quintics), x_BMN.to(key.ns_dtype))
     out_BMN = out_BMN[:, : key.rows, : key.cols]
     for view, (_, ratio), out_MN in zip(wide, members, out_BMN.unbind(0), strict=True):
         torch.mul(out_MN.float(), ratio, out=view)

@@ -156,8 +156,8 @@ def sharded_step(work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
         apply_update(group, locals_, directions, masks)
 
 
-def _alone(x_BMN: Tensor, newton_schulz: Callable[[Tensor], Tensor]) -> Tensor:
-    return newton_schulz(x_BMN)
+def _alone(newton_schulz: Callable[..., Tensor], *batches: Tensor) -> Tensor:
+    return newton_schulz(*batches)
 
 
 def _local_grad(param: DTensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-NewtonSchulz = Callable[[Tensor], Tensor]
+NewtonSchulz = Callable[..., Tensor]
 DISTRIBUTE = ("none", "ddp", "auto")
 
 
@@ -40,42 +40,49 @@ class Sharing:
         self.group = group
         self.decisions: dict[tuple[int, ...], bool] = {}
 
-    def __call__(self, x_BMN: Tensor, newton_schulz: NewtonSchulz) -> Tensor:
-        """`newton_schulz(x_BMN)`, computed once over all ranks."""
+    def __call__(self, newton_schulz: NewtonSchulz, x_BMN: Tensor, *others: Tensor) -> Tensor:
+        """`newton_schulz(x_BMN, *others)`, computed once over all ranks.
+
+        The first dimension of all tensors is the batch.
+        """
         if self.mode == "none" or dist.get_world_size(self.group) == 1:
-            return newton_schulz(x_BMN)
+            return newton_schulz(x_BMN, *others)
         key = tuple(x_BMN.shape)
         shared = True if self.mode == "ddp" else self.decisions.get(key)
         if shared is None:
-            shared = self.decisions[key] = self._measure(x_BMN, newton_schulz)
-        return self._shared(x_BMN, newton_schulz) if shared else newton_schulz(x_BMN)
+            shared = self.decisions[key] = self._measure(newton_schulz, x_BMN, *others)
+        if not shared:
+            return newton_schulz(x_BMN, *others)
+        return self._shared(newton_schulz, x_BMN, *others)
 
-    def _shared(self, x_BMN: Tensor, newton_schulz: NewtonSchulz) -> Tensor:
+    def _shared(self, newton_schulz: NewtonSchulz, x_BMN: Tensor, *others: Tensor) -> Tensor:
         world, rank = dist.get_world_size(self.group), dist.get_rank(self.group)
         batch = x_BMN.shape[0]
         per_rank = -(-batch // world)
-        mine = x_BMN[rank * per_rank : (rank + 1) * per_rank]
+        mine, *rest = [t[rank * per_rank : (rank + 1) * per_rank] for t in (x_BMN, *others)]
         out = mine.new_zeros(per_rank, *x_BMN.shape[1:])
         if mine.shape[0]:
-            out[: mine.shape[0]] = newton_schulz(mine)
+            out[: mine.shape[0]] = newton_schulz(mine, *rest)
         gathered = x_BMN.new_empty(world * per_rank, *x_BMN.shape[1:])
         dist.all_gather_into_tensor(gathered, out, group=self.group)
         return gathered[:batch]
 
-    def _measure(self, x_BMN: Tensor, newton_schulz: NewtonSchulz) -> bool:
+    def _measure(self, newton_schulz: NewtonSchulz, x_BMN: Tensor, *others: Tensor) -> bool:
         """Times both ways after a warm-up each; the first rank's verdict is broadcast."""
         seconds = []
-        alone: NewtonSchulz = newton_schulz
 
-        def shared(x_BMN: Tensor) -> Tensor:
-            return self._shared(x_BMN, newton_schulz)
+        def shared() -> Tensor:
+            return self._shared(newton_schulz, x_BMN, *others)
+
+        def alone() -> Tensor:
+            return newton_schulz(x_BMN, *others)
 
         for way in (alone, shared):
-            way(x_BMN)
+            way()
             _synchronize(x_BMN.device)
             dist.barrier(group=self.group)
             begin = time.perf_counter()
-            way(x_BMN)
+            way()
             _synchronize(x_BMN.device)
             seconds.append(time.perf_counter() - begin)
         verdict = torch.tensor([float(seconds[1] < seconds[0])], device=x_BMN.device)

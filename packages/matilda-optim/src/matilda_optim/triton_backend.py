@@ -15,10 +15,11 @@ from matilda_optim import triton_kernels as kernels
 from matilda_optim.coefficients import Quintic
 from matilda_optim.device_table import DeviceTable
 from matilda_optim.reference import Share
-from matilda_optim.triton_products import newton_schulz, padded_shape
+from matilda_optim.triton_products import newton_schulz, padded_shape, zigzag
 
 ELEMENT_TILE = 64
-GATHER_LEAD = 256
+SAMPLES = 16
+SETTLE_PARTS = 8
 _TL = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -26,7 +27,7 @@ class Matrix(NamedTuple):
     """One block of one parameter: a contiguous (rows, cols) region `offset` elements in."""
 
     param: Tensor
-    momentum: Tensor
+    state: dict[str, Any]
     offset: int
     rows: int
     cols: int
@@ -56,18 +57,27 @@ class KernelClass:
         self.key = key
         self.matrices = list(matrices)
         self.m, self.n = padded_shape(key.rows, key.cols)
+        self._params = [matrix.param for matrix in self.matrices]
+        self._states = [matrix.state for matrix in self.matrices]
+        self._groups = list({id(m.group): m.group for m in self.matrices}.values())
+        self._found: tuple[list[int], ...] = ()
+        self._options: list[tuple[Any, ...]] | None = None
+        self._even = False
         batch, device = len(self.matrices), key.device
-        self.chunk = 0
         self.addresses = DeviceTable(3 * batch, torch.int64, device)
         self.hyper = DeviceTable(4 * batch, torch.float32, device)
         self._own_combined = torch.zeros(batch, 4, dtype=torch.float32, device=device)
         self.combined = self._own_combined
         shapes = [[matrix.rows, matrix.cols] for matrix in self.matrices]
         self.shapes = torch.tensor(shapes, dtype=torch.int32, device=device)
-        self.counters = torch.zeros(batch, 2, dtype=torch.int32, device=device)
-        self.norms = torch.zeros(batch, dtype=torch.float64, device=device)
         self.tiles_n = self.n // ELEMENT_TILE
         self.tiles = self.tiles_n * (self.m // ELEMENT_TILE)
+        # to skip a matrix its norm must be known before its momentum is written
+        self.sampled = self.tiles if key.skip else min(SAMPLES, self.tiles)
+        self.samples = torch.zeros(batch * self.sampled, dtype=torch.float64, device=device)
+        self.partial = torch.zeros(batch * self.tiles, dtype=torch.float64, device=device)
+        self.norms = torch.zeros(batch, dtype=torch.float64, device=device)
+        self.factors = torch.zeros(batch, dtype=torch.float32, device=device)
         # no padding: every tile lies inside its matrix and needs no mask
         self.whole = (key.rows, key.cols) == (self.m, self.n)
 
@@ -82,33 +92,54 @@ class KernelClass:
         key, batch = self.key, len(self.matrices)
         addresses, hyper = self.addresses.tensor, self.combined
         x_BMN = torch.empty(batch, self.m, self.n, dtype=key.ns_dtype, device=key.device)
-        partial = torch.empty(batch * self.tiles, dtype=torch.float64, device=key.device)
-        lead = min(GATHER_LEAD, self.tiles)
-        kernels.gather_kernel[(2 * batch * self.tiles + lead,)](
-            addresses[:batch],
-            addresses[batch : 2 * batch],
-            self.shapes,
-            hyper,
+        sources = (addresses[:batch], addresses[batch : 2 * batch], self.shapes, hyper)
+        access = {
+            "TILE": ELEMENT_TILE,
+            "GRAD": _TL[key.grad_dtype],
+            "NESTEROV": key.nesterov,
+            "EVEN": even,
+            "enable_fp_fusion": True,  # stated: the default is about to change, and bits with it
+        }
+        sampled_pow2 = triton.next_power_of_2(self.sampled)
+        kernels.sample_kernel[(batch * self.sampled,)](
+            *sources, self.samples, self.tiles_n, self.tiles, self.sampled, **access
+        )
+        kernels.gather_kernel[(batch * self.tiles,)](
+            *sources,
             x_BMN,
-            partial,
-            self.counters,
-            self.norms,
-            batch,
-            lead,
+            self.samples,
+            self.partial,
             self.m,
             self.n,
             self.tiles_n,
             self.tiles,
-            TILES_POW2=triton.next_power_of_2(self.tiles),
-            TILE=ELEMENT_TILE,
-            GRAD=_TL[key.grad_dtype],
-            NESTEROV=key.nesterov,
+            self.sampled,
+            SAMPLES_POW2=sampled_pow2,
             SKIP=key.skip,
-            EVEN=even,
-            PHASE=0,
-            enable_fp_fusion=True,  # stated: the default is about to change, and bits with it
+            **access,
         )
-        x_BMN = share(x_BMN, lambda x: newton_schulz(x, key.quintics, self.chunk))
+        kernels.settle_kernel[(batch * SETTLE_PARTS,)](
+            *sources,
+            x_BMN,
+            self.samples,
+            self.partial,
+            self.norms,
+            self.factors,
+            self.m,
+            self.n,
+            self.tiles_n,
+            self.tiles,
+            self.sampled,
+            SETTLE_PARTS,
+            SAMPLES_POW2=sampled_pow2,
+            TILES_POW2=triton.next_power_of_2(self.tiles),
+            SKIP=key.skip,
+            **access,
+        )
+        turns = zigzag()
+        x_BMN = share(
+            lambda x, factors: newton_schulz(x, factors, key.quintics, turns), x_BMN, self.factors
+        )
         kernels.update_kernel[(batch * self.tiles,)](
             addresses[2 * batch :],
             self.shapes,
@@ -119,6 +150,7 @@ class KernelClass:
             self.n,
             self.tiles_n,
             self.tiles,
+            next(turns),
             TILE=ELEMENT_TILE,
             PARAM=_TL[key.param_dtype],
             CAUTIOUS=key.cautious,
@@ -128,24 +160,37 @@ class KernelClass:
         )
 
     def _addresses(self) -> bool:
-        grads: list[int] = []
-        momenta: list[int] = []
-        params: list[int] = []
-        self._kept = []
-        for matrix in self.matrices:
-            grad = matrix.param.grad
-            assert grad is not None
-            if not grad.is_contiguous():
-                grad = grad.contiguous()
-                self._kept.append(grad)
-            grads.append(grad.data_ptr() + matrix.offset * grad.element_size())
-            momenta.append(matrix.momentum.data_ptr() + matrix.offset * 4)
-            params.append(matrix.param.data_ptr() + matrix.offset * matrix.param.element_size())
-        values = grads + momenta + params
-        self.addresses.set(values)
-        return self.whole and all(address % 16 == 0 for address in values)
+        grads = [p.grad for p in self._params]
+        if not all(g.is_contiguous() for g in grads):  # type: ignore[union-attr]
+            grads = self._kept = [g.contiguous() for g in grads]  # type: ignore[union-attr]
+        found = (
+            [g.data_ptr() for g in grads],  # type: ignore[union-attr]
+            [state["momentum_buffer"].data_ptr() for state in self._states],
+            [p.data_ptr() for p in self._params],
+        )
+        if found != self._found:
+            self._found = found
+            sizes = (self.key.grad_dtype.itemsize, 4, self.key.param_dtype.itemsize)
+            values = [
+                address + matrix.offset * size
+                for addresses, size in zip(found, sizes, strict=True)
+                for address, matrix in zip(addresses, self.matrices, strict=True)
+            ]
+            self.addresses.set(values)
+            self._even = self.whole and all(address % 16 == 0 for address in values)
+        return self._even
 
     def _hyper(self) -> None:
+        options = [
+            (group["lr"], group["momentum"], group["maximize"], group["weight_decay"])
+            for group in self._groups
+        ]
+        if any(isinstance(lr, Tensor) for lr, *_ in options):
+            self._options = None  # a tensor's value may change in place
+        elif options == self._options:
+            return
+        else:
+            self._options = options
         values: list[float] = []
         on_device = False
         for matrix in self.matrices:
@@ -187,34 +232,41 @@ def _on(device: torch.device) -> AbstractContextManager[Any]:
 
 
 class KernelPlan:
-    """All classes of one step, launched one after the other, or replayed as one CUDA graph.
+    """All classes of one step, launched one after the other, or each replayed as a CUDA graph.
 
-    In the graph each class runs on a stream of its own: the classes are independent, so one's
-    products hide another's memory traffic and the tails of its launches. It is captured on the
-    third step; the kernels find gradients and hyper-parameters through tables uploaded before.
+    The graphs run on streams of their own: the classes are independent, so one's products hide
+    another's memory traffic and the tails of its launches. They are captured on the third step;
+    the kernels find gradients and hyper-parameters through tables uploaded before.
     """
 
     def __init__(self, classes: Sequence[KernelClass], graph: bool) -> None:
         # largest first: the small ones fill its gaps
         self.classes = sorted(classes, key=lambda c: -c.m * c.n * len(c.matrices))
         self.graph = graph
-        self._graphs: dict[tuple[int, ...], torch.cuda.CUDAGraph] = {}
+        self._graphs: dict[tuple[int, bool, int], torch.cuda.CUDAGraph] = {}
+        self._streams: list[torch.cuda.Stream] = []
         self._steps = 0
 
     def step(self, share: Share, shared: bool) -> None:
         """One step; `shared` says that `share` communicates, which is not captured here."""
-        even = [kernel_class.prepare() for kernel_class in self.classes]
         self._steps += 1
-        if not self._replayable(shared):
-            for kernel_class, whole in zip(self.classes, even, strict=True):
-                with _on(kernel_class.key.device):
-                    kernel_class.launch(whole, share)
-            return
-        key = (*even, *(c.combined.data_ptr() for c in self.classes))
-        with torch.cuda.device(self.classes[0].key.device):
-            if key not in self._graphs:
-                self._graphs[key] = self._capture(even, share)
-            self._graphs[key].replay()
+        replay = self._replayable(shared)
+        if replay and not self._streams:
+            # the first class is the longest chain of launches
+            priorities = [-1] + [0] * (len(self.classes) - 1)
+            device = self.classes[0].key.device
+            self._streams = [torch.cuda.Stream(device, priority=p) for p in priorities]  # type: ignore[no-untyped-call]
+        for i, kernel_class in enumerate(self.classes):
+            with _on(kernel_class.key.device):
+                even = kernel_class.prepare()
+                if replay:
+                    self._replay(i, kernel_class, even, share)
+                else:
+                    kernel_class.launch(even, share)
+        if replay:
+            main = torch.cuda.current_stream(self.classes[0].key.device)
+            for stream in self._streams:
+                main.wait_stream(stream)
 
     def _replayable(self, shared: bool) -> bool:
         devices = {c.key.device for c in self.classes}
@@ -227,19 +279,14 @@ class KernelPlan:
             and not torch.cuda.is_current_stream_capturing()
         )
 
-    def _capture(self, even: Sequence[bool], share: Share) -> torch.cuda.CUDAGraph:
-        graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize()
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-            main = torch.cuda.current_stream()
-            streams = []
-            for i, (kernel_class, whole) in enumerate(zip(self.classes, even, strict=True)):
-                # the first, largest class is the longest chain of launches and goes first
-                stream = torch.cuda.Stream(priority=-1 if i == 0 else 0)  # type: ignore[no-untyped-call]
-                streams.append(stream)
-                stream.wait_stream(main)
-                with torch.cuda.stream(stream):
-                    kernel_class.launch(whole, share)
-            for stream in streams:
-                main.wait_stream(stream)
-        return graph
+    def _replay(self, i: int, kernel_class: KernelClass, even: bool, share: Share) -> None:
+        key = (i, even, kernel_class.combined.data_ptr())
+        if key not in self._graphs:
+            graph = self._graphs[key] = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                kernel_class.launch(even, share)
+        stream = self._streams[i]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            self._graphs[key].replay()

@@ -46,141 +46,227 @@ def _store(pointers, value, mask, EVEN: tl.constexpr):
 
 
 @triton.jit
-def gather_kernel(
+def _advance(grad, moment, blend, NESTEROV: tl.constexpr):
+    """The new momentum and the direction; `_direction` again gives the same bits."""
+    new = moment + blend * (grad - moment)
+    return new, _direction(grad, new, blend, NESTEROV)
+
+
+@triton.jit
+def _direction(grad, new, blend, NESTEROV: tl.constexpr):
+    if NESTEROV:
+        return new - (new - grad) * blend
+    return new
+
+
+@triton.jit
+def _power_of_two(norm):
+    """fp32 power of two that brings the fp64 `norm` to [64, 128); 1 where there is none."""
+    bits = norm.to(tl.int64, bitcast=True)
+    shift = 6 - (((bits >> 52) & 0x7FF) - 1023)
+    shift = tl.minimum(tl.maximum(shift, -126), 127)
+    scale = ((shift + 127) << 23).to(tl.int32).to(tl.float32, bitcast=True)
+    return tl.where((norm > 0.0) & (norm < float("inf")), scale, 1.0)
+
+
+@triton.jit
+def _root_of_sum(partial, COUNT, POW2: tl.constexpr):
+    slots = tl.arange(0, POW2)
+    return tl.sqrt(tl.sum(tl.load(partial + slots, mask=slots < COUNT, other=0.0)))
+
+
+@triton.jit
+def sample_kernel(
     grad_ptrs,  # int64 (B,): addresses of the gradients
     momentum_ptrs,  # int64 (B,): addresses of the fp32 momentum buffers
     shapes,  # int32 (B, 2): rows and columns as stored; rows > columns are read transposed
     hyper,  # fp32 (B, 4): 1 - β, sign of the gradient, 1 - lr·decay, lr·ratio
-    x,  # (B, M, N): out, directions divided by their norm
-    partial,  # fp64 (B, tiles): sums of squares
-    counters,  # int32 (B, 2): zero before and after
-    norms,  # fp64 (B,): out, Frobenius norms
-    batch,
-    lead,  # tiles of the next matrix that are summed before this one is finished
+    samples,  # fp64 (B, SAMPLES): out, sums of squares of evenly spaced tiles of the directions
+    TILES_N,
+    TILES,
+    SAMPLES,
+    TILE: tl.constexpr,
+    GRAD: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """What size the directions are, from a few tiles; all of them where SAMPLES is TILES."""
+    index = tl.program_id(0) // SAMPLES
+    tile = (tl.program_id(0) % SAMPLES) * TILES // SAMPLES
+    rows = tl.load(shapes + index * 2)
+    cols = tl.load(shapes + index * 2 + 1)
+    i = (tile // TILES_N) * TILE
+    j = (tile % TILES_N) * TILE
+    row = tl.where(rows > cols, j, i)
+    col = tl.where(rows > cols, i, j)
+    grads, mask = _source_tile(tl.load(grad_ptrs + index), rows, cols, row, col, TILE, GRAD, EVEN)
+    moments, _ = _source_tile(
+        tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
+    )
+    grad = _load(grads, mask, EVEN, "") * tl.load(hyper + index * 4 + 1)
+    moment = _load(moments, mask, EVEN, "")
+    _, direction = _advance(grad, moment, tl.load(hyper + index * 4), NESTEROV)
+    wide = direction.to(tl.float64)
+    tl.store(samples + tl.program_id(0), tl.sum(wide * wide))
+
+
+@triton.jit
+def gather_kernel(
+    grad_ptrs,  # these as in `sample_kernel`
+    momentum_ptrs,
+    shapes,
+    hyper,
+    x,  # (B, M, N): out, directions times the power of two that the samples ask for
+    samples,  # fp64 (B, SAMPLES)
+    partial,  # fp64 (B, TILES): out, sums of squares
     M,
     N,
     TILES_N,
     TILES,
+    SAMPLES,
+    SAMPLES_POW2: tl.constexpr,
+    TILE: tl.constexpr,
+    GRAD: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    SKIP: tl.constexpr,
+    EVEN: tl.constexpr,
+):
+    """Momentum and the 16-bit copy of the direction, in one pass.
+
+    16 bits need the right order of magnitude only, so the copy does not wait for the norm.
+    """
+    pid = tl.program_id(0)
+    index = pid // TILES
+    tile = pid % TILES
+    rows = tl.load(shapes + index * 2)
+    cols = tl.load(shapes + index * 2 + 1)
+    i = (tile // TILES_N) * TILE
+    j = (tile % TILES_N) * TILE
+    tall = rows > cols
+    row = tl.where(tall, j, i)
+    col = tl.where(tall, i, j)
+    grads, mask = _source_tile(tl.load(grad_ptrs + index), rows, cols, row, col, TILE, GRAD, EVEN)
+    moments, _ = _source_tile(
+        tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
+    )
+    grad = _load(grads, mask, EVEN, "evict_first") * tl.load(hyper + index * 4 + 1)
+    moment = _load(moments, mask, EVEN, "evict_first")
+    new, direction = _advance(grad, moment, tl.load(hyper + index * 4), NESTEROV)
+    estimate = _root_of_sum(samples + index * SAMPLES, SAMPLES, SAMPLES_POW2)
+    scaled = direction * _power_of_two(estimate * tl.sqrt(TILES / SAMPLES).to(tl.float64))
+    if SKIP:  # the samples are all tiles
+        finite = estimate < float("inf")
+        scaled = tl.where(finite, scaled, 0.0)
+        new = tl.where(finite, new, moment)
+    _store(moments, new, mask, EVEN)
+    wide = direction.to(tl.float64)
+    tl.store(partial + pid, tl.sum(wide * wide))
+    if tall:
+        scaled = tl.trans(scaled)
+    r = i + tl.arange(0, TILE)[:, None]
+    c = j + tl.arange(0, TILE)[None, :]
+    out = x + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c
+    tl.store(out, scaled.to(x.dtype.element_ty))
+
+
+@triton.jit
+def settle_kernel(
+    grad_ptrs,  # these as in `gather_kernel`
+    momentum_ptrs,
+    shapes,
+    hyper,
+    x,  # (B, M, N): written again where the samples misled
+    samples,
+    partial,
+    norms,  # fp64 (B,): out, Frobenius norms of the directions
+    factors,  # fp32 (B,): out, what brings x to norm 1
+    M,
+    N,
+    TILES_N,
+    TILES,
+    SAMPLES,
+    PARTS,  # programs that share one matrix
+    SAMPLES_POW2: tl.constexpr,
     TILES_POW2: tl.constexpr,
     TILE: tl.constexpr,
     GRAD: tl.constexpr,
     NESTEROV: tl.constexpr,
     SKIP: tl.constexpr,
     EVEN: tl.constexpr,
-    PHASE: tl.constexpr,
 ):
-    """Momentum, direction, norm and the scaled 16-bit copy in one pass over DRAM.
-
-    All programs of matrix k that sum squares come before those that finish it, which find their
-    operands in L2 and wait for the sum. Before these run, `lead` programs of matrix k + 1 start,
-    so that DRAM stays busy. PHASE 0 is that; 1 and 2 are the halves as two launches.
-    """
-    pid = tl.program_id(0)
-    if PHASE == 0:
-        rest = pid - lead
-        block = rest // (2 * TILES)
-        within = rest % (2 * TILES)
-        first = (rest < 0) | (within < TILES)
-        slot = tl.where(rest < 0, pid, block * TILES + within + lead)
-        if not first:
-            slot = block * TILES + within - TILES
-    else:
-        first = PHASE == 1
-        slot = pid
-    index = slot // TILES
-    tile = slot % TILES
-    if (slot >= 0) & (index < batch):
+    """The norms; and a second copy of matrices whose first left the middle of fp16's range."""
+    index = tl.program_id(0) // PARTS
+    part = tl.program_id(0) % PARTS
+    estimate = _root_of_sum(samples + index * SAMPLES, SAMPLES, SAMPLES_POW2)
+    scale = _power_of_two(estimate * tl.sqrt(TILES / SAMPLES).to(tl.float64))
+    norm = _root_of_sum(partial + index * TILES, TILES, TILES_POW2)
+    finite = norm < float("inf")
+    reached = norm * scale.to(tl.float64)
+    misled = finite & (norm > 0.0) & ((reached < 0.125) | (reached >= 32768.0))
+    scale = tl.where(misled, _power_of_two(norm), scale)
+    if part == 0:
+        factor = tl.where(norm == 0.0, 0.0, 1.0 / (norm * scale.to(tl.float64))).to(tl.float32)
+        factor = tl.where(finite, factor, 0.0 if SKIP else float("nan"))
+        tl.store(norms + index, norm)
+        tl.store(factors + index, factor)
+    if misled:
         rows = tl.load(shapes + index * 2)
         cols = tl.load(shapes + index * 2 + 1)
         blend = tl.load(hyper + index * 4)
         sign = tl.load(hyper + index * 4 + 1)
-        i = (tile // TILES_N) * TILE
-        j = (tile % TILES_N) * TILE
         tall = rows > cols
-        row = tl.where(tall, j, i)
-        col = tl.where(tall, i, j)
-        grads, mask = _source_tile(
-            tl.load(grad_ptrs + index), rows, cols, row, col, TILE, GRAD, EVEN
-        )
-        moments, _ = _source_tile(
-            tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
-        )
-        if first:
-            grad = _load(grads, mask, EVEN, "evict_last") * sign
-            moment = _load(moments, mask, EVEN, "evict_last")
-        else:
-            grad = _load(grads, mask, EVEN, "evict_first") * sign
-            moment = _load(moments, mask, EVEN, "evict_first")
-        new = moment + blend * (grad - moment)
-        direction = new
-        if NESTEROV:
-            direction = new - (new - grad) * blend
-        if first:
-            wide = direction.to(tl.float64)
-            tl.store(partial + index * TILES + tile, tl.sum(wide * wide))
-            tl.debug_barrier()
-            arrived = tl.atomic_add(counters + index * 2, 1, sem="acq_rel")
-            if arrived == TILES - 1:
-                # the last one adds up, in a fixed order
-                tl.debug_barrier()
-                slots = tl.arange(0, TILES_POW2)
-                sums = tl.load(
-                    partial + index * TILES + slots,
-                    mask=slots < TILES,
-                    other=0.0,
-                    cache_modifier=".cg",
-                )
-                tl.store(norms + index, tl.sqrt(tl.sum(sums)))
-                tl.debug_barrier()
-                tl.atomic_add(counters + index * 2, 1, sem="release")
-        else:
-            if PHASE == 0:
-                while tl.atomic_add(counters + index * 2, 0, sem="acquire") <= TILES:
-                    pass
-                tl.debug_barrier()
-            norm = tl.load(norms + index, cache_modifier=".cg")
-            inverse = tl.where(norm == 0.0, 0.0, 1.0 / norm).to(tl.float32)
-            finite = norm < float("inf")
-            scaled = direction * inverse
-            if SKIP:
-                scaled = tl.where(finite, scaled, 0.0)
-                new = tl.where(finite, new, moment)
-            _store(moments, new, mask, EVEN)
+        for tile in range(part, TILES, PARTS):
+            i = (tile // TILES_N) * TILE
+            j = (tile % TILES_N) * TILE
+            row = tl.where(tall, j, i)
+            col = tl.where(tall, i, j)
+            grads, mask = _source_tile(
+                tl.load(grad_ptrs + index), rows, cols, row, col, TILE, GRAD, EVEN
+            )
+            moments, _ = _source_tile(
+                tl.load(momentum_ptrs + index), rows, cols, row, col, TILE, tl.float32, EVEN
+            )
+            grad = _load(grads, mask, EVEN, "") * sign
+            new = _load(moments, mask, EVEN, "")
+            scaled = _direction(grad, new, blend, NESTEROV) * scale
             if tall:
                 scaled = tl.trans(scaled)
             r = i + tl.arange(0, TILE)[:, None]
             c = j + tl.arange(0, TILE)[None, :]
             out = x + index.to(tl.int64) * M * N + r.to(tl.int64) * N + c
-            tl.store(out, scaled.to(x.dtype.element_ty), eviction_policy="evict_first")
-            done = tl.atomic_add(counters + index * 2 + 1, 1)
-            if done == TILES - 1:
-                tl.store(counters + index * 2, 0)
-                tl.store(counters + index * 2 + 1, 0)
+            tl.store(out, scaled.to(x.dtype.element_ty))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["backward"])
 def symmetric_kernel(
     a_desc,  # (B·M, K): descriptor, block (TILE, BLOCK_K)
     b_desc,  # (B·M, K): likewise
     d_desc,  # (B·M, M): addend, symmetric, block (TILE, TILE); read when ADD
     out_desc,  # (B·M, M): block (TILE, TILE)
+    factors,  # fp32 (B,): read when SCALED
     alpha,
     beta,
     gamma,
     M,
     K,
     TILES,
+    backward,  # 1: the last matrix first
     ADD: tl.constexpr,
+    SCALED: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """out = A·Bᵀ, or under ADD alpha·A·Bᵀ + beta·D + gamma·I, where that is symmetric.
 
+    Under SCALED A and B stand for factor·A and factor·B.
+
     Only tiles on and above the diagonal are computed; those above are stored twice, once mirrored.
     """
     pid = tl.program_id(0)
+    pid = tl.where(backward > 0, tl.num_programs(0) - 1 - pid, pid)
     per_matrix = TILES * (TILES + 1) // 2
-    row = pid // per_matrix * M
+    index = pid // per_matrix
+    row = index * M
     t = pid % per_matrix
     # column by column of the upper triangle: t = pn(pn+1)/2 + pm, pm ≤ pn
     pn = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
@@ -193,6 +279,9 @@ def symmetric_kernel(
         a = a_desc.load([row + m, k])
         b = b_desc.load([row + n, k])
         acc = tl.dot(a, b.T, acc)
+    if SCALED:
+        factor = tl.load(factors + index)
+        acc = acc * (factor * factor)
     if ADD:
         acc = acc * alpha + beta * d_desc.load([row + m, n]).to(tl.float32)
         if m == n:
@@ -204,24 +293,29 @@ def symmetric_kernel(
         out_desc.store([row + n, m], tl.trans(value))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["backward"])
 def apply_kernel(
     q_desc,  # (B·M, M): descriptor, block (TILE_M, BLOCK_K)
     x_desc,  # (B·M, N): descriptor, block (BLOCK_K, TILE_N)
-    out_desc,  # (B·M, N): descriptor, block (TILE_M, TILE_N)
+    out_desc,  # (B·M, N): descriptor, block (TILE_M, TILE_N or under HALVES half of it)
+    factors,  # fp32 (B,): read when SCALED
     M,
     TILES_M,
     TILES_N,
     TOTAL,  # tiles of all matrices
+    backward,  # 1: the last matrix first
+    HALVES: tl.constexpr,
+    SCALED: tl.constexpr,
     PROGRAMS: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """out = Q·X, a dense product per matrix; each program makes every PROGRAMS-th tile."""
+    """out = Q·X, or factor·Q·X; each program makes every PROGRAMS-th tile."""
     per_matrix = TILES_M * TILES_N
     # flattened, so that the next tile's loads overlap this one's store
-    for tile in tl.range(tl.program_id(0), TOTAL, PROGRAMS, flatten=True):
+    for position in tl.range(tl.program_id(0), TOTAL, PROGRAMS, flatten=True):
+        tile = tl.where(backward > 0, TOTAL - 1 - position, position)
         row = tile // per_matrix * M
         t = tile % per_matrix
         m = row + t % TILES_M * TILE_M
@@ -231,10 +325,18 @@ def apply_kernel(
             q = q_desc.load([m, k])
             x = x_desc.load([row + k, n])
             acc = tl.dot(q, x, acc)
-        out_desc.store([m, n], acc.to(out_desc.dtype))
+        if SCALED:
+            acc = acc * tl.load(factors + tile // per_matrix)
+        if HALVES:
+            # one after the other through half the shared memory, which another stage gets
+            left, right = acc.reshape(TILE_M, 2, TILE_N // 2).permute(0, 2, 1).split()
+            out_desc.store([m, n], left.to(out_desc.dtype))
+            out_desc.store([m, n + TILE_N // 2], right.to(out_desc.dtype))
+        else:
+            out_desc.store([m, n], acc.to(out_desc.dtype))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["backward"])
 def update_kernel(
     param_ptrs,  # int64 (B,): addresses of the parameters
     shapes,  # int32 (B, 2): rows and columns as stored
@@ -245,6 +347,7 @@ def update_kernel(
     N,
     TILES_N,
     TILES,
+    backward,  # 1: the last matrix first
     TILE: tl.constexpr,
     PARAM: tl.constexpr,
     CAUTIOUS: tl.constexpr,
@@ -253,6 +356,7 @@ def update_kernel(
 ):
     """p ← (1 - lr·decay)·p - lr·ratio·o; under CAUTIOUS decay acts only where p·o > 0."""
     pid = tl.program_id(0)
+    pid = tl.where(backward > 0, tl.num_programs(0) - 1 - pid, pid)
     index = pid // TILES
     tile = pid % TILES
     rows = tl.load(shapes + index * 2)
