@@ -1,12 +1,14 @@
-"""Data speed: matilda-data beside litdata, mosaicml-streaming, and datasets with torchdata.
+"""Data speed: matilda-data beside litdata, mosaicml-streaming, datasets, datatrove and nanochat.
 
-    python benchmarks/data.py [--quick] [--input FILE…] [--json FILE] [--peer-dir DIR]
+    python benchmarks/data.py [--quick] [--only NAME…] [--input FILE…] [--json FILE]
+        [--peer-dir DIR]
 
 Every system gets the same text, the same GPT-2 tokens and one core, in a process of its own per
 task (`data_peers.py`); those that are not installed are left out by name. Text comes from `--input`
 (`.jsonl`, `.jsonl.zst`) or is Python's standard library. Figures per core divide by CPU seconds of
 the process and its children, so that other load on the machine matters less; wall time is beside.
-`--peer-dir` is accepted like everywhere: none of these peers needs a checkout.
+`--peer-dir` holds checkouts: `nanochat`, the others are packages. `--only` takes names of systems
+and `verification`, the opening and hashing of a large data set.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ NEEDS = {
     "litdata": "litdata",
     "mosaicml-streaming": "streaming",
     "datasets+torchdata": "torchdata",
+    "datatrove": "datatrove",
+    "nanochat": "nanochat",
 }
 TASK_SECONDS = 900
 
@@ -62,7 +66,9 @@ def read_texts(inputs: list[Path]) -> Any:
             yield document.text
 
 
-def run(name: str, task: str, corpus: Path, work: Path, seconds: float) -> dict[str, Any]:
+def run(
+    name: str, task: str, corpus: Path, work: Path, seconds: float, search: str
+) -> dict[str, Any]:
     """One task of one system on one core."""
     env = {
         **os.environ,
@@ -72,6 +78,7 @@ def run(name: str, task: str, corpus: Path, work: Path, seconds: float) -> dict[
         "DATA_BENCH_SECONDS": str(seconds),
         "HF_DATASETS_OFFLINE": "1",
         "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": search,
     }
     pin = ["taskset", "-c", str(min(os.sched_getaffinity(0)))]
     command = [sys.executable, str(HERE / "data_peers.py"), name, task, str(corpus), str(work)]
@@ -116,12 +123,19 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under a minute; less text, no peers")
     parser.add_argument("--input", nargs="*", type=Path, default=[], help="text to prepare")
     parser.add_argument("--megabytes", type=int, default=64, help="text at most")
-    parser.add_argument("--verify-gigabytes", type=float, default=2.0)
+    parser.add_argument("--verify-gigabytes", type=float, default=10.0)
     parser.add_argument("--json", type=Path, help="write the figures there")
-    parser.add_argument("--peer-dir", type=Path, help="not needed by these peers")
+    parser.add_argument("--peer-dir", type=Path, help="checkouts of peers")
+    parser.add_argument("--only", nargs="+", choices=[*NEEDS, "verification"], metavar="NAME")
     options = parser.parse_args()
     seconds = 1.0 if options.quick else 5.0
     names = ["matilda", "matilda-tiktoken"] if options.quick else list(NEEDS)
+    names = [name for name in names if name in (options.only or names)]
+    checkouts = [
+        str(path.resolve()) for path in sorted((options.peer_dir or HERE).glob("nanochat"))
+    ]
+    sys.path += checkouts
+    search = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *checkouts]))
     results: dict[str, Any] = {
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} CPUs",
         "python": platform.python_version(),
@@ -137,16 +151,17 @@ def main() -> int:
                 print(f"{name}: not installed", flush=True)
                 continue
             found = {
-                task: run(name, task, base / "corpus.jsonl", base / name, seconds)
+                task: run(name, task, base / "corpus.jsonl", base / name, seconds, search)
                 for task in ("prepare", "load", "resume")
             }
             results["systems"][name] = found
             print(f"{name}: {json.dumps(found)}", flush=True)
-        (base / "big").mkdir()
-        results["verification"] = verification(
-            base / "big", 0.1 if options.quick else options.verify_gigabytes
-        )
-        print(f"verification: {json.dumps(results['verification'])}")
+        if "verification" in (options.only or ["verification"]):
+            (base / "big").mkdir()
+            results["verification"] = verification(
+                base / "big", 0.1 if options.quick else options.verify_gigabytes
+            )
+            print(f"verification: {json.dumps(results['verification'])}")
     if options.json:
         options.json.write_text(json.dumps(results, indent=1) + "\n")
     return 0

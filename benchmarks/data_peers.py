@@ -72,8 +72,12 @@ class Matilda:
             yield stream.take(BATCH)
 
     def resume(self, work: Path) -> Callable[[], Any]:
+        return self.resume_at(work, 1.0)
+
+    def resume_at(self, work: Path, epochs: float) -> Callable[[], Any]:
         stream = self.stream(work)
-        state = {**stream.state_dict(), "next_sample": stream.n_windows - BATCH}
+        place = max(int(stream.n_windows * epochs) - BATCH, 0)
+        state = {**stream.state_dict(), "next_sample": place}
 
         def again() -> Any:
             fresh = self.stream(work)
@@ -128,18 +132,7 @@ class LitData:
             yield from loader
 
     def resume(self, work: Path) -> Callable[[], Any]:
-        loader = self.loader(work)
-        iterator = iter(loader)
-        for _ in range(len(loader) - 2):
-            next(iterator)
-        state = loader.state_dict()
-
-        def again() -> Any:
-            fresh = self.loader(work)
-            fresh.load_state_dict(state)
-            return next(iter(fresh))
-
-        return again
+        return resume_at_the_end(lambda: self.loader(work))
 
 
 class Mosaic:
@@ -233,18 +226,154 @@ class TorchData:
             yield from loader
 
     def resume(self, work: Path) -> Callable[[], Any]:
+        return resume_at_the_end(lambda: self.loader(work))
+
+
+def gpt2_encoding() -> Any:
+    """tiktoken's GPT-2 with its end-of-text token, without a download."""
+    import base64
+
+    import tiktoken
+
+    from matilda_data.tokenizer import GPT2_EOT, GPT2_PATTERN, gpt2_ranks_file
+
+    pairs = (line.split() for line in gpt2_ranks_file().splitlines() if line)
+    return tiktoken.Encoding(
+        "gpt2",
+        pat_str=GPT2_PATTERN,
+        mergeable_ranks={base64.b64decode(token): int(rank) for token, rank in pairs},
+        special_tokens={"<|endoftext|>": GPT2_EOT},
+    )
+
+
+class Datatrove:
+    """datatrove: JsonlReader and DocumentTokenizer (`tokenizers`), DatatroveFolderDataset."""
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        from datatrove.executor import LocalPipelineExecutor
+        from datatrove.pipeline.readers import JsonlReader
+        from datatrove.pipeline.tokens import DocumentTokenizer
+
+        tokenizer = work / "tokenizer.json"
+        tokenizer.write_text(self.tokenizer_json())
+        LocalPipelineExecutor(
+            pipeline=[
+                JsonlReader(str(corpus.parent), glob_pattern=corpus.name),
+                DocumentTokenizer(
+                    str(work / "out"),
+                    tokenizer_name_or_path=str(tokenizer),
+                    eos_token="<|endoftext|>",
+                    batch_size=1000,
+                    shuffle_documents=False,
+                ),
+            ],
+            tasks=1,
+            workers=1,
+            logging_dir=str(work / "logs"),
+        ).run()
+        return {"tokenizer": "tokenizers"}
+
+    @staticmethod
+    def tokenizer_json() -> str:
+        from matilda_data import load_tokenizer
+        from matilda_data.fast import tokenizer_json
+        from matilda_data.tokenizer import GPT2_EOT, gpt2_splits
+
+        value = json.loads(tokenizer_json(load_tokenizer("gpt2")._ranks or {}, gpt2_splits()))
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        eot = {"id": GPT2_EOT, "content": "<|endoftext|>", "special": True, **flags}
+        return json.dumps({**value, "added_tokens": [eot]})
+
+    def loader(self, work: Path) -> Any:
+        import torch
+        from datatrove.utils.dataset import DatatroveFolderDataset
+        from torchdata.stateful_dataloader import StatefulDataLoader
+
+        dataset = DatatroveFolderDataset(str(work / "out"), seq_len=SEQ_LEN, shuffle=False)
+        generator = torch.Generator().manual_seed(0)
+        return StatefulDataLoader(dataset, batch_size=BATCH, shuffle=True, generator=generator)
+
+    def batches(self, work: Path) -> Iterator[Any]:
         loader = self.loader(work)
-        iterator = iter(loader)
-        for _ in range(len(loader) - 2):
-            next(iterator)
-        state = loader.state_dict()
+        while True:
+            yield from loader
 
-        def again() -> Any:
-            fresh = self.loader(work)
-            fresh.load_state_dict(state)
-            return next(iter(fresh))
+    def resume(self, work: Path) -> Callable[[], Any]:
+        return resume_at_the_end(lambda: self.loader(work))
 
-        return again
+
+class Nanochat:
+    """nanochat's loader, which tokenizes on the way; `--peer-dir` has its checkout."""
+
+    def prepare(self, corpus: Path, work: Path) -> dict[str, Any]:
+        """Only the tokenizing its loader does, from memory to memory."""
+        import pyarrow
+        import pyarrow.parquet
+
+        data = self.base(work) / "base_data_climbmix"
+        data.mkdir(parents=True)
+        rows = list(texts(corpus))
+        cpu, wall = cpu_seconds(), time.perf_counter()
+        tokenizer = self.tokenizer()
+        bos = tokenizer.get_bos_token_id()
+        for first in range(0, len(rows), 128):
+            tokenizer.encode(rows[first : first + 128], prepend=bos, num_threads=1)
+        spent = {"cpu": cpu_seconds() - cpu, "wall": time.perf_counter() - wall}
+        for number, part in enumerate((rows, rows[:64])):  # its last file is the held-out one
+            pyarrow.parquet.write_table(
+                pyarrow.table({"text": part}), data / f"shard_{number:05d}.parquet", 1024
+            )
+        return {"tokenizer": "tiktoken, in memory", "spent": spent}
+
+    @staticmethod
+    def base(work: Path) -> Path:
+        os.environ["NANOCHAT_BASE_DIR"] = str(work)
+        return work
+
+    @staticmethod
+    def tokenizer() -> Any:
+        from nanochat.tokenizer import RustBPETokenizer
+
+        return RustBPETokenizer(gpt2_encoding(), "<|endoftext|>")
+
+    def batches(self, work: Path, state: dict[str, int] | None = None) -> Iterator[Any]:
+        self.base(work)
+        from nanochat.dataloader import tokenizing_distributed_data_loader_with_state_bos_bestfit
+
+        batches: Iterator[Any] = tokenizing_distributed_data_loader_with_state_bos_bestfit(
+            self.tokenizer(),
+            BATCH,
+            SEQ_LEN,
+            "train",
+            tokenizer_threads=1,
+            device="cpu",
+            resume_state_dict=state,
+        )
+        return batches
+
+    def resume(self, work: Path) -> Callable[[], Any]:
+        """Approximate, by row group, as nanochat has it."""
+        import pyarrow.parquet
+
+        file = self.base(work) / "base_data_climbmix" / "shard_00000.parquet"
+        last = pyarrow.parquet.ParquetFile(file).num_row_groups - 2
+        return lambda: next(self.batches(work, {"pq_idx": 0, "rg_idx": max(last, 0), "epoch": 1}))
+
+
+def resume_at_the_end(make: Callable[[], Any]) -> Callable[[], Any]:
+    """A call that restores a state from near the end of the epoch and reads one batch."""
+    loader = make()
+    iterator = iter(loader)
+    for _ in range(len(loader) - 2):
+        next(iterator)
+    state = loader.state_dict()
+
+    def again() -> Any:
+        fresh = make()
+        fresh.load_state_dict(state)
+        return next(iter(fresh))
+
+    return again
 
 
 SYSTEMS: dict[str, type[Any]] = {
@@ -253,6 +382,8 @@ SYSTEMS: dict[str, type[Any]] = {
     "litdata": LitData,
     "mosaicml-streaming": Mosaic,
     "datasets+torchdata": TorchData,
+    "datatrove": Datatrove,
+    "nanochat": Nanochat,
 }
 
 
@@ -267,6 +398,13 @@ def peak_megabytes() -> float:
     return int(fields["VmHWM"].split()[0]) / 1e3
 
 
+def milliseconds(action: Callable[[], Any]) -> float:
+    """Wall time of one call."""
+    began = time.perf_counter()
+    action()
+    return 1e3 * (time.perf_counter() - began)
+
+
 def main() -> None:
     name, task, corpus, work = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
     work.mkdir(parents=True, exist_ok=True)
@@ -278,6 +416,8 @@ def main() -> None:
         cpu, wall = cpu_seconds(), time.perf_counter()
         result.update(system.prepare(corpus, work))
         cpu, wall = cpu_seconds() - cpu, time.perf_counter() - wall
+        if (spent := result.pop("spent", None)) is not None:
+            cpu, wall = spent["cpu"], spent["wall"]
         result |= {"text_mb_per_cpu_s": size / cpu / 1e6, "text_mb_per_s": size / wall / 1e6}
     elif task == "load":
         batches = system.batches(work)
@@ -302,6 +442,11 @@ def main() -> None:
             "resume_ms": 1e3 * (time.perf_counter() - wall),
             "resume_cpu_ms": 1e3 * (cpu_seconds() - cpu),
         }
+        if hasattr(system, "resume_at"):
+            result["resume_ms_by_epochs"] = {
+                str(epochs): milliseconds(system.resume_at(work, epochs))
+                for epochs in (0.0, 0.5, 1.0, 3.7, 1000.25)
+            }
     print("\n" + json.dumps({**result, "peak_rss_mb": peak_megabytes()}), flush=True)
     os._exit(0)  # some peers leave threads that hold the process
 
