@@ -4,10 +4,11 @@
 
 Every case is `torchrun apps/train.py` on real shards at one global batch. Speed is the median of
 the logged steps after the first 8; cases that fit on the node together run at the same time, on
-GPUs of their own. Profiles divide a step of the first rank into arithmetic, exchange that nothing
-hides, and idle time. Then one run is stopped by SIGTERM on all GPUs, continued on half of them and
-on all again, and one loses a rank to SIGKILL under `--max-restarts`; both must see the batches of
-the undisturbed run, by hash, and their losses differ from it no more than two undisturbed runs do.
+GPUs of their own. The first rank's last steps on one GPU and on all are traced, and divided into
+arithmetic, exchange that nothing hides, and idle time. Then one run loses a rank to SIGKILL under
+`--max-restarts`, is stopped by SIGTERM, continued on half of the GPUs, stopped, and continued on
+all; it must see the batches of the undisturbed run, by hash, and its losses may differ from that
+run's no more than those of two undisturbed runs do.
 `--table FILE` prints the figures of an earlier `--json FILE` as Markdown.
 Needs CUDA; `--cpu` tries everything with gloo on small processes.
 """
@@ -34,6 +35,7 @@ from matilda_train.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 8
+TRACED_STEPS = 6
 
 
 @dataclass(frozen=True)
@@ -66,52 +68,36 @@ def main() -> None:
     full, half = args.gpus, args.gpus // 2
     smaller = [2**i for i in range(10) if 2**i < full]
     cases = [
-        *(Case(f"{n} ddp" if n > 1 else "1", n) for n in smaller),
-        *(Case(f"{n} fsdp", n, "fsdp") for n in smaller if n > 1),
+        *(Case(f"{n} ddp" if n > 1 else "1", n, profile=n == 1) for n in smaller),
         *(Case(f"{n} ddp, shared Muon", n, "ddp", "ddp") for n in smaller if n > 1),
-        Case(f"{full} ddp", full),
+        *(Case(f"{n} fsdp", n, "fsdp") for n in smaller if n > 1),
+        Case(f"{full} ddp", full, profile=True),
         Case(f"{full} ddp, shared Muon", full, "ddp", "ddp"),
         Case(f"{full} fsdp", full, "fsdp"),
     ]
-    results: dict[str, Any] = {"environment": environment(args), "speed": [], "profile": []}
+    results: dict[str, Any] = {"environment": environment(args), "speed": []}
 
-    def report() -> None:
+    def report(title: str, row: dict[str, Any]) -> None:
+        print(f"{title}: {json.dumps(row)}", flush=True)
         if args.json:
             args.json.write_text(json.dumps(results, indent=1))
 
     for wave in waves(cases, full):
+        began = time.monotonic()
         running = [(case, *node.launch(case)) for case in wave]
         for case, run_dir, process in running:
             code = process.wait()
             row = asdict(case) | ({"exit": code} if code else speed_of(run_dir))
             results["speed"].append(row)
-            print(json.dumps(row), flush=True)
-        report()
-    profiles = [Case(f"profile {n}", n, profile=True) for n in (1, full) if not args.cpu]
-    for case in profiles:
-        _, process = node.launch(case)
-        out = args.work_dir / case.name.replace(" ", "-") / "profile.json"
-        if process.wait() == 0:
-            results["profile"].append({"name": case.name} | json.loads(out.read_text()))
-            print(json.dumps(results["profile"][-1]), flush=True)
-        report()
-    twin = node.run_dir(Case(f"{full} ddp", full))
-    other = node.run_dir(Case(f"{full} ddp, shared Muon", full))
-    results["noise"] = differences(twin, other)
-    print("two undisturbed runs:", json.dumps(results["noise"]), flush=True)
+            report(f"{time.monotonic() - began:.0f} s", row)
+    twin = node.run_dir(cases[-3])
+    results["two undisturbed runs"] = differences(twin, node.run_dir(cases[-2]))
+    report("two undisturbed runs", results["two undisturbed runs"])
 
-    elastic = node.work_dir / "elastic"
-    for n, until in ((full, 20), (half, 40), (full, None)):
-        node.run_until(Case("elastic", n), elastic, until)
-    results["elastic"] = differences(twin, elastic) | {"events": events_of(elastic)}
-    print("elastic:", json.dumps(results["elastic"]), flush=True)
-    report()
-
-    killed = node.work_dir / "killed"
-    results["killed rank"] = node.kill_a_rank(Case("killed", full), killed, after_step=20)
-    results["killed rank"] |= differences(twin, killed) | {"events": events_of(killed)}
-    print("killed rank:", json.dumps(results["killed rank"]), flush=True)
-    report()
+    disturbed = node.work_dir / "disturbed"
+    results["disturbed"] = node.disturb(disturbed, full, half)
+    results["disturbed"] |= differences(twin, disturbed) | {"events": events_of(disturbed)}
+    report("disturbed", results["disturbed"])
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -166,16 +152,12 @@ class Node:
         args, run_dir = self.args, run_dir or self.run_dir(case)
         first = self._next_gpu if self._next_gpu + case.gpus <= args.gpus else 0
         self._next_gpu = (first + case.gpus) % args.gpus
-        # the smaller cases take longer a step, the figures need as many steps of each
-        steps = args.steps if case.gpus == args.gpus else max(16, 6 * case.gpus)
-        if run_dir.name in ("elastic", "killed"):
-            steps = args.steps
-        every = 10 if restarts else 20
+        # on fewer GPUs a step takes longer
+        whole = case.gpus == args.gpus or run_dir.name == "disturbed"
+        steps = args.steps if whole else max(28, 6 * case.gpus)
         program = [__file__, "--profile-worker"] if case.profile else [str(ROOT / "apps/train.py")]
-        if case.profile:
-            program += ["--work-dir", str(run_dir)]
-        else:
-            program += ["--run-dir", str(run_dir)]
+        program += ["--work-dir" if case.profile else "--run-dir", str(run_dir)]
+        every = 10 if run_dir.name == "disturbed" else 1_000_000
         command = [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
             *("--nproc-per-node", str(case.gpus), "--max-restarts", str(restarts), *program),
@@ -193,32 +175,34 @@ class Node:
         log.close()
         return run_dir, process
 
-    def run_until(self, case: Case, run_dir: Path, step: int | None) -> None:
-        """Run to the end, or stop by SIGTERM to torchrun once `step` is in the metrics."""
+    def disturb(self, run_dir: Path, full: int, half: int) -> dict[str, Any]:
+        """Kill a rank, stop, go on with half of the GPUs, stop, go on with all of them."""
         began = time.monotonic()
-        _, process = self.launch(case, run_dir)
-        if step is not None:
-            wait_for_step(run_dir, step, process)
-            process.send_signal(signal.SIGTERM)
-        process.wait()
-        print(f"{case.gpus} GPUs: {time.monotonic() - began:.0f} s", flush=True)
-
-    def kill_a_rank(self, case: Case, run_dir: Path, *, after_step: int) -> dict[str, Any]:
-        """SIGKILL to the last rank in mid-step; torchrun must bring the run to its end."""
-        began = time.monotonic()
-        _, process = self.launch(case, run_dir, restarts=3)
-        wait_for_step(run_dir, after_step + 3, process)
-        os.kill(worker_of_rank(case.gpus - 1, process.pid), signal.SIGKILL)
+        _, process = self.launch(Case("disturbed", full), run_dir, restarts=3)
+        wait_for_step(run_dir, 14, process)
+        os.kill(worker_of_rank(full - 1, process.pid), signal.SIGKILL)
         killed = time.monotonic()
-        code = process.wait()
+        while process.poll() is None and not any(
+            e.startswith("resume") for e in events_of(run_dir)
+        ):
+            time.sleep(0.02)
+        wait_for_step(run_dir, 14, process)
+        back = time.monotonic() - killed
+        wait_for_step(run_dir, 25, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        _, process = self.launch(Case("disturbed", half), run_dir)
+        wait_for_step(run_dir, 35, process)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        _, process = self.launch(Case("disturbed", full), run_dir)
+        code, wall = process.wait(), time.monotonic() - began
         rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "step_ms" in row]
-        wall = time.monotonic() - began
-        useful = sum(row["step_ms"] for row in rows) / 1e3
         return {
             "exit": code,
             "seconds": wall,
-            "seconds after the kill": time.monotonic() - killed,
-            "goodput": useful / wall,
+            "seconds from the kill to the next new step": back,
+            "goodput": sum(row["step_ms"] for row in rows) / 1e3 / wall,
         }
 
 
@@ -247,10 +231,11 @@ def worker_of_rank(rank: int, agent: int) -> int:
 
 def speed_of(run_dir: Path) -> dict[str, Any]:
     rows = [row for row in read_rows(run_dir / "metrics.jsonl") if "step_ms" in row]
-    timed = rows[WARM_UP_STEPS:]
+    timed = rows[WARM_UP_STEPS : -TRACED_STEPS - 2]
     step_ms = [row["step_ms"] for row in timed]
     median = statistics.median(step_ms)
     typical = min(timed, key=lambda row: abs(row["step_ms"] - median))
+    profile = run_dir / "profile.json"
     return {
         "steps": len(timed),
         "step_ms": median,
@@ -260,6 +245,7 @@ def speed_of(run_dir: Path) -> dict[str, Any]:
         "mfu_causal": typical["mfu_causal"],
         "peak_memory_gib": rows[-1].get("peak_memory_gib"),
         "data_wait_ms": statistics.median(row["data_wait_ms"] for row in timed),
+        "trace": json.loads(profile.read_text()) if profile.exists() else None,
     }
 
 
@@ -312,32 +298,35 @@ def table(results: dict[str, Any]) -> str:
         )
     lines += [
         "",
-        "| first rank, ms a step | step | kernels | exchange | of it exposed | idle |",
+        "| GPUs: ms a step of the first rank | step | kernels | exchange | exposed | idle |",
         "|---|---|---|---|---|---|",
     ]
     figures = ("step_ms", "kernels_ms", "exchange_ms", "exposed_exchange_ms", "idle_ms")
-    for profile in results["profile"]:
-        numbers = " | ".join(f"{profile[figure]:.1f}" for figure in figures)
-        lines.append(f"| {profile['name']} | {numbers} |")
+    for row in rows:
+        if row["trace"]:
+            numbers = " | ".join(f"{row['trace'][figure]:.1f}" for figure in figures)
+            lines.append(f"| {row['gpus']} | {numbers} |")
     lines += [
         "",
         "| against the undisturbed run | steps | equal batches | largest loss difference | mean |",
         "|---|---|---|---|---|",
     ]
-    for name in ("noise", "elastic", "killed rank"):
+    for name in ("two undisturbed runs", "disturbed"):
         if name in results:
             found = results[name]
             lines.append(
                 f"| {name} | {found['steps']} | {'yes' if found['equal_batches'] else 'NO'} "
                 f"| {found['largest_loss_difference']:.1e} | {found['mean_loss_difference']:.1e} |"
             )
-    if "killed rank" in results:
-        killed = results["killed rank"]
+    if "disturbed" in results:
+        disturbed = results["disturbed"]
+        back = disturbed["seconds from the kill to the next new step"]
         lines += [
             "",
-            f"Killed rank: exit code {killed['exit']}, {killed['seconds']:.0f} s in all, "
-            f"{killed['seconds after the kill']:.0f} s after the kill, "
-            f"goodput {100 * killed['goodput']:.0f} %.",
+            f"Disturbed run: exit code {disturbed['exit']}, {disturbed['seconds']:.0f} s in all, "
+            f"{back:.0f} s from the SIGKILL to the next new step, "
+            f"goodput {100 * disturbed['goodput']:.0f} %.",
+            f"Events: {', '.join(disturbed['events'])}.",
         ]
     return "\n".join(lines)
 
@@ -361,27 +350,24 @@ def profile_worker(args: argparse.Namespace) -> None:
     from matilda_train import load_config, train
 
     config = load_config(args.config, args.set)
+    if not torch.cuda.is_available():
+        train(config, run_dir=args.work_dir, data_dir=args.data_dir)
+        return
     profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA])
-    traced, calls = 6, 0
+    begin, calls = config.train.total_steps - TRACED_STEPS, 0
     marks: list[float] = []
 
     def on_phase(name: str) -> None:
         nonlocal calls
-        if name != "training":
-            return
-        calls += 1
-        if calls == WARM_UP_STEPS + 1:
+        calls += name == "training"
+        if name == "training" and calls in (begin, begin + TRACED_STEPS):
             torch.cuda.synchronize()
             marks.append(time.perf_counter())
-            profiler.start()
-        elif calls == WARM_UP_STEPS + traced + 1:
-            torch.cuda.synchronize()
-            marks.append(time.perf_counter())
-            profiler.stop()
+            (profiler.start if calls == begin else profiler.stop)()
 
     train(config, run_dir=args.work_dir, data_dir=args.data_dir, on_phase=on_phase)
     if int(os.environ.get("RANK", "0")) == 0:
-        row = divide(profiler.events(), 1e3 * (marks[1] - marks[0]), traced)
+        row = divide(profiler.events(), 1e3 * (marks[1] - marks[0]), TRACED_STEPS)
         (args.work_dir / "profile.json").write_text(json.dumps(row))
 
 

@@ -80,7 +80,7 @@ def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str 
         eps=config.eps,
         momentum=config.momentum,
     )
-    return Muon(groups, backend=config.backend, distribute=distribute)
+    return Muon(groups, backend=config.backend, distribute=distribute, graph=True)
 
 
 def build_schedule(config: RunConfig) -> Callable[[int], float]:
