@@ -46,6 +46,7 @@ from matilda_train.wandb_log import WandbMirror, require_wandb
 __all__ = ["TrainResult", "train"]
 
 DRY_RUN_STEPS = 20
+DRY_RUN_CPU_SEQ_LEN = 256
 
 
 @dataclass(frozen=True)
@@ -332,21 +333,22 @@ def train(
 
 
 def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
-    """The same run in at most 20 steps of two micro-steps; on a CPU, of one sequence."""
+    """The same run in at most 20 steps of two micro-steps; on a CPU, of one short sequence."""
+    on_cpu = device.type == "cpu"
     steps = min(config.train.total_steps, DRY_RUN_STEPS)
-    micro_batch_size = 1 if device.type == "cpu" else config.train.micro_batch_size
-    micro_step_tokens = config.seq_len * micro_batch_size * world_size
+    seq_len = min(config.seq_len, DRY_RUN_CPU_SEQ_LEN) if on_cpu else config.seq_len
+    micro_batch_size = 1 if on_cpu else config.train.micro_batch_size
+    micro_step_tokens = seq_len * micro_batch_size * world_size
+    most_tokens = micro_step_tokens * (1 if on_cpu else 2)
     return replace(
         config,
         optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps)),
         train=replace(
             config.train,
             total_steps=steps,
+            seq_len=seq_len,
             micro_batch_size=micro_batch_size,
-            tokens_per_step=min(
-                config.train.tokens_per_step,
-                micro_step_tokens * (1 if device.type == "cpu" else 2),
-            ),
+            tokens_per_step=min(config.train.tokens_per_step, most_tokens),
         ),
         eval=replace(config.eval, tokens=micro_step_tokens),
     )
