@@ -1,4 +1,4 @@
-"""Checkpoint speed: matilda-ckpt beside torch.save, safetensors, DCP and torch_checkpointing.
+"""Checkpoint speed: matilda-ckpt beside torch.save, safetensors, DCP, orbax and others.
 
     python benchmarks/ckpt.py [--quick] [--device cpu|cuda] [--json FILE] [--peer-dir DIR]
 

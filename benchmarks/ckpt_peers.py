@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 Tensors = Mapping[str, torch.Tensor]
@@ -178,6 +179,29 @@ class TorchCheckpointing(Peer):
         self._manager.close()
 
 
+class Orbax(Peer):
+    """https://pypi.org/project/orbax-checkpoint on host arrays, from `--peer-dir`."""
+
+    name = "orbax"
+
+    def __init__(self) -> None:
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        import orbax.checkpoint
+
+        self._checkpointer = orbax.checkpoint.PyTreeCheckpointer()
+
+    def save(self, folder: Path, step: int, state: Tensors) -> None:
+        arrays = {key: value.cpu().numpy() for key, value in state.items()}
+        self._checkpointer.save(self.path(folder, step), {"step": np.array(step), **arrays})
+
+    def load(self, folder: Path, step: int) -> dict[str, torch.Tensor]:
+        found = self._checkpointer.restore(self.path(folder, step))
+        return {key: torch.from_numpy(np.array(value)) for key, value in found.items()}
+
+    def close(self) -> None:
+        self._checkpointer.close()
+
+
 class Matilda(Peer):
     name = "matilda-ckpt"
     durable = True
@@ -217,6 +241,7 @@ PEERS: list[type[Peer]] = [
     SafetensorsDurable,
     Dcp,
     TorchCheckpointing,
+    Orbax,
     Matilda,
 ]
 

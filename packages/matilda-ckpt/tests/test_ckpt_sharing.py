@@ -5,6 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -154,3 +157,37 @@ def test_an_error_while_sharing_fails_the_save_and_nothing_else(tmp_path: Path) 
         checkpoints.save(5, state(5))
     assert [info.step for info in checkpoints.list()] == [4, 3, 2]
     assert all(verify(info.path).ok for info in checkpoints.list())
+
+
+@pytest.fixture(params=["xfs", "btrfs"])
+def cloning_disk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
+    """A real file system that copies on write, in a file."""
+    mkfs = shutil.which(f"mkfs.{request.param}")
+    if mkfs is None or os.geteuid() != 0:
+        pytest.skip(f"CLONES ON {request.param} NOT TESTED: needs root and mkfs.{request.param}")
+    image, folder = tmp_path / "disk.img", tmp_path / "disk"
+    image.touch()
+    os.truncate(image, 400 << 20)
+    subprocess.run([mkfs, "-q", image], check=True)
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"CLONES ON {request.param} NOT TESTED: {mounted.stderr.decode()[-200:]}")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_blocks_are_cloned_where_the_file_system_can(cloning_disk: Path) -> None:
+    big = {"model": {"frozen": torch.randn(8_000_000), "head": torch.zeros(9)}}
+    used = []
+    with Checkpointer(cloning_disk, keep=Keep(last=100)) as checkpoints:
+        for step in range(1, 9):
+            big["model"]["head"].fill_(step)
+            path = checkpoints.save(step, big).path
+            os.sync()
+            info = os.statvfs(cloning_disk)
+            used.append((info.f_blocks - info.f_bfree) * info.f_frsize)
+    assert len(set(copies(cloning_disk).values())) == 8, "clones have inodes of their own"
+    assert used[3] - used[0] > 80e6
+    assert used[7] - used[3] < 4e6
+    assert verify(path).ok

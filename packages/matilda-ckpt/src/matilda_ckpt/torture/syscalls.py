@@ -27,10 +27,13 @@ CHANGING_CALLS = (
     "fsync",
     "fallocate",
     "renameat2",
+    "linkat",
     "unlink",
     "rmdir",
 )
 KILL = "SIGKILL"
+SEEDED = 4
+"""Checkpoints made before the child begins: enough for it to share unchanged tensors."""
 ERRORS = ("ENOSPC", "EIO", "EDQUOT", "EINTR")
 CALLS = (
     "openat",
@@ -41,6 +44,8 @@ CALLS = (
     "fallocate",
     "rename",
     "renameat2",
+    "ioctl",
+    "linkat",
     "unlink",
     "rmdir",
     "ftruncate",
@@ -86,7 +91,7 @@ def sweep(
     """Verdict by verdict; `every` = n tries each n-th occurrence only."""
     seed = folder / "seed"
     store = writer.open_store(str(seed))
-    for step in (1, 2):
+    for step in range(1, SEEDED + 1):
         store.save(writer.request(step))
         store.retire(Keep(last=2))
     store.release()
@@ -132,7 +137,7 @@ def _one(
     options = [*_paths(paths), "-e", f"trace={call}", "-e", f"inject={call}:{kind}:when={when}"]
     done = _spawn(seed, root, [*options, "-o", str(folder / "run.log")])
     lines = done.stdout.splitlines()
-    acknowledged = max((int(x.split()[1]) for x in lines if x.startswith("ack ")), default=2)
+    acknowledged = max((int(x.split()[1]) for x in lines if x.startswith("ack ")), default=SEEDED)
     problem = writer.judge(str(root), acknowledged)
     if problem:
         return problem
@@ -159,7 +164,16 @@ def _spawn(seed: Path, root: Path, options: list[str]) -> subprocess.CompletedPr
     shutil.rmtree(root, ignore_errors=True)
     shutil.copytree(seed, root)
     source = str(Path(matilda_ckpt.__file__).parent.parent)
-    command = [sys.executable, "-S", "-B", "-m", "matilda_ckpt.torture.writer", str(root), "3", "4"]
+    command = [
+        sys.executable,
+        "-S",
+        "-B",
+        "-m",
+        "matilda_ckpt.torture.writer",
+        str(root),
+        str(SEEDED + 1),
+        str(SEEDED + 2),
+    ]
     return subprocess.run(
         # Not --seccomp-bpf: with it, strace 6.1 does not deliver signals at system call entry.
         ["strace", "-qq", *options, *command],

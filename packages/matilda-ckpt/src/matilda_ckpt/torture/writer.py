@@ -9,16 +9,19 @@ from __future__ import annotations
 import itertools
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from matilda_ckpt import strict_json
 from matilda_ckpt.errors import CheckpointError
 from matilda_ckpt.fs import Fs, OsFs
+from matilda_ckpt.manifest import TensorEntry
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.store import Part, SaveRequest, Store
 from matilda_ckpt.tensor_file import TensorSource
 
 TENSOR_BYTES = 3000
+STILL = bytes(range(250)) * 12
+"""A tensor that never changes: its file is shared between checkpoints."""
 
 
 class EagerFs(OsFs):
@@ -33,14 +36,23 @@ def content(step: int) -> bytes:
 
 def request(step: int, alive: Callable[[], None] = lambda: None) -> SaveRequest:
     data = content(step)
-    tensor = TensorSource("w", "U8", (len(data),), lambda: (memoryview(data),))
-    part = Part("x", strict_json.dumps({"step": step}), [tensor])
+    tensors = [
+        TensorSource("w", "U8", (len(data),), lambda: (memoryview(data),)),
+        TensorSource("still", "U8", (len(STILL),), lambda: (memoryview(STILL),)),
+    ]
+    part = Part("x", strict_json.dumps({"step": step}), tensors)
     return SaveRequest(step, [part], True, lambda: True, {}, {}, alive)
 
 
 def open_store(root: str, fs: Fs | None = None) -> Store:
     count = itertools.count()
-    return Store(fs or EagerFs(), root, run_id="torture", nonce=lambda: f"{next(count):08d}")
+    return Store(
+        fs or EagerFs(),
+        root,
+        run_id="torture",
+        share_bytes=1,
+        nonce=lambda: f"{next(count):08d}",
+    )
 
 
 def judge(root: str, acknowledged: int, fs: Fs | None = None) -> str | None:
@@ -58,13 +70,18 @@ def judge(root: str, acknowledged: int, fs: Fs | None = None) -> str | None:
         except CheckpointError as error:
             return str(error)
         manifest, _ = store.open(info.name)
-        data = bytearray(TENSOR_BYTES)
-        view = memoryview(data)
-        store.read_tensors(info.name, manifest, "x.safetensors", lambda *_, view=view: view)
+        found_data = {"w": bytearray(TENSOR_BYTES), "still": bytearray(len(STILL))}
+        for file in manifest.state["x"].tensors:
+            store.read_tensors(info.name, manifest, file, _into(found_data))
         text = store.read_json(info.name, manifest, "x.json")
-        if bytes(data) != content(info.step) or text != strict_json.dumps({"step": info.step}):
+        expected = {"w": content(info.step), "still": STILL}
+        if found_data != expected or text != strict_json.dumps({"step": info.step}):
             return f"`{info.name}` holds another state than was saved"
     return None
+
+
+def _into(buffers: Mapping[str, bytearray]) -> Callable[[str, TensorEntry], memoryview]:
+    return lambda key, _entry: memoryview(buffers[key])
 
 
 def say(text: str) -> None:
