@@ -296,3 +296,39 @@ def test_matrices_whose_samples_mislead_are_right() -> None:
         g[256:320, 1984:2048] += size * randn(64, 64, seed=1)
         want = exact(g)
         assert (update(g).double() - want).norm() / want.norm() < 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_shards_have_the_bits_of_the_whole_matrix(
+    dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    from matilda_optim.triton_shards import (
+        WholeMatrices,
+        one_ratio,
+        shard_directions,
+        update_shard,
+    )
+
+    ours, parts = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
+    optimizer = Muon(ours, lr=0.02, ns_coefficients="polar_express", **options)
+    group = optimizer.param_groups[0]
+    orthogonalize = WholeMatrices()
+    momenta = [torch.zeros_like(p, dtype=torch.float32) for p in parts]
+    for step in range(3):
+        set_grads(ours, step)
+        optimizer.step()
+        wholes = []
+        for p, momentum in zip(ours, momenta, strict=True):
+            assert p.grad is not None
+            rows = -(-len(p) // 3)
+            pieces = shard_directions(group, p.grad.split(rows), momentum.split(rows))
+            wholes.append(torch.cat(pieces))
+        orthogonalize([(group, whole) for whole in wholes])
+        for p, q, whole in zip(ours, parts, wholes, strict=True):
+            rows = -(-len(p) // 3)
+            ratio = one_ratio(group, p)
+            assert ratio is not None
+            for shard, piece in zip(q.detach().split(rows), whole.split(rows), strict=True):
+                update_shard(group, ratio, shard, piece)
+            assert torch.equal(p, q), (step, p.shape)

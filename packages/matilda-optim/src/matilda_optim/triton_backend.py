@@ -55,10 +55,8 @@ class KernelClass:
 
     def __init__(self, key: KernelKey, matrices: Sequence[Matrix]) -> None:
         self.key = key
-        self.matrices = list(matrices)
+        self.bind(matrices)
         self.m, self.n = padded_shape(key.rows, key.cols)
-        self._params = [matrix.param for matrix in self.matrices]
-        self._states = [matrix.state for matrix in self.matrices]
         self._groups = list({id(m.group): m.group for m in self.matrices}.values())
         self._found: tuple[list[int], ...] = ()
         self._options: list[tuple[Any, ...]] | None = None
@@ -80,6 +78,12 @@ class KernelClass:
         self.factors = torch.zeros(batch, dtype=torch.float32, device=device)
         # no padding: every tile lies inside its matrix and needs no mask
         self.whole = (key.rows, key.cols) == (self.m, self.n)
+
+    def bind(self, matrices: Sequence[Matrix]) -> None:
+        """Takes other tensors of the same shapes and groups."""
+        self.matrices = list(matrices)
+        self._params = [matrix.param for matrix in self.matrices]
+        self._states = [matrix.state for matrix in self.matrices]
 
     def prepare(self) -> bool:
         """Brings the tables up to date; returns whether every access can be a vector access."""
@@ -192,12 +196,12 @@ class KernelClass:
         else:
             self._options = options
         values: list[float] = []
-        on_device = False
+        live = False
         for matrix in self.matrices:
             group = matrix.group
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                on_device = on_device or lr.is_cuda
+                live = live or lr.is_cuda
                 lr = 0.0 if lr.is_cuda else float(lr)
             values += [
                 1.0 - group["momentum"],
@@ -205,7 +209,7 @@ class KernelClass:
                 1.0 - lr * group["weight_decay"],
                 lr * matrix.ratio,
             ]
-        if on_device:
+        if live:
             self._device_hyper(values)
         else:
             self.combined = self.hyper.set(values).view(-1, 4)
@@ -227,7 +231,7 @@ class KernelClass:
         torch.stack([table[:, 0], table[:, 1], keep, rates * table[:, 3]], dim=1, out=self.combined)
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
@@ -257,7 +261,7 @@ class KernelPlan:
             device = self.classes[0].key.device
             self._streams = [torch.cuda.Stream(device, priority=p) for p in priorities]  # type: ignore[no-untyped-call]
         for i, kernel_class in enumerate(self.classes):
-            with _on(kernel_class.key.device):
+            with on_device(kernel_class.key.device):
                 even = kernel_class.prepare()
                 if replay:
                     self._replay(i, kernel_class, even, share)

@@ -47,16 +47,28 @@ def _store(pointers, value, mask, EVEN: tl.constexpr):
 
 @triton.jit
 def _advance(grad, moment, blend, NESTEROV: tl.constexpr):
-    """The new momentum and the direction; `_direction` again gives the same bits."""
-    new = moment + blend * (grad - moment)
+    """The new momentum and the direction.
+
+    Here and below products and sums are fused by hand: every kernel that computes these values has
+    the same bits, whole matrices and shards alike.
+    """
+    new = tl.fma(grad - moment, blend, moment)
     return new, _direction(grad, new, blend, NESTEROV)
 
 
 @triton.jit
 def _direction(grad, new, blend, NESTEROV: tl.constexpr):
     if NESTEROV:
-        return new - (new - grad) * blend
+        return tl.fma(grad - new, blend, new)
     return new
+
+
+@triton.jit
+def _updated(p, update, keep, step, CAUTIOUS: tl.constexpr):
+    kept = p * keep
+    if CAUTIOUS:
+        kept = tl.where(p * update > 0, kept, p)
+    return tl.fma(update, -step, kept)
 
 
 @triton.jit
@@ -377,10 +389,46 @@ def update_kernel(
         tl.load(param_ptrs + index), rows, cols, row, col, TILE, PARAM, EVEN
     )
     p = _load(params, mask, EVEN, "")
-    if CAUTIOUS:
-        new = tl.where(p * update > 0, p * keep, p) - step * update
-    else:
-        new = p * keep - step * update
+    new = _updated(p, update, keep, step, CAUTIOUS)
     if SKIP:
         new = tl.where(tl.load(norms + index) < float("inf"), new, p)
     _store(params, new.to(PARAM), mask, EVEN)
+
+
+@triton.jit
+def shard_direction_kernel(
+    grad,  # (COUNT,): a shard's gradient
+    moment,  # fp32 (COUNT,): its momentum, advanced
+    direction,  # fp32 (COUNT,): out
+    blend,
+    sign,
+    COUNT,
+    BLOCK: tl.constexpr,
+    NESTEROV: tl.constexpr,
+):
+    """What `gather_kernel` computes per element, on a part of a matrix."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < COUNT
+    g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * sign
+    new, out = _advance(g, tl.load(moment + at, mask=mask, other=0.0), blend, NESTEROV)
+    tl.store(moment + at, new, mask=mask)
+    tl.store(direction + at, out, mask=mask)
+
+
+@triton.jit
+def shard_update_kernel(
+    param,  # (COUNT,): a shard
+    update,  # fp32 (COUNT,): its part of the orthogonal update
+    keep,
+    step,
+    COUNT,
+    BLOCK: tl.constexpr,
+    CAUTIOUS: tl.constexpr,
+):
+    """What `update_kernel` computes per element, on a part of a matrix."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = at < COUNT
+    p = tl.load(param + at, mask=mask, other=0.0).to(tl.float32)
+    u = tl.load(update + at, mask=mask, other=0.0)
+    new = _updated(p, u, keep, step, CAUTIOUS)
+    tl.store(param + at, new.to(param.dtype.element_ty), mask=mask)
