@@ -1,7 +1,8 @@
 """Prepares from the local hub server under faults and kills; prints one JSON object of data ids.
 
-    HF_ENDPOINT=http://127.0.0.1:PORT python hub_driver.py ROOT OUT PORT KILLS TARGET
+    HF_ENDPOINT=http://127.0.0.1:PORT python hub_driver.py ROOT OUT PORT PLAN TARGET
 
+PLAN lists the number of workers of each preparation that is killed, such as 1,2,5.
 Runs in a process of its own because the hub's clients read their endpoint at import; each
 preparation is a fork of it, so that a hundred kills need not import `datasets` a hundred times.
 """
@@ -29,7 +30,7 @@ import matilda_data.inputs as inputs_module
 from matilda_data import DataError, HubSource, Progress, Retry, open_dataset, prepare_hub, verify
 
 ROOT, OUT, PORT = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
-KILLS, TARGET = int(sys.argv[4]), int(sys.argv[5])
+PLAN, TARGET = list(map(int, sys.argv[4].split(","))), int(sys.argv[5])
 SERVER = Path(__file__).with_name("hub_server.py")
 
 
@@ -116,18 +117,14 @@ def main() -> None:
         faults(0.0, [])
         draw = random.Random(7)
         killed = 0
-        # Killed once with each number of workers in turn, or with each many times.
-        plans = [[1, 2, 5]] if KILLS == 1 else [[workers] * KILLS for workers in (1, 2, 5)]
-        for number, plan in enumerate(plans):
-            out = OUT / f"killed-{number}"
-            for workers in plan:
-                if in_child(out, workers, draw.uniform(0.05, 1.2 * calm)):
-                    out.rename(OUT / f"done-{killed}")
-                    assert open_dataset(OUT / f"done-{killed}").data_id == results["calm"]
-                    shutil.rmtree(OUT / f"done-{killed}")
-                killed += 1
-            assert in_child(out, plan[-1])
-            results[f"killed {number}"] = open_dataset(out).data_id
+        for workers in PLAN:
+            if in_child(OUT / "killed", workers, draw.uniform(0.05, 1.2 * calm)):
+                (OUT / "killed").rename(OUT / f"done-{killed}")
+                assert open_dataset(OUT / f"done-{killed}").data_id == results["calm"]
+                shutil.rmtree(OUT / f"done-{killed}")
+            killed += 1
+        assert in_child(OUT / "killed", PLAN[-1])
+        results["killed"] = open_dataset(OUT / "killed").data_id
         results["kills"] = killed
 
         # Two machines do a part each, one is killed on the way; a third joins what they did.

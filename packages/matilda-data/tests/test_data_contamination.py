@@ -120,19 +120,13 @@ def test_matches_are_those_of_a_look_at_every_word(
         " ".join(words[start : start + length]).upper(),
         "b " * 12,
     ]
-    evaluation = _evaluation([{"x": [texts[1], "short"]}, {"y": texts[2]}, {"z": "a b " * 9}])
+    evaluation = _evaluation(
+        [{"x": [texts[1], "short"]}, {"y": texts[2]}, {"z": "a b " * 9}, {"again": texts[1]}]
+    )
     found = evaluation.matches(texts[0], new_word_hashes()).tolist()
     wanted = set(runs_of_words(texts[0], 13))
-    items = [
-        runs_of_words(texts[1], 13),
-        runs_of_words(texts[2], 13),
-        runs_of_words("a b " * 9, 13),
-    ]
-    first_owner: dict[tuple[str, ...], int] = {}
-    for number, runs in enumerate(items):
-        for run in runs:
-            first_owner.setdefault(run, number)
-    assert found == sorted({first_owner[run] for run in wanted if run in first_owner})
+    items = [runs_of_words(text, 13) for text in (texts[1], texts[2], "a b " * 9, texts[1])]
+    assert found == [number for number, runs in enumerate(items) if wanted & set(runs)]
 
 
 def _evaluation(items: list[object]) -> EvaluationSet:

@@ -15,6 +15,8 @@ import matilda_data.manifest as manifest_module
 import matilda_data.shard as shard_module
 from matilda_data import BinStream, DataError, open_dataset, prepare_text, verify
 
+SLOW = os.environ.get("MATILDA_SLOW") == "1"
+
 
 @pytest.fixture
 def data_dir(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -59,7 +61,7 @@ def test_flipped_payload_byte_is_found_before_use_naming_shard_and_chunk(data_di
 def test_flipped_bit_anywhere_in_a_payload_is_found_before_use(data_dir: Path) -> None:
     shard = data_dir / "text_train_000001.bin"
     pristine = shard.read_bytes()
-    for position in range(1024, len(pristine), 499):
+    for position in range(1024, len(pristine), 29 if SLOW else 499):
         flip(shard, position, position % 8)
         chunk = (position - 1024) // 4096
         with pytest.raises(DataError, match=rf"000001\.bin' is damaged in chunk {chunk} "):
@@ -74,13 +76,20 @@ def test_undamaged_chunks_of_a_damaged_shard_are_still_served(data_dir: Path) ->
     assert stream.windows(0, 64).shape == (64, 65)
 
 
-@pytest.mark.parametrize("position", [0, 5, 8, 12, 16, 24, 28, 32, 40, 72, 200, 990, 992, 1023])
-def test_flipped_header_byte_is_refused_at_open(data_dir: Path, position: int) -> None:
-    flip(data_dir / "text_train_000001.bin", position)
-    with pytest.raises(DataError, match=r"text_train_000001\.bin"):
-        open_dataset(data_dir)
-    with pytest.raises(DataError, match=r"text_train_000001\.bin"):
-        verify(data_dir)
+def test_flipped_bit_in_any_header_byte_is_refused_at_open(data_dir: Path) -> None:
+    shard = data_dir / "text_train_000001.bin"
+    pristine = shard.read_bytes()
+    # Bytes 0 to 127 hold every field, 992 to 1023 the checksum; between them are zeros.
+    between = range(128, 992, 1 if SLOW else 23)
+    for position in [*range(128), *between, *range(992, 1024)]:
+        flip(shard, position, position % 8)
+        with pytest.raises(DataError, match=r"text_train_000001\.bin"):
+            open_dataset(data_dir)
+        if SLOW:
+            with pytest.raises(DataError, match=r"text_train_000001\.bin"):
+                verify(data_dir)
+        shard.write_bytes(pristine)
+    open_dataset(data_dir)
 
 
 @pytest.mark.parametrize("keep", [0, 100, 1024, 5000])
@@ -126,13 +135,10 @@ def test_shard_of_another_data_set_is_refused(
         read_everything(data_dir)
 
 
-@pytest.mark.parametrize("suffix", [".idx"])
-def test_every_flipped_index_byte_is_found_by_deep_verification(
-    data_dir: Path, suffix: str
-) -> None:
-    path = data_dir / f"text_val_000000{suffix}"
+def test_flipped_bit_anywhere_in_an_index_is_found_by_deep_verification(data_dir: Path) -> None:
+    path = data_dir / "text_val_000000.idx"
     pristine = path.read_bytes()
-    for position in range(0, len(pristine), 37):
+    for position in range(0, len(pristine), 1 if SLOW else 37):
         flip(path, position, position % 8)
         with pytest.raises(DataError, match="text_val_000000"):
             verify(data_dir, deep=True)
@@ -143,7 +149,7 @@ def test_every_flipped_index_byte_is_found_by_deep_verification(
 def test_flipped_manifest_byte_is_refused(data_dir: Path) -> None:
     path = data_dir / "manifest.json"
     pristine = path.read_bytes()
-    for position in range(0, len(pristine), 7):
+    for position in range(0, len(pristine), 1 if SLOW else 7):
         flip(path, position, position % 8)
         with pytest.raises(DataError):
             read_everything(data_dir)

@@ -175,6 +175,27 @@ def test_killed_worker_is_replaced(
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+def test_worker_is_replaced_before_its_memory_grows(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import matilda_data.worker as worker_module
+
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 3000)
+    prepare(corpus, tmp_path / "whole")
+    started: list[subprocess.Popen[str]] = []
+    original = worker_module._start_worker
+
+    def start(settings: worker_module.EncodeSettings) -> subprocess.Popen[str]:
+        started.append(original(settings))
+        return started[-1]
+
+    monkeypatch.setattr(worker_module, "_start_worker", start)
+    monkeypatch.setattr(worker_module, "UNITS_PER_WORKER", 8)
+    prepare(corpus, tmp_path / "out", workers=2)
+    assert len(started) > 2
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
 def test_workers_end_when_their_parent_is_killed(corpus: Path, tmp_path: Path) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", SCRIPT, str(corpus), str(tmp_path / "out"), "3"]

@@ -331,3 +331,26 @@ def test_flipped_bit_anywhere_in_the_stamp_voids_it(
     shutil.copy(stamp, tmp_path / "copy")
     copied = open_dataset(tmp_path / "copy")
     assert not any(shard.verified for source in copied.sources for shard in source.shards)
+
+
+def test_forged_stamp_does_not_deceive_deep_verification(base: Path, tmp_path: Path) -> None:
+    import matilda_data.stamps as stamps_module
+    from matilda_data import verify
+    from matilda_data.manifest import canonical_json, read_manifest
+
+    out = tmp_path / "out"
+    shutil.copytree(base / "out", out)
+    manifest = read_manifest(out)
+    shard = next(entry for entry in manifest.shards if entry.file == "edu_train_000001.bin")
+    raw = bytearray((out / shard.file).read_bytes())
+    raw[1500] ^= 1
+    (out / shard.file).write_bytes(raw)
+    state = stamps_module.file_state(out / shard.file)
+    files = {shard.file: [*state, shard.sha256]}
+    stamp = {"format": stamps_module.FORMAT, "data_id": manifest.data_id, "files": files}
+    stamp["check"] = stamps_module._check(manifest.data_id, files)
+    (out / ".verified.json").write_bytes(canonical_json(stamp))
+    with pytest.raises(DataError, match=r"edu_train_000001\.bin' is damaged in chunk 0"):
+        verify(out, deep=True)
+    with pytest.raises(DataError, match=r"edu_train_000001\.bin' is damaged in chunk 0"):
+        open_dataset(out, stamps=False).sources[0].read(2000, 10)

@@ -76,9 +76,9 @@ class EvaluationSet:
     sha256: str
     """Identity of all of it."""
     ngrams: UInt64Array
-    """Sorted, distinct hashes."""
+    """Sorted hashes, one for each item that has the run."""
     items: npt.NDArray[np.int64]
-    """For each n-gram the first item that has it, counted over all files."""
+    """For each of `ngrams` the item, counted over all files."""
     rolling: UInt64Array
     """Sorted, distinct rolling hashes of the same n-grams."""
 
@@ -101,9 +101,11 @@ class EvaluationSet:
         runs = self._maybe(run_hashes(text, NGRAM_WORDS))
         if not len(runs) or not _among(runs, self.rolling).any():
             return np.empty(0, dtype=np.int64)
-        runs = _ngrams(text, words)
-        runs = runs[_among(runs, self.ngrams)]
-        return np.unique(self.items[np.searchsorted(self.ngrams, runs)])
+        runs = np.unique(_ngrams(text, words))
+        first = np.searchsorted(self.ngrams, runs, side="left")
+        stop = np.searchsorted(self.ngrams, runs, side="right")
+        owners = [self.items[a:b] for a, b in zip(first, stop, strict=True) if b > a]
+        return np.unique(np.concatenate([np.empty(0, np.int64), *owners]))
 
 
 def _among(values: UInt64Array, known: UInt64Array) -> npt.NDArray[np.bool_]:
@@ -170,11 +172,14 @@ def build_evaluation_set(paths: Sequence[str | os.PathLike[str]]) -> EvaluationS
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
         files.append({"name": path.name, "sha256": sha256, "items": item - before})
     every = np.concatenate([np.empty(0, np.uint64), *hashes])
-    ngrams, first = np.unique(every, return_index=True)
-    items = np.concatenate([np.empty(0, np.int64), *owners])[first]
-    identity = hashlib.sha256(json.dumps(files).encode() + ngrams.tobytes()).hexdigest()
+    items = np.concatenate([np.empty(0, np.int64), *owners])
+    identity = hashlib.sha256(json.dumps(files).encode() + np.unique(every).tobytes()).hexdigest()
+    order = np.lexsort((items, every))
+    ngrams, items = every[order], items[order]
+    fresh = np.ones(len(order), dtype=np.bool_)
+    fresh[1:] = (ngrams[1:] != ngrams[:-1]) | (items[1:] != items[:-1])
     distinct = np.unique(np.concatenate([np.empty(0, np.uint64), *rolling]))
-    return EvaluationSet(files, identity, ngrams, items, distinct)
+    return EvaluationSet(files, identity, ngrams[fresh], items[fresh], distinct)
 
 
 def store_evaluation_set(evaluation: EvaluationSet, directory: Path) -> None:

@@ -54,6 +54,7 @@ class ShardFile:
         self._all_verified = stamped
         self._lock = threading.Lock()
         self._tokens: TokenArray | None = None
+        self.verified_tokens: TokenArray | None = None  # `tokens`, once every chunk is verified
         self.state: FileState | None = None
 
     @property
@@ -147,10 +148,23 @@ class TokenSource:
             stop = min(local + wanted - filled, shard.n_tokens)
             if not shard.verified:
                 shard.require(local, stop)
+            elif shard.verified_tokens is None:
+                shard.verified_tokens = shard.tokens
             taken = stop - local
             out[filled : filled + taken] = shard.tokens[local:stop]
             filled += taken
             start = (start + taken) % self.n_tokens
+
+    def read_row(self, start: int, out: TokenArray, row: int) -> None:
+        """`read_into(start, out[row])`, in half the time where a row lies in one verified shard."""
+        number = bisect.bisect_right(self._ends, start)
+        shard = self.shards[number]
+        local = start - self._ends[number] + shard.n_tokens
+        stop = local + out.shape[1]
+        if shard.verified_tokens is None or stop > shard.n_tokens:
+            self.read_into(start, out[row])
+        else:
+            out[row] = shard.verified_tokens[local:stop]
 
     def locate(self, position: int) -> tuple[str, int]:
         """The shard file and the position in it of token `position`."""

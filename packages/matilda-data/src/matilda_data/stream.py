@@ -154,15 +154,14 @@ class BinStream:
         elif out.shape != shape or out.dtype != np.uint16:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
         source, start = self.positions(first, count)
-        fill = self._fill_packed if self._packings else self._fill_window
-        for row, (number, first_token) in enumerate(
-            zip(source.tolist(), start.tolist(), strict=True)
-        ):
-            fill(number, first_token, out[row])
+        places = enumerate(zip(source.tolist(), start.tolist(), strict=True))
+        if self._packings:
+            for row, (number, first_row) in places:
+                self._fill_packed(number, first_row, out[row])
+        else:
+            for row, (number, first_token) in places:
+                self._sources[number].read_row(first_token, out, row)
         return out
-
-    def _fill_window(self, source: int, start: int, out: TokenArray) -> None:
-        self._sources[source].read_into(start, out)
 
     def _fill_packed(self, source: int, row: int, out: TokenArray) -> None:
         """Copy the segments of a packed row; end-of-text fills the rest."""

@@ -33,6 +33,8 @@ WORKER_PROGRAM = "from matilda_data.worker import main; main()"
 
 # A unit whose worker dies (out of memory, killed) is tried this many times.
 TRIES = 3
+# A worker is replaced after this many units (2 GB of text): the caches of tokenizers only grow.
+UNITS_PER_WORKER = 128
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,8 +90,12 @@ def run_units(
 
     def serve() -> None:
         try:
-            process = start()
+            process, served = start(), 0
             while (item := todo.get()) is not None and not stopping.is_set():
+                if served == UNITS_PER_WORKER:
+                    _retire(process)
+                    process, served = start(), 0
+                served += 1
                 for attempt in range(TRIES):
                     reply = _ask(process, *item)
                     if reply is not None:
@@ -144,6 +150,12 @@ def load_runner(name: str) -> Callable[..., Generator[PartRecord, None, None]]:
     from matilda_data.ray_runner import run_units_on_ray
 
     return run_units_on_ray
+
+
+def _retire(process: subprocess.Popen[str]) -> None:
+    if process.stdin is not None:
+        _close(process.stdin)
+    process.wait()
 
 
 def _close(pipe: IO[str]) -> None:

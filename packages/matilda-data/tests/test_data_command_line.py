@@ -1,0 +1,82 @@
+"""What the programs that prepare data share: options, exit codes, closing lines."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matilda_data import (
+    DataError,
+    Manifest,
+    add_preparation_options,
+    open_dataset,
+    parse_weights,
+    prepare_text,
+    run_preparation,
+)
+
+
+@pytest.fixture(autouse=True)
+def _signals_as_before() -> Iterator[None]:
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    signal.signal(signal.SIGTERM, before)
+
+
+def parse(*words: object) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_preparation_options(parser, val_fraction=0.1)
+    return parser.parse_args([*map(str, words), "--tokenizer", "byte"])
+
+
+def test_whole_and_in_parts_print_the_same_data_id(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_preparation(prepare_text, parse("--out-dir", tmp_path / "a"), inputs=corpus) == 0
+    whole = capsys.readouterr().out
+    assert f"(data_id {open_dataset(tmp_path / 'a').data_id})" in whole
+    for number in range(2):
+        options = parse("--out-dir", tmp_path / f"p{number}", "--partition", f"{number}/2")
+        assert run_preparation(prepare_text, options, inputs=corpus) == 0
+        assert f"Part {number} of 2 is done" in capsys.readouterr().out
+    options = parse("--out-dir", tmp_path / "b", "--merge", tmp_path / "p0", tmp_path / "p1")
+    assert run_preparation(prepare_text, options, inputs=corpus) == 0
+    assert capsys.readouterr().out == whole.replace(str(tmp_path / "a"), str(tmp_path / "b"))
+
+
+def test_failures_are_one_sentence_and_an_exit_code(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse("--out-dir", tmp_path / "out")
+
+    def stopped(**_: Any) -> Manifest:
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("not stopped")
+
+    def full(**_: Any) -> Manifest:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert run_preparation(prepare_text, options, inputs=tmp_path / "none") == 2
+    assert capsys.readouterr().err.count("error: ") == 1
+    assert run_preparation(full, options) == 4
+    assert "No space left on device; run the same command again" in capsys.readouterr().err
+    assert run_preparation(stopped, options) == 75
+    assert "run the same command again to go on" in capsys.readouterr().err
+
+
+def test_weights_and_partitions_are_parsed_or_refused() -> None:
+    assert parse_weights("prose=83,code=17") == {"prose": 83, "code": 17}
+    for wrong in ("prose", "prose=much", "prose=1,", "a=1=2", ""):
+        with pytest.raises(DataError, match="is not NAME=WEIGHT"):
+            parse_weights(wrong)
+    with pytest.raises(DataError, match="names a source twice"):
+        parse_weights("a=1,a=2")
+    with pytest.raises(SystemExit):
+        parse("--out-dir", "x", "--partition", "half")
