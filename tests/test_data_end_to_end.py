@@ -17,6 +17,8 @@ import pytest
 from killable_runs import TrainServer
 from matilda_data import BinStream, documents_of, open_dataset, verify
 from matilda_data.cli import main as matilda_data
+from matilda_train.config_load import load_config
+from matilda_train.data_source import open_streams
 
 ROOT = Path(__file__).resolve().parent.parent
 HUB = ROOT / "packages" / "matilda-data" / "tests" / "hub_server.py"
@@ -76,6 +78,14 @@ def test_mixture_is_prepared_in_parts_verified_traced_and_trained_on(
     assert repr(span.id) in traced
     assert f"(made up {span.source})" in traced
     assert span.text.split("\n")[0] in traced
+
+    annealed = load_config(tiny_config, ['data.mix=["prose=1", "2: prose=1,code=1"]'])
+    first = open_streams(annealed, mix)[0]
+    border = 2 * annealed.batch_size
+    assert not first.positions(0, border)[0].any()
+    assert first.positions(border, 100)[0].sum() == 50
+    with pytest.raises(ValueError, match=r"`data\.mix` has 'soon: prose=1'"):
+        open_streams(load_config(tiny_config, ['data.mix=["soon: prose=1"]']), mix)
 
     run = tmp_path / "run"
     assert server.run(tiny_config, run, mix) == 0, server.log.read_text()

@@ -121,6 +121,10 @@ class DataConfig:
     seed: int = 0
     """Seed of the order in which training windows are visited."""
 
+    mix: tuple[str, ...] = ()
+    """Weights of the data set's sources, as in `["prose=83,code=17"]`; empty takes those it was
+    prepared with. Further entries hold from a step on: `"900: prose=1,code=1"` after step 900."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from matilda_data import BinStream, TokenDataset, open_dataset
+from matilda_data import BinStream, TokenDataset, open_dataset, parse_weights
 from matilda_train.config import RunConfig
 
 __all__ = ["SyntheticStream", "TokenStream", "open_streams"]
@@ -80,7 +80,7 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
     train, held_out = open_dataset(data_dir, split="train"), open_dataset(data_dir, split="val")
     _check_vocabulary(config, train, data_dir)
     streams = (
-        BinStream(train, seq_len=config.seq_len, seed=config.data.seed),
+        BinStream(train, seq_len=config.seq_len, seed=config.data.seed, weights=_mix(config)),
         BinStream(held_out, seq_len=config.seq_len, seed=config.data.seed, shuffle=False),
     )
     for stream, split in zip(streams, ("training", "held-out"), strict=True):
@@ -90,6 +90,20 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
                 f"{config.seq_len + 1}; prepare more text, or lower `train.seq_len`."
             )
     return streams
+
+
+def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
+    """`data.mix` as (first sample, weights) of each phase; None where it is empty."""
+    phases = []
+    for entry in config.data.mix:
+        step, colon, weights = entry.rpartition(":")
+        if colon and not step.strip().isdecimal():
+            raise ValueError(
+                f"`data.mix` has {entry!r}; give NAME=WEIGHT,… and, from the second entry on, the "
+                'step after which it holds, as in "900: prose=1,code=1".'
+            )
+        phases.append((int(step or 0) * config.batch_size, parse_weights(weights.strip())))
+    return phases or None
 
 
 def _check_vocabulary(config: RunConfig, dataset: TokenDataset, data_dir: Path) -> None:
