@@ -101,10 +101,16 @@ def live(root: Path, steps: int, background: bool) -> None:
             checkpoints.save(loop.step, parts, wait=not background)
 
 
-def soak(root: Path, kills: int, background: bool, seed: int = 0) -> dict[str, object]:
+def soak(
+    root: Path,
+    kills: int,
+    background: bool,
+    seed: int = 0,
+    steps_per_life: int = STEPS_PER_LIFE,
+) -> dict[str, object]:
     """Verdict of `kills` kills; raises nothing, so that it can be printed."""
     torch.set_num_threads(1)
-    steps = kills * STEPS_PER_LIFE
+    steps = kills * steps_per_life
     twin = everything()
     for _ in range(steps):
         advance(twin)
@@ -153,8 +159,19 @@ def main() -> int:
     parser.add_argument("root", type=Path)
     parser.add_argument("--kills", type=int, default=500)
     parser.add_argument("--background", action="store_true", help="save with wait=False")
+    parser.add_argument(
+        "--steps-per-life",
+        type=int,
+        default=STEPS_PER_LIFE,
+        help="training steps for each kill: more where the disk is fast, or it ends early",
+    )
     options = parser.parse_args()
-    verdict = soak(options.root, options.kills, options.background)
+    verdict = soak(
+        options.root,
+        options.kills,
+        options.background,
+        steps_per_life=options.steps_per_life,
+    )
     sys.stdout.write(json.dumps(verdict) + "\n")
     return 0 if verdict["ok"] else 1
 
