@@ -247,10 +247,10 @@ def main() -> int:
                     flush=True,
                 )
                 report["rows"].append({**key, "who": who, **row})
+                if args.json:
+                    args.json.write_text(json.dumps(report, indent=1) + "\n")
                 if cuda:
                     torch.cuda.empty_cache()
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
     return 0
 
 

@@ -8,9 +8,11 @@ Both sides are `matilda_optim.Muon` over `param_groups` of one model with the sa
 and the rest under AdamW. One learning rate serves all groups of a trial (Muon's updates have
 AdamW's RMS), warm-up is 5 % and decay to zero is linear over the whole run. Three parts:
 
-1. every learning rate of LRS for both, first seed;
+1. every learning rate of LRS for both, first seed; while the best of either lies at an end of the
+   grid, both try the next power of two there, four times at most;
 2. the best of each again with two more seeds, so three;
-3. Muon's best over shorter runs, three seeds: where it meets the mean final loss of AdamW.
+3. Muon's best over shorter runs, the shortest first, three seeds: where it meets the mean final
+   loss of AdamW.
 
 DIR is a data set of `matilda_data`. Every run reads each window at most once, in the order of its
 seed, which also draws the initial weights. The loss is the mean over the first validation windows.
@@ -21,6 +23,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import tempfile
@@ -37,8 +40,9 @@ from matilda_data import BinStream, prepare_text
 from matilda_model import ModelConfig, Transformer
 from matilda_optim import Muon, linear_to_zero, param_groups
 
-LRS = (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)
-SHARES = (0.5, 0.625, 0.75, 0.875)
+LRS = (0.0005, 0.001, 0.002, 0.004, 0.008, 0.016)
+SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
+MAX_WIDER = 4
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.1
 
@@ -176,20 +180,37 @@ def compare(bench: Bench, report: dict[str, Any], save: Callable[[], None]) -> N
         loss: float = trial["loss"]
         return loss
 
-    final: dict[str, list[float]] = {}
+    grid = list(LRS)
+    losses: dict[str, dict[float, float]] = {"adamw": {}, "muon": {}}
     best: dict[str, float] = {}
-    for algorithm in ("adamw", "muon"):
-        losses = {lr: run(algorithm, lr, SEEDS[0], steps) for lr in LRS}
-        best[algorithm] = min(losses, key=lambda lr: (losses[lr] != losses[lr], losses[lr]))
-        others = [run(algorithm, best[algorithm], seed, steps) for seed in SEEDS[1:]]
-        final[algorithm] = [losses[best[algorithm]], *others]
+    for _ in range(1 + MAX_WIDER):
+        for algorithm, known in losses.items():
+            for lr in grid:
+                if lr not in known:
+                    known[lr] = run(algorithm, lr, SEEDS[0], steps)
+            best[algorithm] = min(known, key=lambda lr: (math.isnan(known[lr]), known[lr]))
+        lowest, highest = min(grid), max(grid)
+        if lowest in best.values():
+            grid.append(lowest / 2)
+        elif highest in best.values():
+            grid.append(highest * 2)
+        else:
+            break
+    final = {
+        algorithm: [known[best[algorithm]]]
+        + [run(algorithm, best[algorithm], seed, steps) for seed in SEEDS[1:]]
+        for algorithm, known in losses.items()
+    }
     target = statistics.mean(final["adamw"])
     report |= {"best_lr": best, "final": final, "target": target}
     points: dict[int, list[float]] = {}
     for share in SHARES:
         length = round(steps * share)
         points[length] = [run("muon", best["muon"], seed, length) for seed in SEEDS]
-    points[steps] = final["muon"]
+        if max(points[length]) < min(final["adamw"]):
+            break
+    else:
+        points[steps] = final["muon"]
     mean_curve = [(length, statistics.mean(losses)) for length, losses in points.items()]
     per_seed = [
         meeting([(n, losses[i]) for n, losses in points.items()], final["adamw"][i])

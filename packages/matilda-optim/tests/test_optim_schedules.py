@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import runpy
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
@@ -58,3 +60,9 @@ def test_phases_that_do_not_fit_are_refused() -> None:
         cosine(0, total_steps=10, warmup_steps=11)
     with pytest.raises(ValueError, match="`final`"):
         linear_to_zero(0, total_steps=10, final=2.0)
+
+
+def test_the_figure_of_the_readme_shows_these_schedules() -> None:
+    folder = Path(__file__).parents[1] / "docs"
+    drawn = runpy.run_path(str(folder / "draw.py"))["schedules"]()
+    assert drawn == (folder / "schedules.svg").read_text()

@@ -150,6 +150,7 @@ def test_keys_that_json_turned_into_strings_load() -> None:
     train(other, again, 2, 3)
 
 
+@pytest.mark.slow  # the everyday form is in test_optim_distributed.py, which starts one anyway
 def test_another_process_gives_equal_bits() -> None:
     program = (
         "import sys, torch; torch.set_num_threads(int(sys.argv[2]));"

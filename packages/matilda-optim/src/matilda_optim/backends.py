@@ -18,6 +18,7 @@ from matilda_optim.sharing import Sharing
 
 if TYPE_CHECKING:
     from matilda_optim.triton_backend import KernelPlan
+    from matilda_optim.triton_shards import WholeMatrices
 
 BACKENDS = ("auto", "reference", "triton")
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -50,7 +51,8 @@ class MuonStep:
         self.sharing = sharing or Sharing("none")
         self.graph = graph
         self._key: Hashable = None
-        self._split: tuple[KernelPlan | None, Work, Work] = (None, [], [])
+        self._split: tuple[KernelPlan | None, Work, Work, Work] = (None, [], [], [])
+        self._wholes: WholeMatrices | None = None
         self._devices: dict[torch.device, bool] = {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -61,62 +63,88 @@ class MuonStep:
 
     def forget(self) -> None:
         """Drops what was built for tensors and groups that may be replaced now."""
-        self._key, self._split = None, (None, [], [])
+        self._key, self._split = None, (None, [], [], [])
 
     def __call__(self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]) -> None:
         key = _structure(groups, states)
         if key != self._key:
             self._split = self._divide(groups, states)
             self._key = key
-        plan, plain, sharded = self._split
+        plan, plain, sharded, sharded_plain = self._split
         if plan is not None:
             plan.step(self.sharing, self.sharing.mode != "none")
         if plain:
             reference_step(plain, states, self.sharing)
         if sharded:
             from matilda_optim.sharded import sharded_step
+            from matilda_optim.triton_shards import WholeMatrices
 
-            sharded_step(sharded, states)
+            self._wholes = self._wholes or WholeMatrices()
+            sharded_step(sharded, states, self._wholes)
+        if sharded_plain:
+            from matilda_optim.sharded import sharded_step
+
+            sharded_step(sharded_plain, states, None)
 
     def _divide(
         self, groups: list[dict[str, Any]], states: dict[Tensor, dict[str, Any]]
-    ) -> tuple[KernelPlan | None, Work, Work]:
-        """The kernels' plan, the pure-torch work and the DTensor work."""
+    ) -> tuple[KernelPlan | None, Work, Work, Work]:
+        """The kernels' plan, the pure-torch work, and the DTensor work of either kind."""
         plain: Work = []
         kernel: Work = []
         sharded: Work = []
+        sharded_plain: Work = []
         for group in groups:
             params = [p for p in group["params"] if p.grad is not None]
-            spread = [p for p in params if is_sharded(p)]
+            spread = [p for p in params if is_sharded(p) and self._shards_fit(group, p)]
+            others = [p for p in params if is_sharded(p) and not self._shards_fit(group, p)]
             whole = [p for p in params if not is_sharded(p)]
             fit = [p for p in whole if self._fits(group, p)]
             chosen = set(fit)
             rest = [p for p in whole if p not in chosen]
-            for work, members in ((sharded, spread), (kernel, fit), (plain, rest)):
+            for work, members in (
+                (sharded, spread),
+                (sharded_plain, others),
+                (kernel, fit),
+                (plain, rest),
+            ):
                 if members:
                     work.append((group, members))
         plan = _build_plan(kernel, states, self.graph) if kernel else None
-        return plan, plain, sharded
+        return plan, plain, sharded, sharded_plain
 
-    def _fits(self, group: dict[str, Any], param: Tensor) -> bool:
-        if self.backend == "reference":
+    def _shards_fit(self, group: dict[str, Any], param: Any) -> bool:
+        """Whether the kernels can work on the local parts of a DTensor."""
+        local = param.to_local()
+        if not self._able(group, local) or isinstance(group["lr"], Tensor):
             return False
+        from matilda_optim.triton_shards import one_ratio
+
+        return one_ratio(group, param) is not None
+
+    def _able(self, group: dict[str, Any], param: Tensor) -> bool:
         device = param.device
         if device not in self._devices:
             self._devices[device] = kernels_available(device)
-        fits = (
-            self._devices[device]
+        return (
+            self.backend != "reference"
+            and self._devices[device]
             and param.is_contiguous()
-            and param.numel() > 0
-            and type(param) in (torch.nn.Parameter, Tensor)
             and param.dtype in _KERNEL_DTYPES
             and group["ns_dtype"] != "float32"
             and group["normuon_beta2"] is None
         )
+
+    def _fits(self, group: dict[str, Any], param: Tensor) -> bool:
+        fits = (
+            self._able(group, param)
+            and param.numel() > 0
+            and type(param) in (torch.nn.Parameter, Tensor)
+        )
         if self.backend == "triton" and not fits:
             raise ValueError(
                 f"the Triton back end cannot update a parameter of shape {tuple(param.shape)!r}, "
-                f'{param.dtype} on {device}; use `backend="auto"`'
+                f'{param.dtype} on {param.device}; use `backend="auto"`'
             )
         return fits
 

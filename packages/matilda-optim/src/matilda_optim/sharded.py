@@ -9,7 +9,7 @@ repeat the work. Any other layout is gathered in full and cut again.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,12 @@ from matilda_optim.reference import (
     momentum_step,
     orthogonalize_blocks,
 )
+
+if TYPE_CHECKING:
+    from matilda_optim.triton_shards import WholeMatrices
+
+Members = Sequence[tuple[dict[str, Any], Tensor]]
+"""Whole matrices and their groups."""
 
 
 class Layout(NamedTuple):
@@ -108,20 +114,27 @@ def exchange(
         offset += size
 
 
-def gather_and_cut(group: dict[str, Any], param: DTensor, direction: Tensor) -> None:
+def gather_and_cut(
+    group: dict[str, Any],
+    param: DTensor,
+    direction: Tensor,
+    orthogonalize: Callable[[Members], None],
+) -> None:
     """The general way, for one parameter: every rank works on the whole matrix."""
     mesh, placements = param.device_mesh, param.placements
     sharded = DTensor.from_local(
         direction, mesh, placements, run_check=False, shape=param.shape, stride=param.stride()
     )
     whole = sharded.full_tensor().contiguous()
-    orthogonalize_blocks([(group, whole)], _alone)
+    orthogonalize([(group, whole)])
     replicated = DTensor.from_local(whole, mesh, [Replicate()] * mesh.ndim, run_check=False)
     direction.copy_(replicated.redistribute(placements=placements).to_local())
 
 
-def sharded_step(work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
-    """One Muon step of DTensor parameters."""
+def sharded_step(
+    work: Work, states: dict[Tensor, dict[str, Any]], kernels: WholeMatrices | None
+) -> None:
+    """One Muon step of DTensor parameters, by the Triton kernels or in pure torch."""
     jobs: dict[Any, list[tuple[dict[str, Any], DTensor, Tensor]]] = {}
     general: list[tuple[dict[str, Any], DTensor, Tensor]] = []
     updates = []
@@ -130,8 +143,9 @@ def sharded_step(work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
         locals_ = [p.to_local() for p in tensors]
         grads = [_local_grad(p) for p in tensors]
         buffers = [states[p]["momentum_buffer"].to_local() for p in tensors]
-        directions, masks = momentum_step(group, locals_, grads, buffers)
-        updates.append((group, locals_, directions, masks))
+        masks = _finite(tensors, grads) if group["nonfinite"] == "skip" else None
+        directions = _directions(group, locals_, grads, buffers, masks, kernels is not None)
+        updates.append((group, tensors, locals_, directions, masks))
         for p, direction in zip(tensors, directions, strict=True):
             layout = layout_of(p)
             if layout is None:
@@ -139,21 +153,88 @@ def sharded_step(work: Work, states: dict[Tensor, dict[str, Any]]) -> None:
             else:
                 shape_class = tuple(sorted(p.shape))
                 jobs.setdefault((layout, shape_class), []).append((group, p, direction))
+    orthogonalize = kernels or _reference
     for (layout, _), members in jobs.items():
         groups = [group for group, _, _ in members]
 
         def whole_matrices(
             indices: list[int], wholes: list[Tensor], groups: list[dict[str, Any]] = groups
         ) -> None:
-            orthogonalize_blocks(
-                [(groups[i], whole) for i, whole in zip(indices, wholes, strict=True)], _alone
-            )
+            orthogonalize([(groups[i], w) for i, w in zip(indices, wholes, strict=True)])
 
         exchange([p for _, p, _ in members], [d for _, _, d in members], layout, whole_matrices)
     for group, p, direction in general:
-        gather_and_cut(group, p, direction)
-    for group, locals_, directions, masks in updates:
-        apply_update(group, locals_, directions, masks)
+        gather_and_cut(group, p, direction, orthogonalize)
+    for group, tensors, locals_, directions, masks in updates:
+        if kernels is None:
+            apply_update(group, locals_, directions, masks)
+        else:
+            _apply_by_kernels(group, tensors, locals_, directions, masks)
+
+
+def _directions(
+    group: dict[str, Any],
+    locals_: list[Tensor],
+    grads: list[Tensor],
+    buffers: list[Tensor],
+    masks: list[Tensor] | None,
+    kernels: bool,
+) -> list[Tensor]:
+    """Advances the momenta; a matrix that is skipped keeps its own and gets a zero direction."""
+    if masks is not None:
+        sign = -1.0 if group["maximize"] else 1.0
+        grads = [
+            torch.where(m > 0, g, (sign * b).to(g.dtype))
+            for g, b, m in zip(grads, buffers, masks, strict=True)
+        ]
+        before = [b.clone() for b in buffers]
+    if kernels:
+        from matilda_optim.triton_shards import shard_directions
+
+        directions = shard_directions(group, [g.contiguous() for g in grads], buffers)
+    else:
+        plain = {**group, "nonfinite": "propagate"}
+        directions, _ = momentum_step(plain, locals_, grads, buffers)
+    if masks is not None:
+        for direction, buffer, old, mask in zip(directions, buffers, before, masks, strict=True):
+            direction.mul_(mask)
+            buffer.copy_(torch.where(mask > 0, buffer, old))
+    return directions
+
+
+def _finite(params: list[DTensor], grads: list[Tensor]) -> list[Tensor]:
+    """Of each shard's shape: 1 if the whole gradient is finite on all ranks, 0 if not."""
+    flags = [torch.isfinite(g).all().float() for g in grads]
+    for mesh in {p.device_mesh for p in params}:
+        here = [i for i, p in enumerate(params) if p.device_mesh == mesh]
+        together = torch.stack([flags[i] for i in here])
+        for dim in range(mesh.ndim):
+            dist.all_reduce(together, dist.ReduceOp.MIN, group=mesh.get_group(dim))
+        for i, flag in zip(here, together.unbind(), strict=True):
+            flags[i] = flag
+    return [flag.expand(g.shape) for flag, g in zip(flags, grads, strict=True)]
+
+
+def _apply_by_kernels(
+    group: dict[str, Any],
+    params: list[DTensor],
+    locals_: list[Tensor],
+    updates: list[Tensor],
+    masks: list[Tensor] | None,
+) -> None:
+    from matilda_optim.triton_shards import one_ratio, update_shard
+
+    for i, (p, local, update) in enumerate(zip(params, locals_, updates, strict=True)):
+        ratio = one_ratio(group, p)
+        assert ratio is not None  # the caller sends other parameters the pure-torch way
+        before = None if masks is None else local.clone()
+        update_shard(group, ratio, local, update)
+        if before is not None and masks is not None:
+            local.copy_(torch.where(masks[i] > 0, local, before))
+
+
+def _reference(members: Members) -> None:
+    orthogonalize_blocks(members, _alone)
 
 
 def _alone(newton_schulz: Callable[..., Tensor], *batches: Tensor) -> Tensor:
