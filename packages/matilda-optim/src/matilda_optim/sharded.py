@@ -205,7 +205,7 @@ def _directions(
 def _finite(params: list[DTensor], grads: list[Tensor]) -> list[Tensor]:
     """Of each shard's shape: 1 if the whole gradient is finite on all ranks, 0 if not."""
     flags = [torch.isfinite(g).all().float() for g in grads]
-    for mesh in {p.device_mesh for p in params}:
+    for mesh in dict.fromkeys(p.device_mesh for p in params):  # the same order on every rank
         here = [i for i, p in enumerate(params) if p.device_mesh == mesh]
         together = torch.stack([flags[i] for i in here])
         for dim in range(mesh.ndim):
