@@ -36,8 +36,7 @@ NGRAM_WORDS = 13
 FILE_NAME = "evaluation.ngrams"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 CACHED_WORDS = 1 << 20
-FILTER_BITS = 27
-FILTER_SHIFT = np.uint64(64 - FILTER_BITS)
+FILTER_LOAD = 64  # bits of the filter for each run: one run in 64 passes by chance
 
 WORD = re.compile(r"[^\W_]+")
 
@@ -83,16 +82,19 @@ class EvaluationSet:
     """Sorted, distinct rolling hashes of the same n-grams."""
 
     @functools.cached_property
-    def _filter(self) -> npt.NDArray[np.uint8]:
-        """Bit i is set if any rolling hash has the high bits i: most runs need no search."""
-        seen = np.zeros(1 << FILTER_BITS, dtype=np.bool_)
-        seen[self.rolling >> FILTER_SHIFT] = True
-        return np.packbits(seen, bitorder="little")
+    def _filter(self) -> tuple[npt.NDArray[np.uint8], np.uint64]:
+        """Bits and a shift: bit i is set if any rolling hash, shifted right, is i."""
+        size = min(max(len(self.rolling) * FILTER_LOAD, 8).bit_length(), 29)
+        shift = np.uint64(64 - size)
+        seen = np.zeros(1 << size, dtype=np.bool_)
+        seen[self.rolling >> shift] = True
+        return np.packbits(seen, bitorder="little"), shift
 
     def _maybe(self, runs: UInt64Array) -> UInt64Array:
-        """Those of `runs` that pass the filter."""
-        places = (runs >> FILTER_SHIFT).astype(np.uint32)
-        bits = self._filter[places >> np.uint32(3)] >> (places & np.uint32(7)).astype(np.uint8)
+        """Those of `runs` that pass the filter; most runs then need no search."""
+        table, shift = self._filter
+        places = (runs >> shift).astype(np.uint32)
+        bits = table[places >> np.uint32(3)] >> (places & np.uint32(7)).astype(np.uint8)
         passed: UInt64Array = runs[(bits & np.uint8(1)).astype(np.bool_)]
         return passed
 
