@@ -80,7 +80,7 @@ def tokenizer_json(ranks: Mapping[bytes, int], splits: bytes) -> str:
     letters = _byte_letters()
     vocabulary = {token.decode("latin-1").translate(letters): rank for token, rank in ranks.items()}
     words = sorted((word for word in vocabulary if len(word) > 1), key=vocabulary.__getitem__)
-    merges = [[word[:cut], word[cut:]] for word, cut in zip(words, splits, strict=True)]
+    merges = [f"{word[:cut]} {word[cut:]}" for word, cut in zip(words, splits, strict=True)]
     return json.dumps(
         {
             "version": "1.0",
@@ -96,7 +96,9 @@ def tokenizer_json(ranks: Mapping[bytes, int], splits: bytes) -> str:
                 "vocab": vocabulary,
                 "merges": merges,
             },
-        }
+        },
+        ensure_ascii=False,
+        separators=(",", ":"),
     )
 
 

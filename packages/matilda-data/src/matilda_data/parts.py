@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 # Documents are encoded in batches of about this many characters.
-BATCH_CHARS = 1 << 20
+BATCH_CHARS = 2 << 20
 
 
 class DamagedPartError(Exception):
