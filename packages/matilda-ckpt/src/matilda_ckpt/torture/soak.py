@@ -14,10 +14,12 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from matilda_ckpt.checkpointer import Checkpointer
@@ -44,6 +46,7 @@ def everything() -> dict[str, object]:
     """A freshly initialised training: model with dropout, AdamW, generators, position."""
     torch.manual_seed(1234)
     random.seed(1234)
+    np.random.seed(1234)
     model = torch.nn.Sequential(
         torch.nn.Linear(16, 32), torch.nn.Dropout(0.2), torch.nn.GELU(), torch.nn.Linear(32, 1)
     )
@@ -108,13 +111,14 @@ def soak(root: Path, kills: int, background: bool, seed: int = 0) -> dict[str, o
     How far the training comes in between depends on the machine; the twin goes as far.
     """
     torch.set_num_threads(1)
+    span = _life_s(root, background)
     rng = random.Random(seed)
     begun = time.monotonic()
     killed = lives = 0
     while killed < kills:
         lives += 1
         child = _fork(root, 10**9, background)
-        time.sleep(rng.uniform(0.02, 0.25))
+        time.sleep(rng.uniform(0.0, 2 * span))
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
         if not os.WIFSIGNALED(status):
@@ -144,6 +148,18 @@ def soak(root: Path, kills: int, background: bool, seed: int = 0) -> dict[str, o
         "sha256": sha256,
         "expected": expected,
     }
+
+
+def _life_s(root: Path, background: bool) -> float:
+    """Seconds of a life of three steps on this machine; kills come at up to twice that.
+
+    Also loads here, once, what every life would otherwise import for itself.
+    """
+    with tempfile.TemporaryDirectory(dir=root.parent) as scratch:
+        live(Path(scratch) / "a", 1, background)
+        begun = time.monotonic()
+        os.waitpid(_fork(Path(scratch) / "b", 3, background), 0)
+        return time.monotonic() - begun
 
 
 def _fork(root: Path, steps: int, background: bool) -> int:
