@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help install format lint types test test-slow test-slow-ckpt verify-resume isolation \
-	check ci quickstart bench bench-powercut
+	check ci quickstart bench bench-powercut bench-scaling
 
 help: ## Print what every target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-15s %s\n", $$1, $$2}'
@@ -38,6 +38,9 @@ bench: ## Every benchmark in its quick form
 
 bench-powercut: ## Crash images of a simulated power cut, beside peers (needs root, FUSE and loop)
 	uv run benchmarks/ckpt_powercut.py --quick
+
+bench-scaling: ## One node's GPUs by number and strategy, elastic resume, a killed rank (needs CUDA)
+	uv run benchmarks/scaling.py --data-dir data/corpus --work-dir runs/scaling
 
 isolation: ## Build all packages; test each wheel alone with only what it declares
 	.ci/isolation
