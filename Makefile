@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help install format lint types test test-slow test-slow-ckpt verify-resume isolation \
+.PHONY: help install format lint types test test-slow test-slow-ckpt test-slow-data verify-resume isolation \
 	check ci quickstart bench bench-powercut bench-scaling
 
 help: ## Print what every target does
@@ -27,6 +27,9 @@ test-slow: ## Run the long suites too: fuzzing, crash images, soaks
 
 test-slow-ckpt: ## matilda-ckpt's crash model, system-call sweep, fuzzing and resharding, whole
 	MATILDA_SLOW=1 uv run pytest packages/matilda-ckpt -o timeout=0
+
+test-slow-data: ## matilda-data's kills, hub faults and bit flips, whole
+	MATILDA_SLOW=1 uv run pytest packages/matilda-data -o timeout=0
 
 verify-resume: ## 500 kills of a small run, compared bit for bit with its twin
 	rm -rf runs/verify-resume
