@@ -31,6 +31,9 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    from matilda_train import RunDir
+
+    RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
     from matilda_train import complete_text, load_run_model
 
     model, tokenizer = load_run_model(args.run, step=args.step, device=args.device)
