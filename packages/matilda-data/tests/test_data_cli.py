@@ -39,6 +39,20 @@ def test_damage_is_one_sentence_and_exit_code_2(corpus: Path, tmp_path: Path) ->
     assert "text_train_000000.bin' is truncated" in done.stderr
 
 
+def test_a_reader_that_stops_early_is_no_error(corpus: Path, tmp_path: Path) -> None:
+    prepare_text(corpus, tmp_path / "out", tokenizer="byte", val_fraction=0.2)
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "matilda_data.cli", "info", str(tmp_path / "out")],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
