@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def fsync_path(path: Path) -> None:
         os.close(fd)
 
 
-class Peer:
+class Peer(ABC):
     """One writer. `name` is its row; `durable` says what its return promises."""
 
     name = ""
@@ -38,11 +39,11 @@ class Peer:
     def path(self, folder: Path, step: int) -> Path:
         return folder / f"step-{step:08d}{self.suffix}"
 
-    def save(self, folder: Path, step: int, state: Tensors) -> None:
-        raise NotImplementedError
+    @abstractmethod
+    def save(self, folder: Path, step: int, state: Tensors) -> None: ...
 
-    def load(self, folder: Path, step: int) -> dict[str, torch.Tensor]:
-        raise NotImplementedError
+    @abstractmethod
+    def load(self, folder: Path, step: int) -> dict[str, torch.Tensor]: ...
 
     def steps(self, folder: Path) -> list[int]:
         """Steps that this writer's own convention takes for checkpoints, newest first."""

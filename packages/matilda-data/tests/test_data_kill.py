@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 import matilda_data.inputs as inputs_module
+import matilda_data.worker as worker_module
 from matilda_data import prepare_text, verify
 
 SLOW = os.environ.get("MATILDA_SLOW") == "1"
@@ -139,13 +140,8 @@ def test_killed_at_random_with_any_number_of_workers(
     assert killed + finished > 0
 
 
-def test_killed_worker_is_replaced(
-    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 1500)
-    prepare(corpus, tmp_path / "whole")
-    import matilda_data.worker as worker_module
-
+def watch_workers(monkeypatch: pytest.MonkeyPatch) -> list[subprocess.Popen[str]]:
+    """A list that every worker process joins when it is started."""
     started: list[subprocess.Popen[str]] = []
     original = worker_module._start_worker
 
@@ -154,6 +150,15 @@ def test_killed_worker_is_replaced(
         return started[-1]
 
     monkeypatch.setattr(worker_module, "_start_worker", start)
+    return started
+
+
+def test_killed_worker_is_replaced(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 1500)
+    prepare(corpus, tmp_path / "whole")
+    started = watch_workers(monkeypatch)
     killed: list[int] = []
 
     def progress(row: object) -> None:
@@ -178,18 +183,9 @@ def test_killed_worker_is_replaced(
 def test_worker_is_replaced_before_its_memory_grows(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import matilda_data.worker as worker_module
-
     monkeypatch.setattr(inputs_module, "UNIT_BYTES", 3000)
     prepare(corpus, tmp_path / "whole")
-    started: list[subprocess.Popen[str]] = []
-    original = worker_module._start_worker
-
-    def start(settings: worker_module.EncodeSettings) -> subprocess.Popen[str]:
-        started.append(original(settings))
-        return started[-1]
-
-    monkeypatch.setattr(worker_module, "_start_worker", start)
+    started = watch_workers(monkeypatch)
     # at least eight units, however they fall to the two: no worker of two units is enough
     monkeypatch.setattr(worker_module, "UNITS_PER_WORKER", 2)
     prepare(corpus, tmp_path / "out", workers=2)

@@ -150,12 +150,7 @@ class MemFs:
 
     def link(self, src: str, dst: str) -> None:
         self.fault("link", dst)
-        node = self._find(src)
-        parent, name = self._parent(dst)
-        if not isinstance(node, File):
-            raise _error(errno.ENOENT, src)
-        if name in parent.names:
-            raise _error(errno.EEXIST, dst)
+        node, parent, name = self._file_and_new_name(src, dst)
         self._change(parent, (name, node))
         self._did("link", dst)
 
@@ -163,14 +158,18 @@ class MemFs:
         if not self.clones:
             raise _error(errno.EOPNOTSUPP, dst)
         self.fault("clone", dst)
+        node, parent, name = self._file_and_new_name(src, dst)
+        self._change(parent, (name, File(bytearray(node.data))))
+        self._did("clone", dst)
+
+    def _file_and_new_name(self, src: str, dst: str) -> tuple[File, Dir, str]:
         node = self._find(src)
         parent, name = self._parent(dst)
         if not isinstance(node, File):
             raise _error(errno.ENOENT, src)
         if name in parent.names:
             raise _error(errno.EEXIST, dst)
-        self._change(parent, (name, File(bytearray(node.data))))
-        self._did("clone", dst)
+        return node, parent, name
 
     def fsync_file(self, path: str) -> None:
         self.fault("fsync", path)
