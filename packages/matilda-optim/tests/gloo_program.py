@@ -65,7 +65,7 @@ def fsdp(folder: Path) -> str:
 
 
 def skip(folder: Path) -> str:
-    """A NaN in one shard leaves the whole of its matrix alone, on every rank."""
+    """A NaN in one shard leaves its whole matrix alone, or AdamW's whole group, on every rank."""
     model = Weights()
     fully_shard(model, mesh=init_device_mesh(DEVICE, (dist.get_world_size(),)))
     optimizer = optimizer_of(model, nonfinite="skip")
@@ -80,7 +80,15 @@ def skip(folder: Path) -> str:
         w3.grad.to_local()[0, 0] = float("nan")
     optimizer.step()
     held = torch.equal(w3.full_tensor(), start) and not torch.equal(model.w4.full_tensor(), others)
-    return before if held else "the matrix moved"
+    table, vector = model.table.full_tensor().clone(), model.vector.full_tensor().clone()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    if dist.get_rank() == dist.get_world_size() - 1:
+        model.table.grad.to_local().fill_(float("inf"))
+    optimizer.step()
+    held &= torch.equal(model.table.full_tensor(), table)
+    held &= torch.equal(model.vector.full_tensor(), vector)
+    return before if held else "what should have been skipped moved"
 
 
 def hsdp(folder: Path) -> str:

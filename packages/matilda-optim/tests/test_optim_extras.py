@@ -261,6 +261,38 @@ def test_a_non_finite_gradient_follows_the_policy_and_touches_one_matrix(
         assert dirty[1].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_skip_leaves_a_whole_adamw_group_as_it_was(value: float, dtype: torch.dtype) -> None:
+    params = [nn.Parameter(gaussian(5, 7, seed=i).to(dtype)) for i in range(3)]
+    other = nn.Parameter(gaussian(4, seed=9))
+    groups = [
+        {"params": params, "algorithm": "adamw", "nonfinite": "skip"},
+        {"params": [other], "algorithm": "adamw", "nonfinite": "skip"},
+    ]
+    optimizer = Muon(groups)
+
+    def step(seed: int) -> None:
+        for i, p in enumerate([*params, other]):
+            p.grad = gaussian(*p.shape, seed=seed + i).to(p.dtype)
+            if seed == 200 and i == 1:
+                p.grad.view(-1)[3] = value
+        optimizer.step()
+
+    step(100)
+    held = [p.detach().clone() for p in params]
+    moments = [{k: v.clone() for k, v in optimizer.state[p].items()} for p in params]
+    free = other.detach().clone()
+    step(200)
+    assert not torch.equal(other, free)
+    for p, before, state in zip(params, held, moments, strict=True):
+        assert torch.equal(p, before)
+        assert all(torch.equal(optimizer.state[p][k], v) for k, v in state.items())
+    step(300)
+    assert optimizer.state[params[0]]["step"].item() == 2
+    assert not any(torch.equal(p, before) for p, before in zip(params, held, strict=True))
+
+
 def test_cautious_decay_acts_only_where_the_update_shrinks_the_entry() -> None:
     p, q = nn.Parameter(gaussian(16, 32)), nn.Parameter(gaussian(16, 32))
     p.grad = gaussian(16, 32, seed=1)

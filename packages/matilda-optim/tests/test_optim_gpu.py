@@ -215,6 +215,37 @@ def test_a_nan_touches_only_its_matrix(policy: str) -> None:
         assert dirty[2].isnan().any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_poisoned_step_under_skip_changes_no_bit_and_waits_for_nothing(
+    dtype: torch.dtype,
+) -> None:
+    matrices = parameters([(256, 768)] * 3, dtype)
+    vectors = parameters([(768,), (50304, 64)], dtype)
+    groups = [{"params": matrices}, {"params": vectors, "algorithm": "adamw"}]
+    optimizer = Muon(groups, nonfinite="skip", graph=True)
+    for step in range(4):
+        set_grads(matrices, step)
+        set_grads(vectors, step)
+        optimizer.step()
+    tensors = [*matrices, *vectors]
+    tensors += [v for p in tensors for v in optimizer.state[p].values()]
+    before = [t.detach().clone() for t in tensors]
+    poison = torch.tensor(float("nan"), device="cuda")
+    for p in (*matrices, *vectors):
+        assert p.grad is not None
+        p.grad.mul_(poison)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    set_grads(matrices, 9)
+    set_grads(vectors, 9)
+    optimizer.step()
+    assert not any(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+
+
 def test_zero_gradients_decay_only_and_missing_ones_change_nothing() -> None:
     params = parameters([(256, 768)] * 3)
     start = [p.detach().clone() for p in params]

@@ -26,7 +26,9 @@ def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> N
     """One decoupled-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101) of `group`.
 
     fp32 parameters go through torch's own code, fused on CUDA, so they equal `torch.optim.AdamW`
-    bit for bit. 16-bit parameters are updated in fp32 from fp32 moments and rounded once.
+    bit for bit. 16-bit parameters are updated in fp32 from fp32 moments and rounded once. With
+    `nonfinite="skip"` a NaN or Inf in any gradient of the group leaves the whole group as it was,
+    parameters, moments and step count; on a GPU without waiting for it.
     """
     for fused in (True, False):
         owners = [
@@ -38,10 +40,26 @@ def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> N
             continue
         masters = [p if p.dtype == torch.float32 else p.detach().float() for p in owners]
         grads = [p.grad.float() for p in owners]
-        _torch_step(masters, grads, group, [states[p] for p in owners], fused)
+        found_inf = _found_inf(grads) if group["nonfinite"] == "skip" else None
+        if found_inf is not None and not fused and bool(found_inf):
+            continue
+        rows = [states[p] for p in owners]
+        _torch_step(masters, grads, group, rows, fused, found_inf if fused else None)
         for p, master in zip(owners, masters, strict=True):
             if master is not p:
                 p.copy_(master)
+
+
+def _found_inf(grads: list[Tensor]) -> Tensor:
+    """1.0 if any element of any rank's part is not finite, else 0.0: fp32, on the device."""
+    largest = torch.zeros((), device=grads[0].device)
+    for sharded in (False, True):
+        part = [g for g in grads if hasattr(g, "full_tensor") is sharded]
+        if part:
+            norm: Any = torch.nn.utils.get_total_norm(part, norm_type=float("inf"))
+            # the sum of two norms, so that neither hides the other's NaN
+            largest = largest + (norm.full_tensor() if sharded else norm)
+    return (~torch.isfinite(largest)).float()
 
 
 def _torch_step(
@@ -50,6 +68,7 @@ def _torch_step(
     group: dict[str, Any],
     rows: list[dict[str, Any]],
     fused: bool,
+    found_inf: Tensor | None,
 ) -> None:
     beta1, beta2 = group["betas"]
     torch_adamw(
@@ -60,6 +79,7 @@ def _torch_step(
         [],
         [row["step"] for row in rows],
         fused=fused,
+        found_inf=found_inf,
         foreach=False,
         amsgrad=False,
         beta1=beta1,

@@ -57,9 +57,9 @@ class Muon(Optimizer):
         cautious: of Muon groups: decay only what the update shrinks too (arXiv 2510.12402).
         normuon_beta2: of Muon groups: None, or NorMuon's β₂ (0.95 in arXiv 2510.05491), which adds
             the state `second_momentum`, one value a row, and runs in pure torch.
-        nonfinite: of Muon groups: "propagate" lets a NaN or Inf gradient through to its own
-            matrix; "skip" leaves that matrix and its momentum as they were. Neither waits for the
-            device.
+        nonfinite: "propagate" lets a NaN or Inf gradient through to its own matrix; "skip" leaves
+            that matrix and its momentum as they were, and of an AdamW group all of it. Neither
+            waits for a GPU.
         backend: "auto" takes Triton kernels on NVIDIA GPUs of compute capability 9.0 and newer for
             contiguous parameters and pure torch elsewhere; "reference" is pure torch everywhere;
             "triton" raises where the kernels cannot run.
@@ -239,6 +239,8 @@ def _check_group(group: dict[str, Any]) -> None:
     for i, p in enumerate(group["params"]):
         if p.is_complex():
             raise ValueError(f"parameter {names[i] if names else i!r} is complex; Muon needs real")
+    if group["nonfinite"] not in ("propagate", "skip"):
+        raise ValueError(f'`nonfinite` must be "propagate" or "skip", got {group["nonfinite"]!r}')
     if group["algorithm"] == "adamw":
         beta1, beta2 = group["betas"]
         if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
@@ -252,8 +254,6 @@ def _check_group(group: dict[str, Any]) -> None:
             raise ValueError(f"`normuon_beta2` must lie in [0, 1), got {group['normuon_beta2']!r}")
         if any(is_sharded(p) for p in group["params"]):
             raise ValueError("`normuon_beta2` does not support DTensor parameters; leave it None")
-    if group["nonfinite"] not in ("propagate", "skip"):
-        raise ValueError(f'`nonfinite` must be "propagate" or "skip", got {group["nonfinite"]!r}')
     resolve_coefficients(group["ns_coefficients"], group["ns_steps"])
     if group["ns_dtype"] is not None and group["ns_dtype"] not in NS_DTYPES:
         raise ValueError(
