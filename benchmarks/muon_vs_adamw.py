@@ -6,7 +6,8 @@ python benchmarks/muon_vs_adamw.py --quick          # toy model, bytes of this f
 Both sides are `matilda_optim.Muon` over `param_groups` of one model with the same options but
 `algorithm`: "adamw" puts every parameter under AdamW; "muon" puts the hidden matrices under Muon
 and the rest under AdamW. One learning rate serves all groups of a trial (Muon's updates have
-AdamW's RMS), warm-up is 5 % and decay to zero is linear over the whole run. Three parts:
+AdamW's RMS), gradients are clipped to norm 1, warm-up is 5 % and decay to zero is linear over the
+whole run. Three parts:
 
 1. every learning rate of LRS for both, first seed; while the best of either lies at an end of the
    grid, both try the next power of two there, four times at most;
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matilda_data import BinStream, prepare_text
 from matilda_model import ModelConfig, Transformer
@@ -45,6 +46,7 @@ SHARES = (0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875)
 MAX_WIDER = 4
 SEEDS = (0, 1, 2)
 WEIGHT_DECAY = 0.1
+GRAD_CLIP = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +143,7 @@ class Bench:
                 group["lr"] = group["initial_lr"] * multiplier
             rows = windows[step * self.size.batch : (step + 1) * self.size.batch]
             torch.autograd.backward(self.loss(rows))
+            nn.utils.clip_grad_norm_(self.model.parameters(), GRAD_CLIP)
             optimizer.step()
             optimizer.zero_grad()
         curve.append((steps, self.validate()))
@@ -258,6 +261,7 @@ def main() -> int:
             "tokens_a_step": size.batch * size.model.max_seq_len,
             "steps": size.steps,
             "weight_decay": WEIGHT_DECAY,
+            "grad_clip": GRAD_CLIP,
             "trials": [],
         }
 
