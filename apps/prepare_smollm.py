@@ -7,6 +7,10 @@ texts of Python-Edu are not in its rows: they come from Software Heritage, file 
 
 from __future__ import annotations
 
+from matilda_train.stop_signals import end_on_signals
+
+end_on_signals()  # in the first line, until `run_preparation` handles them
+
 import argparse
 import sys
 

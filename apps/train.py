@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+
+STOP = StopRequest().install()  # in the first line: what follows takes time
+
 import argparse
 import os
 from pathlib import Path
 
-from matilda_train import EXIT_PREEMPTED, StopRequest
 from matilda_train.app import run_app
 
 EXAMPLES = """examples:
@@ -50,13 +53,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    stop = StopRequest(args.grace_seconds).install()
+    STOP.end_after(args.grace_seconds)
     from matilda_train import TerminalDisplay, load_config
 
     config = load_config(args.config, args.set)
-    # This loads torch, which takes seconds: signals and mistakes are dealt with already.
+    # This loads torch, which takes seconds: mistakes are dealt with already.
     from matilda_train import train
 
+    STOP.begin()
     run_dir = args.run_dir or Path("runs") / args.config.stem
     with TerminalDisplay() as display:
         result = train(
@@ -64,7 +68,7 @@ def main() -> int:
             run_dir=run_dir,
             data_dir=args.data_dir,
             dry_run=args.dry_run,
-            stop=lambda: bool(stop),
+            stop=lambda: bool(STOP),
             display=display,
         )
     if int(os.environ.get("RANK", "0")) > 0:

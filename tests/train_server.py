@@ -2,7 +2,8 @@
 
 Started by `killable_runs.TrainServer`: a JSON request a line on stdin, a reply a line on stdout. A
 run may have several ranks. A child may be told to kill itself with SIGKILL at its n-th fsync, which
-reaches into the middle of a save, or at its n-th training step, or to send itself a signal there.
+reaches into the middle of a save, or at its n-th training step, or to send itself a signal there or
+where a phase begins.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import signal
 import socket
 import sys
 import traceback
+from collections.abc import Callable
 from typing import Any
 
 import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
@@ -24,7 +26,7 @@ def run(request: dict[str, Any]) -> int:
     from matilda_train import StopRequest, load_config, train
     from matilda_train.app import run_app
 
-    stop = StopRequest().install()
+    stop = StopRequest().install().begin()
     arm(request)
     code = 0
 
@@ -35,6 +37,7 @@ def run(request: dict[str, Any]) -> int:
             run_dir=request["run_dir"],
             data_dir=request.get("data_dir"),
             stop=lambda: bool(stop),
+            on_phase=signal_at_phase(request) if "at_phase" in request else None,
         )
         return 75 if result.status == "preempted" else 0
 
@@ -71,6 +74,19 @@ def arm(request: dict[str, Any]) -> None:
         loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate)
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
+
+
+def signal_at_phase(request: dict[str, Any]) -> Callable[[str], None]:
+    """What sends this process the signal when the phase begins for the n-th time (`occurrence`)."""
+    left = request.get("occurrence", 1)
+
+    def on_phase(phase: str) -> None:
+        nonlocal left
+        left -= phase == request["at_phase"]
+        if phase == request["at_phase"] and left == 0:
+            os.kill(os.getpid(), getattr(signal, request["signal"]))
+
+    return on_phase
 
 
 def plant_nan(loop: Any, step: int) -> None:

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+from matilda_train.stop_signals import EXIT_PREEMPTED, STOP_SIGNALS, StopRequest
 
 POLITE = """
 import sys, time
 from matilda_train.stop_signals import StopRequest
-stop = StopRequest(60).install()
+stop = StopRequest().install().begin().end_after(60)
 print("ready", flush=True)
 while not stop:
     time.sleep(0.01)
@@ -22,7 +22,7 @@ sys.exit(7)
 DEADLOCKED = """
 import ctypes
 from matilda_train.stop_signals import StopRequest
-StopRequest(0.2).install()
+StopRequest().install().begin().end_after(0.2)
 print("ready", flush=True)
 libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
 libc.pthread_mutex_lock(mutex)
@@ -41,7 +41,7 @@ def ends_with(program: str, number: signal.Signals) -> tuple[int, str]:
     return process.returncode, said
 
 
-@pytest.mark.parametrize("number", StopRequest.SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_a_signal_is_a_request(number: signal.Signals) -> None:
     code, said = ends_with(POLITE, number)
     assert code == 7
@@ -56,4 +56,4 @@ def test_a_hanging_process_ends_after_its_grace_period() -> None:
 
 def test_a_grace_period_that_is_none_is_refused() -> None:
     with pytest.raises(ValueError, match="grace-seconds"):
-        StopRequest(0)
+        StopRequest().end_after(0)

@@ -27,6 +27,7 @@ __all__ = ["add_preparation_options", "parse_weights", "run_preparation"]
 EXIT_BAD_INPUT = 2
 EXIT_ENVIRONMENT = 4
 EXIT_STOPPED = 75  # a launcher should run the same command again
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: float) -> None:
@@ -49,9 +50,11 @@ def run_preparation(
     """Call `prepare` with `arguments` and the shared `options`; returns the exit code.
 
     0 when done; with one sentence, 2 for bad input and 4 for an environment that failed (disk
-    full); 75 when stopped by Ctrl-C or SIGTERM. After 4 and 75 the same command goes on.
+    full); 75 when stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1. After 4 and 75 the same command
+    goes on.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler)
     command = "uv run " + shlex.join(sys.argv)
     try:
         manifest = prepare(
@@ -75,6 +78,8 @@ def run_preparation(
         print(f"error: {error}; run the same command again to go on", file=sys.stderr)
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)  # a second one changes nothing any more
         print("\nStopped; run the same command again to go on.", file=sys.stderr)
         return EXIT_STOPPED
     if options.partition is not None:

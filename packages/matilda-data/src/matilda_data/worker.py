@@ -200,7 +200,8 @@ def _record(reply: dict[str, Any] | None) -> PartRecord:
 
 def main() -> None:
     """Serve units until standard input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # the parent's to handle; it ends this one's input
     value = json.loads(sys.argv[1])
     settings = EncodeSettings(**{**value, "options": ReadOptions(**value["options"])})
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()

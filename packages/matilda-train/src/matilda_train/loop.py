@@ -264,7 +264,7 @@ def train(
             if at_end:
                 break
 
-            phase.enter("training")
+            phase.enter_step()
             meter.begin_step()
             factor = schedule(state.step)
             set_learning_rates(optimizer, factor)

@@ -12,12 +12,13 @@ PHASES = (
     "preparing data",
     "starting",
     "restoring",
+    "warming up",
     "training",
     "evaluating",
     "saving",
     "sampling",
 )
-"""Every phase of a run, in the order in which an undisturbed one meets them first."""
+"""Every phase of a run; "warming up" is the first step of a process: it compiles, and allocates."""
 
 
 class PhaseClock:
@@ -31,6 +32,7 @@ class PhaseClock:
         self._seconds: dict[str, float] = {}
         self._since = time.monotonic()
         self.current = "starting"
+        self._warm = False
         self.enter("starting")
 
     def enter(self, phase: str) -> None:
@@ -42,6 +44,11 @@ class PhaseClock:
         self.current = phase
         if self._on_phase is not None:
             self._on_phase(phase)
+
+    def enter_step(self) -> None:
+        """Begin a training step."""
+        self.enter("training" if self._warm else "warming up")
+        self._warm = True
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:

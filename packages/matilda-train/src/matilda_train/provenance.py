@@ -69,6 +69,7 @@ def _git(cwd: Path, *args: str) -> str | None:
             text=True,
             timeout=20,
             check=True,
+            start_new_session=True,  # Ctrl-C is a request to us, not to git
         )
     except (OSError, subprocess.SubprocessError):
         return None

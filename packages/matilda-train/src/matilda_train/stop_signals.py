@@ -1,7 +1,7 @@
 """Turn SIGTERM, SIGINT and SIGUSR1 into a request that the loop honours at the next safe point.
 
-Imports nothing but the standard library, so that an app can install the handlers before the
-seconds-long import of torch.
+Imports nothing but the standard library, so that an app can install the handlers in its first line,
+before the seconds-long import of torch.
 """
 
 from __future__ import annotations
@@ -12,37 +12,71 @@ import threading
 import time
 from types import FrameType
 
-__all__ = ["EXIT_PREEMPTED", "StopRequest"]
+__all__ = ["EXIT_PREEMPTED", "STOP_SIGNALS", "StopRequest", "end_on_signals"]
 
 EXIT_PREEMPTED = 75
 """Exit code after a clean save on request (EX_TEMPFAIL): a launcher should run it again."""
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""What a person, a launcher or a cluster sends to have a run saved and stopped."""
 
-class StopRequest:
-    """Becomes true when one of `SIGNALS` arrives; a second SIGINT ends the process at once.
 
-    With `grace_seconds`, a process that is still there so long after the first signal ends with
-    `EXIT_PREEMPTED`, wherever it hangs; its newest durable checkpoint stands.
+def end_on_signals() -> None:
+    """End with `EXIT_PREEMPTED` at once when a signal arrives, until something else handles them.
+
+    For the first lines of a program whose work can be cut off anywhere: nothing has begun yet.
     """
 
-    SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    for number in STOP_SIGNALS:
+        signal.signal(number, _end_before_anything)
 
-    def __init__(self, grace_seconds: float | None = None) -> None:
-        if grace_seconds is not None and not grace_seconds > 0:
-            raise ValueError(f"`--grace-seconds` is {grace_seconds:g}, but must be above 0.")
+
+def _end_before_anything(number: int, frame: FrameType | None) -> None:
+    os.write(2, f"\n{signal.Signals(number).name}: stopped before anything began.\n".encode())
+    os._exit(EXIT_PREEMPTED)
+
+
+class StopRequest:
+    """Becomes true when one of `STOP_SIGNALS` arrives; a second SIGINT ends the process at once.
+
+    Until `begin` is called there is nothing to save: the process ends at once, with
+    `EXIT_PREEMPTED`, unless it is one of several ranks, which stop together.
+    """
+
+    def __init__(self) -> None:
         self.signal_name: str | None = None
-        self._grace_seconds = grace_seconds
+        self._begun = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        self._grace_seconds: float | None = None
 
     def install(self) -> StopRequest:
         """Handle the signals from now on; call it from the main thread."""
-        for number in self.SIGNALS:
+        for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
-        if self._grace_seconds is not None:
-            # Python's own handlers wait for the main thread, which may hang in a collective.
-            arrived, note = os.pipe()
-            os.set_blocking(note, False)
-            signal.set_wakeup_fd(note, warn_on_full_buffer=False)
-            threading.Thread(target=self._enforce, args=(arrived,), daemon=True).start()
+        return self
+
+    def begin(self) -> StopRequest:
+        """From now on a signal is a request, for there may be something to save."""
+        self._begun = True
+        return self
+
+    def end_after(self, grace_seconds: float | None) -> StopRequest:
+        """Have the process end with `EXIT_PREEMPTED` that long after the first signal; None: never.
+
+        Wherever it hangs by then; its newest durable checkpoint stands. Call it once, from the main
+        thread. Raises `ValueError` unless it is above 0.
+        """
+        if grace_seconds is None:
+            return self
+        if not grace_seconds > 0:
+            raise ValueError(f"`--grace-seconds` is {grace_seconds:g}, but must be above 0.")
+        self._grace_seconds = grace_seconds
+        # Python's own handlers wait for the main thread, which may hang in a collective.
+        arrived, note = os.pipe()
+        os.set_blocking(note, False)
+        signal.set_wakeup_fd(note, warn_on_full_buffer=False)
+        if self:
+            os.write(note, bytes([signal.Signals[self.signal_name or "SIGTERM"]]))
+        threading.Thread(target=self._enforce, args=(arrived,), daemon=True).start()
         return self
 
     def __bool__(self) -> bool:
@@ -52,6 +86,8 @@ class StopRequest:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
             os.write(2, b"\nStopped at once; the newest checkpoint stands.\n")
             os._exit(128 + signal.SIGINT)
+        if not self._begun:
+            _end_before_anything(number, frame)
         first = self.signal_name is None
         self.signal_name = signal.Signals(number).name
         if first:
@@ -61,7 +97,7 @@ class StopRequest:
 
     def _enforce(self, arrived: int) -> None:
         assert self._grace_seconds is not None
-        while os.read(arrived, 1)[0] not in self.SIGNALS:
+        while os.read(arrived, 1)[0] not in STOP_SIGNALS:
             pass
         time.sleep(self._grace_seconds)
         text = f"\nNot done within {self._grace_seconds:g} s; the newest checkpoint stands.\n"

@@ -239,7 +239,7 @@ def _train(request: Mapping[str, Any]) -> int:
     from matilda_train.loop import train
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
 
-    stop = StopRequest().install()
+    stop = StopRequest().install().begin()
     met: Counter[str] = Counter()
 
     def on_phase(phase: str) -> None:
