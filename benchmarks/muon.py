@@ -140,8 +140,8 @@ def matrices(shapes: Shapes, device: str, dtype: torch.dtype) -> list[nn.Paramet
     return params
 
 
-def milliseconds(step: Callable[[], Any], cuda: bool, budget_s: float) -> tuple[float, int]:
-    """Median time of a step and the number of samples, after warm-up, within a time budget."""
+def milliseconds(step: Callable[[], Any], cuda: bool, budget_s: float) -> list[float]:
+    """Times of single steps, sorted: 3 to 50 after 4 to warm up, within a time budget."""
     for _ in range(4):
         step()
     samples: list[float] = []
@@ -159,7 +159,7 @@ def milliseconds(step: Callable[[], Any], cuda: bool, budget_s: float) -> tuple[
             tick = time.perf_counter()
             step()
             samples.append((time.perf_counter() - tick) * 1e3)
-    return statistics.median(samples), len(samples)
+    return sorted(samples)
 
 
 def launches(step: Callable[[], Any], cuda: bool) -> int:
@@ -186,8 +186,14 @@ def measure(
     if cuda:
         torch.cuda.synchronize()
     first_s = time.perf_counter() - begin
-    ms, samples = milliseconds(optimizer.step, cuda, budget_s)
-    row: dict[str, Any] = {"ms": ms, "samples": samples, "first_step_s": first_s}
+    samples = milliseconds(optimizer.step, cuda, budget_s)
+    row: dict[str, Any] = {
+        "ms": statistics.median(samples),
+        "ms_least": samples[0],
+        "ms_most": samples[-1],
+        "samples": len(samples),
+        "first_step_s": first_s,
+    }
     if cuda:
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -224,7 +230,10 @@ def main() -> int:
         total = sum(rows * cols for rows, cols in shapes)
         for dtype in dtypes:
             print(f"\n{model}: {len(shapes)} matrices, {total / 1e6:.0f}M parameters, {dtype}")
-            print(f"  {'':26} {'ms':>9} {'× ours':>8} {'launches':>9} {'peak MiB':>9}")
+            print(
+                f"  {'':26} {'ms':>9} {'least – most':>17} {'× ours':>8} {'launches':>9} "
+                f"{'peak MiB':>9}"
+            )
             base = None
             key = {"model": model, "dtype": dtype}
             for who, build in contenders(args.peer_dir, cuda).items():
@@ -242,7 +251,8 @@ def main() -> int:
                 base = base or row["ms"]
                 peak = f"{row['peak_mib']:9.0f}" if "peak_mib" in row else " " * 9
                 print(
-                    f"  {who:26} {row['ms']:9.3f} {row['ms'] / base:8.2f} "
+                    f"  {who:26} {row['ms']:9.3f} {row['ms_least']:8.2f} –{row['ms_most']:7.2f} "
+                    f"{row['ms'] / base:8.2f} "
                     f"{row['launches']:9d} {peak}",
                     flush=True,
                 )

@@ -15,6 +15,8 @@ whole run. Three parts:
 3. Muon's best over shorter runs, the shortest first, three seeds: where it meets the mean final
    loss of AdamW.
 
+A study that was stopped goes on: trials in FILE with the same settings are not run again.
+
 DIR is a data set of `matilda_data`. Every run reads each window at most once, in the order of its
 seed, which also draws the initial weights. The loss is the mean over the first validation windows.
 """
@@ -172,6 +174,10 @@ def compare(bench: Bench, report: dict[str, Any], save: Callable[[], None]) -> N
     trials: list[dict[str, Any]] = report["trials"]
 
     def run(algorithm: str, lr: float, seed: int, length: int) -> float:
+        wanted = {"algorithm": algorithm, "lr": lr, "seed": seed, "steps": length}
+        for trial in trials:
+            if wanted.items() <= trial.items():
+                return float(trial["loss"])
         trial = bench.trial(algorithm, lr, seed, length)
         trials.append(trial)
         save()
@@ -230,6 +236,15 @@ def compare(bench: Bench, report: dict[str, Any], save: Callable[[], None]) -> N
     print(f"Muon meets AdamW's loss in {needed:.0f} of {steps} steps (by seed: {by_seed})")
 
 
+def recorded_trials(file: Path | None, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The trials in `file`, if it exists and was written under these settings."""
+    if file is None or not file.exists():
+        return []
+    report = json.loads(file.read_text())
+    trials: list[dict[str, Any]] = report["trials"]
+    return trials if settings.items() <= report.items() else []
+
+
 def quick_data(folder: Path) -> Path:
     source = folder / "text"
     source.mkdir()
@@ -262,8 +277,8 @@ def main() -> int:
             "steps": size.steps,
             "weight_decay": WEIGHT_DECAY,
             "grad_clip": GRAD_CLIP,
-            "trials": [],
         }
+        report["trials"] = recorded_trials(args.json, report)
 
         def save() -> None:
             if args.json:
