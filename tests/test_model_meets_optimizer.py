@@ -9,7 +9,8 @@ import torch
 
 from matilda_model import Transformer, count_params
 from matilda_train import load_config
-from matilda_train.build import build_optimizer, build_schedule, set_learning_rates
+from matilda_train.build import build_optimizer
+from matilda_train.schedules import Schedules
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -57,11 +58,12 @@ def test_transformer_overfits_one_batch(algorithm: str) -> None:
     )
     torch.manual_seed(0)
     model = Transformer(config.model)
-    optimizer, schedule = build_optimizer(config.optim, model), build_schedule(config)
+    optimizer = build_optimizer(config.optim, model)
+    schedules = Schedules(config, optimizer)
     tokens = torch.randint(0, 257, (4, config.seq_len + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     for step in range(config.train.total_steps):
-        set_learning_rates(optimizer, schedule(step))
+        schedules.apply(step)
         loss = model(inputs, targets).loss
         loss.backward()
         if step == 0:

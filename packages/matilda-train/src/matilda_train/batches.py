@@ -30,13 +30,18 @@ class Batch:
     """SHA-256 of the global batch's tokens in order, as little-endian uint16."""
 
     def micro_batches(
-        self, micro_batch_size: int, device: torch.device
+        self, micro_batch_size: int, device: torch.device, *, seq_len: int | None = None
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (input_ids_bT, targets_bT), int64 on `device`, for each micro-step in order."""
+        """Yield (input_ids_bT, targets_bT), int64 on `device`, for each micro-step in order.
+
+        With a `seq_len` that divides T, every sequence is cut into T / seq_len: the same tokens and
+        targets in the same order, [b · T / seq_len, seq_len].
+        """
         for rows in torch.split(self.tokens, micro_batch_size):
             # int16 travels at half the bytes of int32; the mask undoes its sign.
             ids = rows.to(device, non_blocking=True).to(torch.int64) & 0xFFFF
-            yield ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
+            length = seq_len or ids.shape[1] - 1
+            yield ids[:, :-1].reshape(-1, length), ids[:, 1:].reshape(-1, length)
 
 
 class BatchReader:
@@ -57,29 +62,43 @@ class BatchReader:
     ) -> None:
         self._read_windows = read_windows
         self._batch_size = batch_size
-        self._share = slice(rank * batch_size // world_size, (rank + 1) * batch_size // world_size)
+        self._rank = rank
+        self._world_size = world_size
         self._pin_memory = pin_memory
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batch-reader")
-        self._next: tuple[int, Future[Batch]] | None = None
+        self._next: tuple[tuple[int, int], Future[Batch]] | None = None
 
-    def read(self, first: int, *, prefetch: bool = True) -> Batch:
-        """The global batch that begins at sample `first`."""
-        if self._next is not None and self._next[0] == first:
+    def read(
+        self,
+        first: int,
+        batch_size: int | None = None,
+        *,
+        following: int | None = None,
+        prefetch: bool = True,
+    ) -> Batch:
+        """The global batch that begins at sample `first`.
+
+        `batch_size` is its number of samples and `following` that of the batch after it, where they
+        are not the reader's own.
+        """
+        wanted = (first, batch_size or self._batch_size)
+        if self._next is not None and self._next[0] == wanted:
             batch = self._next[1].result()
         else:
-            batch = self._read(first)
-        following = first + self._batch_size
-        self._next = (following, self._thread.submit(self._read, following)) if prefetch else None
+            batch = self._read(*wanted)
+        after = (first + wanted[1], following or self._batch_size)
+        self._next = (after, self._thread.submit(self._read, *after)) if prefetch else None
         return batch
 
     def close(self) -> None:
         """Stop the thread; a read in flight is waited for."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, first: int) -> Batch:
-        windows = np.ascontiguousarray(self._read_windows(first, self._batch_size), dtype="<u2")
+    def _read(self, first: int, batch_size: int) -> Batch:
+        windows = np.ascontiguousarray(self._read_windows(first, batch_size), dtype="<u2")
         digest = hashlib.sha256(windows.data).digest()
-        tokens = torch.from_numpy(windows[self._share].view(np.int16))
+        begin, end = (batch_size * r // self._world_size for r in (self._rank, self._rank + 1))
+        tokens = torch.from_numpy(windows[begin:end].view(np.int16))
         return Batch(tokens.pin_memory() if self._pin_memory else tokens, digest)
 
 

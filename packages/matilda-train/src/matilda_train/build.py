@@ -1,8 +1,7 @@
-"""From a validated config to a model, its optimizer and the learning-rate schedule."""
+"""From a validated config to a model and its optimizer."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import numpy as np
@@ -12,17 +11,15 @@ from torch import nn
 
 from matilda_data import load_tokenizer
 from matilda_model import KernelCheck, Transformer, self_check
-from matilda_optim import Muon, constant, cosine, param_groups, wsd
+from matilda_optim import Muon, param_groups
 from matilda_train.config import OptimConfig, RunConfig
 
 __all__ = [
     "build_model",
     "build_optimizer",
-    "build_schedule",
     "check_kernels",
     "compile_blocks",
     "compile_model",
-    "set_learning_rates",
     "token_byte_lengths",
 ]
 
@@ -81,37 +78,6 @@ def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str 
         momentum=config.momentum,
     )
     return Muon(groups, backend=config.backend, distribute=distribute, graph=True)
-
-
-def build_schedule(config: RunConfig) -> Callable[[int], float]:
-    """The factor on every peak learning rate, as a pure function of the 0-based step."""
-    optim, total_steps = config.optim, config.train.total_steps
-
-    def factor(step: int) -> float:
-        if optim.schedule == "wsd":
-            return wsd(
-                step,
-                total_steps=total_steps,
-                warmup_steps=optim.warmup_steps,
-                decay_steps=round(optim.decay_fraction * total_steps),
-                final=optim.final_lr_fraction,
-            )
-        if optim.schedule == "cosine":
-            return cosine(
-                step,
-                total_steps=total_steps,
-                warmup_steps=optim.warmup_steps,
-                final=optim.final_lr_fraction,
-            )
-        return constant(step, warmup_steps=optim.warmup_steps)
-
-    return factor
-
-
-def set_learning_rates(optimizer: Muon, factor: float) -> None:
-    """Set every group's learning rate to its peak times `factor`."""
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
 
 
 def token_byte_lengths(config: RunConfig) -> NDArray[np.int32]:

@@ -8,9 +8,12 @@ default below it, and is checked where it is defined.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 from matilda_model import ModelConfig
+from matilda_train.duration import Duration
+from matilda_train.step_plan import StepPlan
 
 __all__ = [
     "CkptConfig",
@@ -26,6 +29,19 @@ __all__ = [
 def _require(condition: bool, field_name: str, value: object, expected: str) -> None:
     if not condition:
         raise ValueError(f"`{field_name}` is {value!r}, but must be {expected}.")
+
+
+def _interval(every: int | str | None, every_steps: int, section: str) -> Duration:
+    """`every` where it is given, else `every_steps`; `ValueError` naming the field."""
+    if every is None:
+        _require(every_steps >= 1, f"{section}.every_steps", every_steps, "1 or more")
+        return Duration(every_steps, "steps")
+    try:
+        interval = Duration.parse(every)
+    except ValueError as error:
+        raise ValueError(f"`{section}.every`: {error}") from None
+    _require(interval.amount > 0, f"{section}.every", every, "above 0")
+    return interval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,8 +90,34 @@ class OptimConfig:
     decay_fraction: float = 0.2
     """Fraction of the run that WSD spends in its final decay."""
 
+    decay_shape: Literal["linear", "1-sqrt", "cosine", "exponential", "power"] = "linear"
+    """How the learning rate falls in WSD's decay; see `matilda_optim.wsd`."""
+
     final_lr_fraction: float = 0.0
     """Learning rate at the end of the run, as a fraction of its peak."""
+
+    schedule_by: Literal["steps", "tokens"] = "steps"
+    """What the learning rate's schedule counts: the same, unless `train.batch_ramp` is set."""
+
+    batch_lr_exponent: float = 0.5
+    """Where `train.batch_ramp` has made the batch n times the first, the learning rate is n to this
+    power times what it would be; 0 leaves it alone."""
+
+    weight_decay_schedule: Literal["constant", "lr", "linear", "cosine"] = "constant"
+    """How weight decay, itself a factor on the learning rate, changes: not at all, in step with the
+    learning rate, or over the whole run on a straight line or half a cosine."""
+
+    final_weight_decay_fraction: float = 0.0
+    """Where `linear` and `cosine` end, as a fraction of the weight decay at the start."""
+
+    momentum_warmup_steps: int = 0
+    """Steps in which Muon's momentum rises from `momentum_start` to `momentum`; 0 for none."""
+
+    momentum_cooldown_steps: int = 0
+    """Last steps of the run, in which Muon's momentum returns to `momentum_start`; 0 for none."""
+
+    momentum_start: float = 0.85
+    """Muon's momentum before its warm-up and after its cool-down."""
 
     def __post_init__(self) -> None:
         _require(self.lr > 0, "optim.lr", self.lr, "positive")
@@ -102,6 +144,22 @@ class OptimConfig:
             self.final_lr_fraction,
             "in [0, 1]",
         )
+        _require(
+            0 <= self.final_weight_decay_fraction <= 1,
+            "optim.final_weight_decay_fraction",
+            self.final_weight_decay_fraction,
+            "in [0, 1]",
+        )
+        for name in ("batch_lr_exponent", "momentum_warmup_steps", "momentum_cooldown_steps"):
+            _require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
+        _require(
+            0 <= self.momentum_start < 1, "optim.momentum_start", self.momentum_start, "in [0, 1)"
+        )
+
+    @property
+    def momentum_is_scheduled(self) -> bool:
+        """Whether Muon's momentum is anything but constant."""
+        return self.momentum_warmup_steps > 0 or self.momentum_cooldown_steps > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,7 +181,8 @@ class DataConfig:
 
     mix: tuple[str, ...] = ()
     """Weights of the data set's sources, as in `["prose=83,code=17"]`; empty takes those it was
-    prepared with. Further entries hold from a step on: `"900: prose=1,code=1"` after step 900."""
+    prepared with. Further entries hold from a point on: `"900: prose=1,code=1"` after step 900,
+    `"1B tokens: prose=1,code=1"` after a billion tokens."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,8 +198,16 @@ class TrainConfig:
     micro_batch_size: int = 8
     """Sequences per device and micro-step: speed and memory only, never the mathematics."""
 
+    batch_ramp: tuple[str, ...] = ()
+    """Larger batches later: `["1B tokens: 1048576"]` takes that many tokens a step once a billion
+    tokens are done. Points are steps or tokens; the learning rate: `optim.batch_lr_exponent`."""
+
     seq_len: int | None = None
     """Tokens per sequence; null means `model.max_seq_len`."""
+
+    seq_len_ramp: tuple[str, ...] = ()
+    """Shorter sequences at first: `["0 steps: 256", "500 steps: 1024"]` cuts every sequence of the
+    data into parts of 256 tokens, from step 500 on into parts of 1024. Same tokens, same order."""
 
     seed: int = 1337
     """Seed of the weights' initialisation and of every other random number of the run."""
@@ -189,6 +256,9 @@ class EvalConfig:
     every_steps: int = 250
     """Steps between evaluations, besides one before the first step and one at the end."""
 
+    every: int | str | None = None
+    """The same as a duration, such as `"10M tokens"` or `"15 min"`; null means `every_steps`."""
+
     tokens: int = 1_048_576
     """Held-out tokens per evaluation, at most as many as there are."""
 
@@ -199,9 +269,14 @@ class EvalConfig:
     """Length of that sample in tokens; 0 for none."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "eval.every_steps", self.every_steps, "1 or more")
+        _ = self.interval
         _require(self.tokens >= 1, "eval.tokens", self.tokens, "1 or more")
         _require(self.sample_tokens >= 0, "eval.sample_tokens", self.sample_tokens, "0 or more")
+
+    @property
+    def interval(self) -> Duration:
+        """Time between evaluations."""
+        return _interval(self.every, self.every_steps, "eval")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +285,9 @@ class CkptConfig:
 
     every_steps: int = 1000
     """Steps between checkpoints, besides one at the end and one when the run is stopped."""
+
+    every: int | str | None = None
+    """The same as a duration, such as `"10M tokens"` or `"15 min"`; null means `every_steps`."""
 
     background: bool = True
     """Write checkpoints beside training: it stops only while the state is copied."""
@@ -221,7 +299,7 @@ class CkptConfig:
     """Also keep every checkpoint whose step is a multiple of this; null for none."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "ckpt.every_steps", self.every_steps, "1 or more")
+        _ = self.interval
         _require(self.keep_last >= 2, "ckpt.keep_last", self.keep_last, "2 or more")
         _require(
             self.keep_every is None or self.keep_every >= 1,
@@ -229,6 +307,11 @@ class CkptConfig:
             self.keep_every,
             "1 or more",
         )
+
+    @property
+    def interval(self) -> Duration:
+        """Time between checkpoints."""
+        return _interval(self.every, self.every_steps, "ckpt")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,6 +321,9 @@ class LogConfig:
     every_steps: int = 10
     """Steps between rows of `metrics.jsonl`; a row describes its own step, not an average."""
 
+    every: int | str | None = None
+    """The same as a duration, such as `"1M tokens"` or `"10 s"`; null means `every_steps`."""
+
     wandb: bool = False
     """Also log to Weights & Biases (needs `matilda-train[wandb]`)."""
 
@@ -245,12 +331,17 @@ class LogConfig:
     """Project name at Weights & Biases."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 1, "log.every_steps", self.every_steps, "1 or more")
+        _ = self.interval
+
+    @property
+    def interval(self) -> Duration:
+        """Time between rows."""
+        return _interval(self.every, self.every_steps, "log")
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """A whole run. `seq_len`, `batch_size` and `grad_accum_steps` are derived, never stated."""
+    """A whole run. `plan`, `seq_len` and `grad_accum_steps` are derived, never stated."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -279,24 +370,47 @@ class RunConfig:
             self.optim.warmup_steps,
             f"at most `train.total_steps` ({self.train.total_steps})",
         )
+        momentum_steps = self.optim.momentum_warmup_steps + self.optim.momentum_cooldown_steps
+        _require(
+            momentum_steps <= self.train.total_steps,
+            "optim.momentum_warmup_steps` + `optim.momentum_cooldown_steps",
+            momentum_steps,
+            f"at most `train.total_steps` ({self.train.total_steps})",
+        )
+        _ = self.plan
+
+    @cached_property
+    def plan(self) -> StepPlan:
+        """Tokens, batch and sequence length of every step."""
+        return StepPlan(
+            tokens_per_step=self.train.tokens_per_step,
+            seq_len=self.seq_len,
+            batch_ramp=self.train.batch_ramp,
+            seq_len_ramp=self.train.seq_len_ramp,
+        )
 
     @property
     def seq_len(self) -> int:
-        """Tokens per training sequence."""
+        """Tokens per sample of the data: the longest sequence of the run."""
         return self.train.seq_len or self.model.max_seq_len
 
     @property
     def batch_size(self) -> int:
-        """Sequences of one global batch."""
-        return self.train.tokens_per_step // self.seq_len
+        """Samples of the first global batch; see `plan` for the others."""
+        return self.plan.batch_size(0)
 
-    def grad_accum_steps(self, world_size: int) -> int:
-        """Micro-steps per optimizer step on each of `world_size` devices."""
+    def grad_accum_steps(self, world_size: int, step: int = 0) -> int:
+        """Micro-steps of the 0-based `step` on each of `world_size` devices.
+
+        Raises `ValueError` when the batch of any step does not divide into micro-steps.
+        """
         per_micro_step = self.train.micro_batch_size * world_size
-        if self.batch_size % per_micro_step != 0:
-            raise ValueError(
-                f"The global batch of {self.batch_size} sequences does not divide into micro-steps "
-                f"of {self.train.micro_batch_size} sequences on {world_size} device(s); change "
-                f"`train.micro_batch_size` or `train.tokens_per_step`."
-            )
-        return self.batch_size // per_micro_step
+        for stage in self.plan.batch_stages:
+            batch_size = stage.tokens_per_step // self.seq_len
+            if batch_size % per_micro_step != 0:
+                raise ValueError(
+                    f"The global batch of {batch_size} sequences does not divide into micro-steps "
+                    f"of {self.train.micro_batch_size} sequences on {world_size} device(s); change "
+                    f"`train.micro_batch_size` or `train.tokens_per_step`."
+                )
+        return self.plan.batch_size(step) // per_micro_step

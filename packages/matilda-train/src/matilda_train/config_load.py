@@ -98,7 +98,9 @@ def config_differences(
     Each maps a field's name to `old → new`. The first makes it another run; the second is allowed
     on resume, at the price of bitwise equality with an uninterrupted run.
     """
-    before, after = _flatten(old), _flatten(config_to_dict(config))
+    # A field that an older version did not know has its default, which changes nothing.
+    before = _flatten(config_to_dict(config_from_dict(old)))
+    after = _flatten(config_to_dict(config))
     recipe: dict[str, str] = {}
     rounding: dict[str, str] = {}
     for name in sorted(before.keys() | after.keys()):

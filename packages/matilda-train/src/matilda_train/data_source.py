@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 
 from matilda_data import BinStream, TokenDataset, open_dataset, parse_weights
 from matilda_train.config import RunConfig
+from matilda_train.duration import Duration
+from matilda_train.step_plan import parse_point
 
 __all__ = ["SyntheticStream", "TokenStream", "open_streams"]
 
@@ -94,15 +96,11 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
 
 def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
     """`data.mix` as (first sample, weights) of each phase; None where it is empty."""
-    phases = []
+    plan, phases = config.plan, []
     for entry in config.data.mix:
-        step, colon, weights = entry.rpartition(":")
-        if colon and not step.strip().isdecimal():
-            raise ValueError(
-                f"`data.mix` has {entry!r}; give NAME=WEIGHT,… and, from the second entry on, the "
-                'step after which it holds, as in "900: prose=1,code=1".'
-            )
-        phases.append((int(step or 0) * config.batch_size, parse_weights(weights.strip())))
+        text, colon, weights = entry.rpartition(":")
+        point = parse_point(text, "data.mix") if colon else Duration(0, "steps")
+        phases.append((plan.samples(plan.step_at(point)), parse_weights(weights.strip())))
     return phases or None
 
 

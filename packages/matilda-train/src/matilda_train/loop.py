@@ -18,13 +18,12 @@ from matilda_train.batches import BatchReader, chain_hash
 from matilda_train.build import (
     build_model,
     build_optimizer,
-    build_schedule,
     check_kernels,
     compile_blocks,
     compile_model,
-    set_learning_rates,
     token_byte_lengths,
 )
+from matilda_train.cadence import Cadence
 from matilda_train.config import RunConfig
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
@@ -40,6 +39,7 @@ from matilda_train.preparation import prepare_corpus
 from matilda_train.provenance import collect_provenance
 from matilda_train.run_dir import RunDir
 from matilda_train.sample import sample_text
+from matilda_train.schedules import Schedules
 from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
 from matilda_train.wandb_log import WandbMirror, require_wandb
 
@@ -124,7 +124,8 @@ def train(
                 return TrainResult("preempted", Path(run_dir), 0)
             ranks.barrier()
             stream, held_out = open_streams(config, data)
-        grad_accum_steps = config.grad_accum_steps(ranks.world_size)
+        config.grad_accum_steps(ranks.world_size)  # refuses a batch that does not divide
+        plan = config.plan
 
         run_dir = Path(run_dir)
         events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)
@@ -156,7 +157,7 @@ def train(
             shard_model(model, device, ranks.world_size)
         distribute = "none" if sharded or ranks.world_size == 1 else config.optim.distribute
         optimizer = build_optimizer(config.optim, model, distribute=distribute)
-        schedule = build_schedule(config)
+        schedules = Schedules(config, optimizer)
         state = LoopState()
         everything = {
             "model": WholeState(model) if sharded else model,
@@ -210,13 +211,16 @@ def train(
         cleanup.callback(reader.close)
         token_bytes = token_byte_lengths(config)
         meter = Meter(config, device, ranks.world_size)
+        evaluations = Cadence(config.eval.interval, plan, ranks.any)
+        saves = Cadence(config.ckpt.interval, plan, ranks.any)
+        rows = Cadence(config.log.interval, plan, ranks.any)
         gc.freeze()
         cleanup.callback(gc.unfreeze)
 
         display.begin("training", total=config.train.total_steps, done=state.step)
         while True:
             at_end = state.step == config.train.total_steps
-            evaluation_due = at_end or state.step % config.eval.every_steps == 0
+            evaluation_due = evaluations.due(state.step) or at_end
             if evaluation_due and metrics.evaluated_step != state.step:
                 phase.enter("evaluating")
                 evaluation = evaluate(
@@ -235,7 +239,7 @@ def train(
                     display.note(f"step {state.step:,}: {evaluation}")
 
             stopping = ranks.any(stop())
-            save_due = at_end or (state.step > 0 and state.step % config.ckpt.every_steps == 0)
+            save_due = (saves.due(state.step) and state.step > 0) or at_end
             if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):
                 checkpoints.finish()
                 durable_step = saved_step
@@ -266,12 +270,16 @@ def train(
 
             phase.enter_step()
             meter.begin_step()
-            factor = schedule(state.step)
-            set_learning_rates(optimizer, factor)
-            batch = reader.read(stream.next_sample)
+            factor = schedules.apply(state.step)
+            batch_size, seq_len = plan.batch_size(state.step), plan.seq_len(state.step)
+            grad_accum_steps = config.grad_accum_steps(ranks.world_size, state.step)
+            following = plan.batch_size(state.step + 1)
+            batch = reader.read(stream.next_sample, batch_size, following=following)
             meter.data_arrived()
             loss = torch.zeros((), device=device)
-            micro_batches = batch.micro_batches(config.train.micro_batch_size, device)
+            micro_batches = batch.micro_batches(
+                config.train.micro_batch_size, device, seq_len=seq_len
+            )
             for micro_step, (inputs, targets) in enumerate(micro_batches, start=1):
                 with ranks.accumulate(wrapped, last=micro_step == grad_accum_steps):
                     micro_loss = wrapped(inputs, targets).loss / grad_accum_steps
@@ -289,16 +297,18 @@ def train(
             if finite:
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stream.next_sample += config.batch_size
+            stream.next_sample += batch_size
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
             state.consecutive_skips = 0 if finite else state.consecutive_skips + 1
             state.step += 1
-            meter.end_step()
+            meter.end_step(batch_size * config.seq_len, seq_len)
 
-            if state.step % config.log.every_steps == 0 or not finite:
+            if rows.due(state.step) or not finite:
                 row = {
                     "step": state.step,
-                    "tokens": state.step * config.train.tokens_per_step,
+                    "tokens": plan.tokens(state.step),
+                    "batch_tokens": batch_size * config.seq_len,
+                    "seq_len": seq_len,
                     "loss_nats": loss.item(),
                     "grad_norm": grad_norm.item(),
                     "lr": config.optim.lr * factor,
@@ -333,22 +343,36 @@ def train(
 
 
 def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
-    """The same run in at most 20 steps of two micro-steps; on a CPU, of one short sequence."""
+    """The same run in at most 20 steps of two micro-steps; on a CPU, of one short sequence.
+
+    Ramps of batch and sequence length are left out, and warm-ups end with the run at the latest.
+    """
     on_cpu = device.type == "cpu"
     steps = min(config.train.total_steps, DRY_RUN_STEPS)
     seq_len = min(config.seq_len, DRY_RUN_CPU_SEQ_LEN) if on_cpu else config.seq_len
     micro_batch_size = 1 if on_cpu else config.train.micro_batch_size
     micro_step_tokens = seq_len * micro_batch_size * world_size
     most_tokens = micro_step_tokens * (1 if on_cpu else 2)
+    warmup_steps = min(
+        config.optim.warmup_steps, steps - round(config.optim.decay_fraction * steps)
+    )
     return replace(
         config,
-        optim=replace(config.optim, warmup_steps=min(config.optim.warmup_steps, steps)),
+        optim=replace(
+            config.optim,
+            warmup_steps=warmup_steps,
+            momentum_warmup_steps=min(config.optim.momentum_warmup_steps, steps // 2),
+            momentum_cooldown_steps=min(config.optim.momentum_cooldown_steps, steps // 2),
+        ),
+        data=replace(config.data, mix=()),
         train=replace(
             config.train,
             total_steps=steps,
             seq_len=seq_len,
             micro_batch_size=micro_batch_size,
             tokens_per_step=min(config.train.tokens_per_step, most_tokens),
+            batch_ramp=(),
+            seq_len_ramp=(),
         ),
         eval=replace(config.eval, tokens=micro_step_tokens),
     )

@@ -23,14 +23,10 @@ class Meter:
 
     def __init__(self, config: RunConfig, device: torch.device, world_size: int) -> None:
         self._device = device
-        self._tokens_per_step = config.train.tokens_per_step
-        self._flops = {
-            "mfu_palm": flops_per_token(config.model, config.seq_len, causal=False),
-            "mfu_causal": flops_per_token(config.model, config.seq_len, causal=True),
-        }
+        self._model = config.model
         peak = peak_flops(device)
         self._peak = peak * world_size if peak is not None else None
-        self._steps, self._seconds, self._data_wait = 0, 0.0, 0.0
+        self._forget()
         self._began = time.perf_counter()
 
     def begin_step(self) -> None:
@@ -41,25 +37,34 @@ class Meter:
         """The step has its batch: until now it waited for data."""
         self._data_wait += time.perf_counter() - self._began
 
-    def end_step(self) -> None:
-        """A step ended; the loop has read its loss, so the clock covers finished device work."""
+    def end_step(self, tokens: int, seq_len: int) -> None:
+        """A step of `tokens` in sequences of `seq_len` ended.
+
+        The loop has read its loss, so the clock covers finished device work.
+        """
         self._seconds += time.perf_counter() - self._began
         self._steps += 1
+        self._tokens += tokens
+        for name, causal in (("mfu_palm", False), ("mfu_causal", True)):
+            self._flops[name] += tokens * flops_per_token(self._model, seq_len, causal=causal)
 
     def measure(self) -> dict[str, Any]:
         """Figures for the steps since the last call, or since the start."""
-        rate = self._steps * self._tokens_per_step / self._seconds
         row: dict[str, Any] = {
             "step_ms": 1e3 * self._seconds / self._steps,
-            "tokens_per_second": rate,
+            "tokens_per_second": self._tokens / self._seconds,
             "data_wait_ms": 1e3 * self._data_wait / self._steps,
         }
         for name, flops in self._flops.items():
-            row[name] = rate * flops / self._peak if self._peak is not None else None
+            row[name] = flops / self._seconds / self._peak if self._peak is not None else None
         if self._device.type == "cuda":
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
-        self._steps, self._seconds, self._data_wait = 0, 0.0, 0.0
+        self._forget()
         return row
+
+    def _forget(self) -> None:
+        self._steps, self._tokens, self._seconds, self._data_wait = 0, 0, 0.0, 0.0
+        self._flops = {"mfu_palm": 0, "mfu_causal": 0}
 
 
 def describe_row(row: dict[str, Any]) -> str:
