@@ -47,7 +47,7 @@ def test_tokens_batches_and_sequences_are_those_of_the_ramp(ramped: Path) -> Non
     assert saved == [4, 6, 7, 9]
 
 
-@pytest.mark.parametrize("step", [1, 3, 4, 6, 7, 8])
+@pytest.mark.parametrize("step", [2, 3, 5, 6])
 def test_resume_is_bitwise_before_and_after_every_boundary(
     step: int, server: TrainServer, tiny_config: Path, corpus: Path, ramped: Path, tmp_path: Path
 ) -> None:
