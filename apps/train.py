@@ -20,7 +20,8 @@ EXAMPLES = """examples:
       --set model.d_model=128 model.n_layers=2 train.total_steps=20 train.device=cpu
 
 Running the same command again goes on where the run stopped. Exit codes: 0 finished, 2 bad input,
-3 diverged, 4 disk or checkpoint failure, 75 stopped by a signal after a clean save (run it again).
+3 diverged, 4 disk or checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it
+again after 5 and 75).
 """
 
 

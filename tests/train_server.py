@@ -1,9 +1,10 @@
 """Runs trainings in children forked from one process that has imported torch but run nothing.
 
 Started by `killable_runs.TrainServer`: a JSON request a line on stdin, a reply a line on stdout. A
-run may have several ranks. A child may be told to kill itself with SIGKILL at its n-th fsync, which
-reaches into the middle of a save, or at its n-th training step, or to send itself a signal there or
-where a phase begins.
+run may have several ranks; faults strike all of them or `only_rank`, and the code is what all agree
+on, or, with `first_only`, that of the first to end: a launcher kills the others then. A child may
+be told to kill itself with SIGKILL at its n-th fsync, which reaches into the middle of a save, or
+at its n-th training step, or to send itself a signal there or where a phase begins.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +54,9 @@ def arm(request: dict[str, Any]) -> None:
     """Plant the fault that the request asks for."""
     import matilda_train.loop as loop
 
+    rank = int(os.environ.get("RANK", "0"))
+    if request.get("only_rank", rank) != rank:
+        return
     number = getattr(signal, request.get("signal", "SIGKILL"))
 
     def at_nth(n: int, function: Any) -> Any:
@@ -72,6 +77,10 @@ def arm(request: dict[str, Any]) -> None:
         loop.clip_gradients = at_nth(request["at_step"], loop.clip_gradients)
     if "at_evaluation" in request:
         loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate)
+    if "slow_seconds" in request:
+        loop.set_learning_rates = delayed(loop.set_learning_rates, request["slow_seconds"])
+    if "fifo_at_read" in request:
+        stall_reader(request["fifo"], request["fifo_at_read"])
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
 
@@ -87,6 +96,33 @@ def signal_at_phase(request: dict[str, Any]) -> Callable[[str], None]:
             os.kill(os.getpid(), getattr(signal, request["signal"]))
 
     return on_phase
+
+
+def delayed(function: Any, seconds: float) -> Any:
+    """`function`, slower."""
+
+    def slow(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return slow
+
+
+def stall_reader(fifo: str, n: int) -> None:
+    """Have the n-th read of training windows wait for a pipe that nobody writes to."""
+    from matilda_data import BinStream
+
+    windows, calls = BinStream.windows, 0
+
+    def stalling(self: BinStream, first: int, count: int, out: Any = None) -> Any:
+        nonlocal calls
+        calls += self.split == "train"
+        if calls == n:
+            with open(fifo, "rb") as pipe:  # noqa: PTH123
+                pipe.read()
+        return windows(self, first, count, out)
+
+    BinStream.windows = stalling  # type: ignore[method-assign]
 
 
 def plant_nan(loop: Any, step: int) -> None:
@@ -145,6 +181,13 @@ def main() -> None:
             if pid == 0:
                 child(request, rank, port)
             children.append(pid)
+        if request.get("first_only"):
+            pid, status = os.wait()
+            for other in set(children) - {pid}:
+                os.kill(other, signal.SIGKILL)
+                os.waitpid(other, 0)
+            print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+            continue
         codes = {os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children}
         print(json.dumps(codes.pop() if len(codes) == 1 else 99), flush=True)
 

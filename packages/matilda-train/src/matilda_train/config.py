@@ -238,6 +238,10 @@ class TrainConfig:
     deterministic: bool = False
     """Use deterministic kernels only: bit-for-bit repeatable on a GPU too, but slower."""
 
+    hang_seconds: float | None = 900.0
+    """A process without progress for so long names where it hangs and ends with exit code 5, to be
+    started again; four times as long until its first step has ended. null: never."""
+
     threads: int | None = None
     """CPU threads of torch; null leaves torch's choice. Results on a CPU depend on it."""
 
@@ -246,6 +250,12 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
         _require(self.seq_len is None or self.seq_len >= 1, "train.seq_len", self.seq_len, "1+")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "0 or more")
+        _require(
+            self.hang_seconds is None or self.hang_seconds > 0,
+            "train.hang_seconds",
+            self.hang_seconds,
+            "positive",
+        )
         _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "1+")
 
 

@@ -29,6 +29,7 @@ FREE_ON_RESUME = (
     "eval.",
     "ckpt.",
     "log.",
+    "train.hang_seconds",
 )
 # The recipe stays the same, but sums are taken in another order: allowed, with a warning.
 ROUNDING_ON_RESUME = (

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
@@ -25,6 +25,8 @@ class Ranks:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
+    store: Store | None = None
+    """Where ranks can leave word for each other without a collective; None for one process."""
 
     @classmethod
     @contextmanager
@@ -33,14 +35,15 @@ class Ranks:
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
+        # What an attempt before a restart left in torchrun's store would mislead this one.
+        store, _, _ = next(rendezvous("env://"))
+        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         ranks = cls(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            store=store,
         )
-        # What an attempt before a restart left in torchrun's store would mislead this one.
-        store, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         on_gpu = device.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(ranks.local_rank)

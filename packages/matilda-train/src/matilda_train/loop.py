@@ -42,6 +42,7 @@ from matilda_train.sample import sample_text
 from matilda_train.schedules import Schedules
 from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
 from matilda_train.wandb_log import WandbMirror, require_wandb
+from matilda_train.watchdog import Watchdog
 
 __all__ = ["TrainResult", "train"]
 
@@ -98,9 +99,17 @@ def train(
     `matilda_ckpt.CheckpointError` when the disk fails; the newest checkpoint stands in each case.
     """
     with ExitStack() as cleanup:
-        phase = PhaseClock(on_phase)
+        phase, state = PhaseClock(on_phase), LoopState()
+        watchdog = Watchdog(
+            config.train.hang_seconds,
+            phase=phase,
+            step=lambda: state.step,
+            run_dir=None if dry_run else Path(run_dir),
+        )
+        stop = cleanup.enter_context(watchdog).listen(stop)
         device = choose_device(config.train.device)
         ranks = cleanup.enter_context(Ranks.join(device))
+        watchdog.exchange(ranks.store, ranks.world_size)
         device = ranks.own_device(device)
         display = display if display is not None and ranks.is_main else SilentDisplay()
         set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
@@ -158,7 +167,6 @@ def train(
         distribute = "none" if sharded or ranks.world_size == 1 else config.optim.distribute
         optimizer = build_optimizer(config.optim, model, distribute=distribute)
         schedules = Schedules(config, optimizer)
-        state = LoopState()
         everything = {
             "model": WholeState(model) if sharded else model,
             "optimizer": WholeState(optimizer) if sharded else optimizer,
@@ -285,7 +293,7 @@ def train(
                     micro_loss = wrapped(inputs, targets).loss / grad_accum_steps
                     micro_loss.backward()
                 loss += micro_loss.detach()
-                if ranks.world_size == 1 and stop():
+                if stop() and ranks.world_size == 1:
                     break
             if micro_step < grad_accum_steps:
                 optimizer.zero_grad(set_to_none=True)

@@ -30,25 +30,29 @@ class PhaseClock:
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
-        self._since = time.monotonic()
+        self.since = time.monotonic()
+        """When the current phase began, of `time.monotonic`."""
         self.current = "starting"
-        self._warm = False
+        self.warm = False
+        """Whether this process has a whole training step behind it."""
+        self._steps = 0
         self.enter("starting")
 
     def enter(self, phase: str) -> None:
         """End the current phase and begin `phase`."""
         assert phase in PHASES
         now = time.monotonic()
-        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self._since
-        self._since = now
+        self._seconds[self.current] = self._seconds.get(self.current, 0.0) + now - self.since
+        self.since = now
         self.current = phase
         if self._on_phase is not None:
             self._on_phase(phase)
 
     def enter_step(self) -> None:
         """Begin a training step."""
-        self.enter("training" if self._warm else "warming up")
-        self._warm = True
+        self.warm = self._steps > 0
+        self._steps += 1
+        self.enter("training" if self.warm else "warming up")
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
@@ -60,6 +64,6 @@ class PhaseClock:
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each phase so far, the current one included."""
-        now = time.monotonic() - self._since
+        now = time.monotonic() - self.since
         spent = self._seconds | {self.current: self._seconds.get(self.current, 0.0) + now}
         return {phase: round(spent[phase], 3) for phase in PHASES if phase in spent}
