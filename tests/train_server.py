@@ -78,7 +78,7 @@ def arm(request: dict[str, Any]) -> None:
     if "at_evaluation" in request:
         loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate)
     if "slow_seconds" in request:
-        loop.set_learning_rates = delayed(loop.set_learning_rates, request["slow_seconds"])
+        loop.BatchReader.read = delayed(loop.BatchReader.read, request["slow_seconds"])
     if "fifo_at_read" in request:
         stall_reader(request["fifo"], request["fifo_at_read"])
     for step in request.get("nan_at_steps", []):
