@@ -68,15 +68,17 @@ def test_files_are_the_same_bytes_as_those_of_a_waiting_save(tmp_path: Path) -> 
     torch.manual_seed(0)
     model = torch.nn.Sequential(*[torch.nn.Linear(300, 300) for _ in range(12)])
     rng = RngState()
-    for folder, wait in (("sync", True), ("async", False)):
+    for folder, wait, defer in (("sync", 1, 0), ("async", 0, 0), ("deferred", 0, 1)):
         with Checkpointer(tmp_path / folder, shard_bytes=1 << 20) as checkpoints:
-            checkpoints.save(1, {"model": model, "rng": rng}, wait=wait)
-    left, right = tmp_path / "sync/step-00000001", tmp_path / "async/step-00000001"
+            state = {"model": model, "rng": rng}
+            checkpoints.save(1, state, wait=bool(wait), defer_copy=bool(defer))
+    left = tmp_path / "sync/step-00000001"
     names = sorted(p.name for p in left.iterdir())
-    assert names == sorted(p.name for p in right.iterdir())
-    for name in names:
-        if name not in ("MANIFEST.json", "COMMIT"):
-            assert (left / name).read_bytes() == (right / name).read_bytes(), name
+    for right in (tmp_path / "async/step-00000001", tmp_path / "deferred/step-00000001"):
+        assert names == sorted(p.name for p in right.iterdir())
+        for name in names:
+            if name not in ("MANIFEST.json", "COMMIT"):
+                assert (left / name).read_bytes() == (right / name).read_bytes(), name
 
 
 def test_next_save_waits_for_the_one_in_flight_and_memory_is_reused(tmp_path: Path) -> None:
@@ -152,6 +154,25 @@ def test_non_finite_state_is_seen_in_the_background(tmp_path: Path) -> None:
     bad[-1] = float("nan")
     assert not checkpoints.save(1, {"x": bad}, wait=False).result().healthy
     assert checkpoints.save(2, {"x": bad[:-1]}, wait=False).result().healthy
+
+
+def test_arrays_are_copied_where_torch_was_never_imported(tmp_path: Path) -> None:
+    code = f"""
+import sys, threading
+import numpy as np
+from matilda_ckpt import Checkpointer
+c = Checkpointer({str(tmp_path)!r})
+gate = threading.Event()
+c._background.alive = gate.wait
+array = np.arange(1000)
+handle = c.save(1, {{"x": array}}, wait=False)
+array[:] = 0
+gate.set()
+handle.result()
+assert "torch" not in sys.modules
+assert (c.load_state(1)["x"] == np.arange(1000)).all()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_interpreter_exit_completes_the_save(tmp_path: Path) -> None:

@@ -24,10 +24,12 @@ class SaveHandle:
 
     step: int
     stall_s: float = 0.0
-    """Seconds for which `save` held up its caller."""
+    """Seconds for which `save` and `wait_copied` held up their caller."""
     _info: CheckpointInfo | None = field(default=None, repr=False)
     _error: BaseException | None = field(default=None, repr=False)
     _ended: threading.Event = field(default_factory=threading.Event, repr=False)
+    _copied: threading.Event = field(default_factory=threading.Event, repr=False)
+    _settle: Callable[[], None] = field(default=lambda: None, repr=False)
     _reported: bool = field(default=False, repr=False)
 
     @property
@@ -46,6 +48,13 @@ class SaveHandle:
         assert self._info is not None
         return self._info
 
+    def wait_copied(self) -> None:
+        """Return once nothing of the caller's is read any more; see `Checkpointer.wait_copied`."""
+        begun = time.monotonic()
+        self._copied.wait()
+        self._settle()
+        self.stall_s += time.monotonic() - begun
+
     @property
     def path(self) -> Path:
         """Directory of the durable checkpoint; waits for it."""
@@ -53,6 +62,7 @@ class SaveHandle:
 
     def _end(self, info: CheckpointInfo | None, error: BaseException | None) -> None:
         self._info, self._error = info, error
+        self._copied.set()
         self._ended.set()
 
     def _raise_error(self) -> None:
@@ -76,15 +86,19 @@ class Background:
         self._current: SaveHandle | None = None
         self._abandoned = threading.Event()
 
-    def start(self, handle: SaveHandle, job: Callable[[], CheckpointInfo]) -> None:
-        """Run `job` in a thread that a normal interpreter exit waits for."""
+    def start(
+        self, handle: SaveHandle, copy: Callable[[], None], job: Callable[[], CheckpointInfo]
+    ) -> None:
+        """Run `copy`, which the caller may wait for, and `job` in a thread that a normal
+        interpreter exit waits for."""
         assert self._current is None or self._current.done
-        self._current = handle
         self._abandoned.clear()
 
         def run() -> None:
-            _step_back()
             try:
+                copy()
+                handle._copied.set()
+                _step_back()
                 info = job()
             except BaseException as error:  # handed to the caller, whatever it is
                 handle._end(None, error)
@@ -92,6 +106,12 @@ class Background:
                 handle._end(info, None)
 
         threading.Thread(target=run, name="matilda-ckpt-save", daemon=False).start()
+        self._current = handle
+
+    def wait_copied(self) -> None:
+        """Return once the save in flight, if any, reads nothing of the caller's any more."""
+        if self._current is not None:
+            self._current.wait_copied()
 
     def alive(self) -> None:
         """Raises in the saving thread once its save has been abandoned."""

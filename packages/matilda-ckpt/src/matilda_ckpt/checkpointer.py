@@ -5,36 +5,34 @@ from __future__ import annotations
 import builtins
 import logging
 import os
-import re
 import secrets
 import sys
 import time
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from matilda_ckpt import strict_json
 from matilda_ckpt.background import Background, SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
-from matilda_ckpt.errors import DamagedError, NoValidCheckpointError, SaveError
+from matilda_ckpt.errors import DamagedError, NoValidCheckpointError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
-from matilda_ckpt.manifest import Manifest, check_state_name
+from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import default_threads, load_from, load_state
-from matilda_ckpt.restored import Restored, Skipped, give, unwrapped
+from matilda_ckpt.restored import Restored, Skipped, give
 from matilda_ckpt.retention import Keep
+from matilda_ckpt.save_request import save_request
 from matilda_ckpt.state_tree import Encoder
-from matilda_ckpt.store import SHARE_BYTES, Part, SaveRequest, Store
+from matilda_ckpt.store import SHARE_BYTES, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
 
 if TYPE_CHECKING:
     from matilda_ckpt.snapshot import HostPool, Snapshot
 
 _LOG = logging.getLogger("matilda_ckpt")
-MAX_STEP = 10**18 - 1
-_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
 
 
 class Checkpointer:
@@ -111,6 +109,7 @@ class Checkpointer:
         provenance: Mapping[str, JSON] | None = None,
         healthy: bool = True,
         wait: bool = True,
+        defer_copy: bool = False,
     ) -> SaveHandle:
         """Write `state` as a new checkpoint of `step`; nothing existing is ever overwritten.
 
@@ -126,6 +125,9 @@ class Checkpointer:
                 returns as soon as the state has been copied; the rest happens in threads, one
                 save at a time, and an error is raised by the next `save`, `poll`, `finish` or
                 by the handle.
+            defer_copy: with `wait=False`, return even before host tensors are copied; call
+                `wait_copied()` before you change any of them. CUDA tensors, arrays, tensors
+                under 1 KiB or not contiguous, and what is no tensor are still taken at once.
 
         Raises SaveError when it could not be made durable (older checkpoints are untouched),
         LockedError when another process writes here, ValueError for a state that cannot be
@@ -133,20 +135,43 @@ class Checkpointer:
         """
         begun = time.monotonic()
         self._background.settle()
-        self._check_arguments(step, state)
-        snapshot = None if wait or not _has_tensors() else self._new_snapshot()
-        request = self._request(step, state, snapshot, metrics or {}, provenance or {}, healthy)
+        if self.read_only:
+            raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
+        # Without torch in the process there is no tensor to freeze.
+        snapshot = None if wait or "torch" not in sys.modules else self._new_snapshot(step)
+        request = save_request(
+            step,
+            state,
+            Encoder(snapshot, copy_arrays=not wait),
+            metrics=metrics or {},
+            provenance=provenance or {},
+            healthy=healthy,
+            alive=self._background.alive,
+            shard_bytes=self._shard_bytes,
+        )
         handle = SaveHandle(step)
         if wait:
-            handle._end(self._commit(request, snapshot), None)
+            handle._end(self._commit(request), None)
         else:
             # Only one writer can start: a refused lock must reach the caller at once.
             self._store.acquire()
-            if snapshot is not None:
-                snapshot.freeze()
-            self._background.start(handle, lambda: self._commit(request, snapshot))
+            self._start(request, handle, snapshot, defer_copy)
         handle.stall_s = time.monotonic() - begun
         return handle
+
+    def wait_copied(self) -> None:
+        """After `save(…, wait=False, defer_copy=True)`: return once what was saved may change.
+
+        Call it right before the optimizer's step; it returns at once when nothing is being
+        copied. It raises nothing: after a copy or a save that failed or was abandoned the caller
+        goes on too, and the error is raised where those of background saves are.
+
+        A tensor that was changed before this returned makes that save a SaveError, never a
+        checkpoint. It is noticed by the tensor's version counter, and for writers that leave the
+        counter alone (`fused=True` optimizers on the CPU, numpy views, `.data`, custom kernels)
+        by 16 elements spread over it: such a writer that misses all of those is not noticed.
+        """
+        self._background.wait_copied()
 
     def poll(self) -> bool:
         """True when no save is in flight; raises the SaveError of one that failed unseen."""
@@ -161,15 +186,24 @@ class Checkpointer:
         """
         return self._background.finish(deadline_s)
 
-    def _commit(self, request: SaveRequest, snapshot: Snapshot | None) -> CheckpointInfo:
-        if snapshot is not None:
-            try:
-                snapshot.drain()
-            except RuntimeError as error:
-                raise SaveError(
-                    f"the checkpoint of step {request.step} was not saved: its tensors could not "
-                    f"be brought to the host: {error}; earlier checkpoints are untouched"
-                ) from error
+    def _start(
+        self, request: SaveRequest, handle: SaveHandle, snapshot: Snapshot | None, defer: bool
+    ) -> None:
+        """Freeze what must be frozen now, and leave the rest to a thread."""
+        if snapshot is None:
+            self._background.start(handle, lambda: None, lambda: self._commit(request))
+            return
+        snapshot.freeze(defer=defer)
+        handle._settle = snapshot.settle
+        sealed = replace(request, intact=snapshot.check)
+
+        def commit() -> CheckpointInfo:
+            snapshot.drain()
+            return self._commit(sealed)
+
+        self._background.start(handle, lambda: snapshot.copy(request.alive), commit)
+
+    def _commit(self, request: SaveRequest) -> CheckpointInfo:
         info = self._store.save(request)
         try:
             self._store.retire(self.keep)
@@ -178,60 +212,12 @@ class Checkpointer:
             _LOG.warning("old checkpoints in `%s` could not be removed: %s", self.root, error)
         return info
 
-    def _new_snapshot(self) -> Snapshot:
+    def _new_snapshot(self, step: int) -> Snapshot:
         from matilda_ckpt.snapshot import HostPool, Snapshot
 
         if self._pool is None:
             self._pool = HostPool()
-        return Snapshot(self._pool)
-
-    def _check_arguments(self, step: int, state: Mapping[str, object]) -> None:
-        if self.read_only:
-            raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
-        if type(step) is not int or not 0 <= step <= MAX_STEP:
-            raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
-        if not state:
-            raise ValueError("`state` is empty; give at least one name")
-
-    def _request(
-        self,
-        step: int,
-        state: Mapping[str, object],
-        snapshot: Snapshot | None,
-        metrics: Mapping[str, float],
-        provenance: Mapping[str, JSON],
-        healthy: bool,
-    ) -> SaveRequest:
-        names = [check_state_name(name) for name in state]
-        if len({name.lower() for name in names}) != len(names):
-            raise ValueError("two names of `state` differ only in case")
-        for name in names:
-            stem = _SHARD_NAME.fullmatch(name)
-            if stem and stem[1] in state:
-                raise ValueError(
-                    f"state names {name!r} and {stem[1]!r} could use the same file; rename one"
-                )
-        numbers = {str(key): float(value) for key, value in metrics.items()}
-        try:
-            strict_json.dumps(dict(provenance))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"`provenance` is not JSON: {error}") from error
-        encoder = Encoder(snapshot)
-        parts = []
-        for name, value in state.items():
-            encoded = encoder.encode(name, _state_of(value))
-            tree = strict_json.dumps(encoded.tree, sort_keys=False)
-            parts.append(Part(name, tree, encoded.tensors))
-
-        watch = encoder.watch
-
-        def finite() -> bool:
-            return watch is None or watch.finite
-
-        alive = self._background.alive
-        return SaveRequest(
-            step, parts, healthy, finite, numbers, dict(provenance), alive, self._shard_bytes
-        )
+        return Snapshot(self._pool, step)
 
     # -- restore -------------------------------------------------------------------------------
 
@@ -377,14 +363,3 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def _has_tensors() -> bool:
-    """Without torch in the process there is no tensor to freeze."""
-    return "torch" in sys.modules
-
-
-def _state_of(value: object) -> object:
-    value = unwrapped(value)
-    state_dict = getattr(value, "state_dict", None)
-    return state_dict() if callable(state_dict) else value

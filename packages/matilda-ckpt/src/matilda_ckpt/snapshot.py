@@ -3,15 +3,21 @@
 CUDA tensors are gathered into one buffer a dtype on the device, in the caller's stream (about a
 millisecond a gigabyte), and moved to pinned host memory by a side stream while training goes on;
 where the device has no room for that, the caller's stream copies to the host instead. CPU tensors
-are copied at once. Host memory is one pool, as large as the state and used again by the next save.
+are copied at once, or, where the caller promises to wait, by the saving thread (`deferred.py`).
+Host memory is one pool, as large as the state and used again by the next save.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
+
+from matilda_ckpt.deferred import Deferred
+from matilda_ckpt.errors import SaveError
 
 BLOCK_BYTES = 32 << 20
 _ALIGN = 64
@@ -77,6 +83,7 @@ class _Group:
     """All tensors of one device and dtype, one after the other."""
 
     tensors: list[torch.Tensor] = field(default_factory=list)
+    shown: list[str] = field(default_factory=list)
     nbytes: int = 0
     flat: torch.Tensor | None = None
     range: Range | None = None
@@ -88,31 +95,37 @@ class _Group:
 
 
 class Snapshot:
-    """Frozen tensors of one save: `add` and `freeze` in the training thread, `drain` in the
-    saving one."""
+    """Frozen tensors of one save: `add` and `freeze` in the training thread, `copy` and `drain`
+    in the saving one."""
 
-    def __init__(self, pool: HostPool) -> None:
+    def __init__(self, pool: HostPool, step: int) -> None:
         pool.reset()
         self._pool = pool
+        self._step = step
         self._groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
         self._ready: dict[torch.device, torch.cuda.Event] = {}
+        self._deferred = Deferred()
 
-    def add(self, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
+    def add(self, shown: str, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
         """Note `tensor`; the returned function yields its frozen bytes once `drain` has run."""
         group = self._groups.setdefault((tensor.device, tensor.dtype), _Group())
         offset = group.nbytes
         nbytes = tensor.numel() * tensor.itemsize
         if nbytes:
             group.tensors.append(tensor)
+            group.shown.append(shown)
             group.nbytes += nbytes
         return lambda: group.read(offset, nbytes)
 
-    def freeze(self) -> None:
-        """Copy everything; after this the state may change, in the caller's stream."""
+    def freeze(self, *, defer: bool = False) -> None:
+        """Copy everything; after this the state may change, in the caller's stream.
+
+        With `defer`, host tensors may change only once `copy` and `settle` have run.
+        """
         with torch.no_grad():
             for (device, dtype), group in self._groups.items():
                 if device.type == "cpu":
-                    self._freeze_on_host(group)
+                    self._freeze_on_host(group, defer)
                 else:
                     self._freeze_on_device(device, dtype, group)
                 group.tensors = []
@@ -121,8 +134,45 @@ class Snapshot:
             event.record(torch.cuda.current_stream(device))
             self._ready[device] = event
 
+    def copy(self, alive: Callable[[], None]) -> None:
+        """Copy the host tensors that `freeze` has left; `alive` may raise to end it."""
+        with self._reporting():
+            self._deferred.copy(alive)
+
+    def settle(self) -> None:
+        """The caller goes on to change its tensors: note whether it waited with that."""
+        self._deferred.settle()
+
+    def check(self) -> None:
+        """Once everything is written: SaveError when a tensor was changed too early."""
+        changed = self._deferred.changed()
+        if changed is not None:
+            raise SaveError(
+                f"the checkpoint of step {self._step} was not saved: {changed} was changed before "
+                "it was copied; after `save(…, defer_copy=True)` call `wait_copied()` before "
+                "anything that was saved is changed, for instance right before the optimizer's "
+                "step; earlier checkpoints are untouched"
+            )
+
+    @contextmanager
+    def _reporting(self) -> Iterator[None]:
+        """What torch says about memory and devices, as the error of this save."""
+        try:
+            yield
+        except SaveError:
+            raise
+        except RuntimeError as error:
+            raise SaveError(
+                f"the checkpoint of step {self._step} was not saved: its tensors could not be "
+                f"brought to the host: {error}; earlier checkpoints are untouched"
+            ) from error
+
     def drain(self) -> None:
         """Bring everything to the host without holding up the training stream."""
+        with self._reporting():
+            self._drain()
+
+    def _drain(self) -> None:
         for (device, _), group in self._groups.items():
             if group.flat is None:
                 continue
@@ -145,13 +195,14 @@ class Snapshot:
         for group in self._groups.values():
             group.flat = None
 
-    def _freeze_on_host(self, group: _Group) -> None:
+    def _freeze_on_host(self, group: _Group, defer: bool) -> None:
         group.range = self._pool.take(group.nbytes, pinned=False)
         offset = 0
-        for tensor in group.tensors:
-            flat = _bytes_of(tensor)
-            group.range.fill(flat, offset)
-            offset += flat.numel()
+        for shown, tensor in zip(group.shown, group.tensors, strict=True):
+            fill = partial(group.range.fill, offset=offset)
+            if not (defer and self._deferred.add(shown, tensor, fill)):
+                fill(_bytes_of(tensor))
+            offset += tensor.numel() * tensor.itemsize
 
     def _freeze_on_device(self, device: torch.device, dtype: torch.dtype, group: _Group) -> None:
         if device.type == "cuda" and not _has_room(device, group.nbytes):

@@ -86,6 +86,8 @@ class SaveRequest:
     """Called between chunks and right before the name is published; raises to abandon the save."""
     shard_bytes: int = 256 << 20
     """Tensors of one name go into files of about this size."""
+    intact: Callable[[], None] = lambda: None
+    """Called after the data is written; raises when it is not what was to be saved."""
 
 
 class Store(Catalog):
@@ -134,6 +136,7 @@ class Store(Catalog):
             draft = self.begin(request.step)
             with self.discarding(draft):
                 files, state = self._write_all(draft.temp, request)
+                request.intact()
                 return self.finish(draft, request, files, state)
 
     @contextmanager

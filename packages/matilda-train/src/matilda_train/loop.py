@@ -264,6 +264,7 @@ def train(
                         metrics=metrics.newest_evaluation,
                         provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
                         wait=wait,
+                        defer_copy=not wait,
                     )
                 ranks.barrier()
                 saved_step = state.step
@@ -303,6 +304,7 @@ def train(
             grad_norm = clip_gradients(parameters, config.train.grad_clip)
             finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
             if finite:
+                checkpoints.wait_copied()
                 optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             stream.next_sample += batch_size

@@ -14,14 +14,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from matilda_ckpt.background import Background
 from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.checkpointer import Checkpointer
-from matilda_ckpt.errors import CheckpointError
+from matilda_ckpt.errors import CheckpointError, SaveError
 from matilda_ckpt.retention import MIN_KEPT, Keep
 from matilda_ckpt.store import Store
 from matilda_ckpt.torture.memfs import File, MemFs
@@ -41,6 +44,25 @@ def partly_still(step: int) -> dict[str, object]:
     """Some tensors of the same name change, others never do."""
     model = {"w": np.full(3, step, dtype=np.int64), "frozen": np.arange(5, dtype=np.int64)}
     return {"model": model, "loop": {"step": step}}
+
+
+def with_tensor(step: int) -> dict[str, object]:
+    """A state whose tensor is large enough for its copy to be deferred."""
+    import torch
+
+    return {"model": {"w": torch.full((200,), step)}, "loop": {"step": step}}
+
+
+class HeldBackground(Background):
+    """Does not begin to copy before `gate` is open: training is faster than the saving thread."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = threading.Event()
+
+    def alive(self) -> None:
+        self.gate.wait()
+        super().alive()
 
 
 @dataclass
@@ -167,6 +189,50 @@ def background(explorer: Explorer, make: Maker) -> None:
         explorer.saved(handle.result())
 
 
+def deferred(explorer: Explorer, make: Maker) -> None:
+    """The saving thread copies; training changes the very tensors as soon as it may."""
+    explorer.payload = with_tensor
+    checkpoints = make(explorer.fs, Keep(last=2))
+    state = with_tensor(0)
+    for step in range(1, 5):
+        _advance(state, step)
+        handle = checkpoints.save(step, state, wait=False, defer_copy=True)
+        checkpoints.wait_copied()
+        _advance(state, -step)
+        explorer.saved(handle.result())
+
+
+def deferred_too_early(explorer: Explorer, make: Maker) -> None:
+    """At one step training does not wait for the copy: that save must fail."""
+    explorer.payload = with_tensor
+    checkpoints = make(explorer.fs, Keep(last=2))
+    held = checkpoints._background = HeldBackground()
+    state = with_tensor(0)
+    for step in range(1, 7):
+        _advance(state, step)
+        held.gate.clear()
+        handle = checkpoints.save(step, state, wait=False, defer_copy=True)
+        if step == 3:
+            _advance(state, -step)
+        held.gate.set()
+        if step != 3:
+            checkpoints.wait_copied()
+        try:
+            explorer.saved(handle.result())
+        except SaveError:
+            assert step == 3
+        else:
+            assert step != 3, "a state that training changed too early became a checkpoint"
+
+
+def _advance(state: dict[str, object], step: int) -> None:
+    """What training does: change the tensor in place, replace the rest."""
+    model = state["model"]
+    assert isinstance(model, dict)
+    model["w"].fill_(step)
+    state["loop"] = {"step": step}
+
+
 def restarts(explorer: Explorer, make: Maker) -> None:
     for step in range(1, 5):
         checkpoints = make(explorer.fs, Keep(last=2))
@@ -273,6 +339,8 @@ SCENARIOS: dict[str, Scenario] = {
     "same step again": overwrite,
     "retention": retention,
     "background": background,
+    "background, deferred copy": deferred,
+    "deferred copy, changed too early": deferred_too_early,
     "restarts": restarts,
     "quarantine": quarantine,
     "unchanged, linked": unchanged,
@@ -330,4 +398,7 @@ def _equal(found: object, expected: object) -> bool:
             and found.dtype == expected.dtype
             and bool(np.array_equal(found, expected))
         )
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(expected, torch.Tensor):
+        return isinstance(found, torch.Tensor) and bool(torch.equal(found, expected))
     return found == expected

@@ -1,4 +1,4 @@
-"""Thirteen broken protocols. A crash suite that passes one of them proves nothing.
+"""Fourteen broken protocols. A crash suite that passes one of them proves nothing.
 
 Each is a mistake found in real checkpointers, applied to the real code in the model file system.
 """
@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from matilda_ckpt.catalog import CheckpointInfo
+from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.fs import remove_tree
 from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME, Commit
 from matilda_ckpt.retention import Keep
@@ -16,6 +18,9 @@ from matilda_ckpt.store import SaveRequest, Store
 from matilda_ckpt.tensor_file import write_bytes_file
 from matilda_ckpt.torture.memfs import MemFs
 from matilda_ckpt.torture.model import ROOT, Maker, plain, with_store
+
+if TYPE_CHECKING:
+    from matilda_ckpt.snapshot import Snapshot
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,19 @@ class _InPlace(Store):
         return next(info for info in self.scan() if info.path == final)
 
 
+class _Careless(Checkpointer):
+    """What training changed before it was copied is published all the same."""
+
+    def _new_snapshot(self, step: int) -> Snapshot:
+        snapshot = super()._new_snapshot(step)
+        snapshot.check = lambda: None  # type: ignore[method-assign]
+        return snapshot
+
+
+def _careless(fs: MemFs, keep: Keep) -> Checkpointer:
+    return _Careless(ROOT, fs=fs, keep=keep, threads=1)
+
+
 BUGS: dict[str, SeededBug] = {
     "tensor files not fsynced": SeededBug(
         "save", _without("fsync", lambda path: path.endswith(".safetensors"))
@@ -148,4 +166,5 @@ BUGS: dict[str, SeededBug] = {
     "victim removed under its own name": SeededBug("retention", make=with_store(_RemoveInPlace)),
     "trash rename not fsynced": SeededBug("retention", _TrashNotSyncedFs),
     "written in place": SeededBug("save", make=with_store(_InPlace)),
+    "changed before the copy": SeededBug("deferred copy, changed too early", make=_careless),
 }

@@ -16,7 +16,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +54,9 @@ def everything() -> dict[str, object]:
     return {"model": model, "optimizer": optimizer, "loop": Loop(), "rng": RngState()}
 
 
-def advance(parts: dict[str, object]) -> None:
-    """One optimizer step whose data and dropout come from the global generators."""
+def advance(parts: dict[str, object], ready: Callable[[], None] = lambda: None) -> None:
+    """One optimizer step whose data and dropout come from the global generators; `ready` is
+    called before anything that was saved changes."""
     model, optimizer, loop = parts["model"], parts["optimizer"], parts["loop"]
     assert isinstance(model, torch.nn.Module)
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -63,6 +64,7 @@ def advance(parts: dict[str, object]) -> None:
     x = torch.randn(8, 16) * (1 + random.random())
     loss = (model(x).squeeze(1) - x.sum(1)).square().mean()
     loss.backward()
+    ready()
     optimizer.step()
     optimizer.zero_grad()
     loop.step += 1
@@ -101,8 +103,8 @@ def live(root: Path, steps: int, background: bool) -> None:
     with Checkpointer(root, keep=Keep(last=2), threads=2) as checkpoints:
         checkpoints.restore(parts)
         while loop.step < steps:
-            advance(parts)
-            checkpoints.save(loop.step, parts, wait=not background)
+            advance(parts, checkpoints.wait_copied)
+            checkpoints.save(loop.step, parts, wait=not background, defer_copy=background)
 
 
 def soak(root: Path, kills: int, background: bool, seed: int = 0) -> dict[str, object]:
@@ -178,7 +180,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="kill a tiny training many times")
     parser.add_argument("root", type=Path)
     parser.add_argument("--kills", type=int, default=500)
-    parser.add_argument("--background", action="store_true", help="save with wait=False")
+    parser.add_argument("--background", action="store_true", help="wait=False, defer_copy=True")
     options = parser.parse_args()
     verdict = soak(options.root, options.kills, options.background)
     sys.stdout.write(json.dumps(verdict) + "\n")

@@ -1,0 +1,70 @@
+"""From what a caller hands to `save` to what the store writes: checked, encoded, described."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+from matilda_ckpt import strict_json
+from matilda_ckpt.manifest import check_state_name
+from matilda_ckpt.restored import unwrapped
+from matilda_ckpt.state_tree import Encoder
+from matilda_ckpt.store import Part, SaveRequest
+from matilda_ckpt.strict_json import JSON
+
+MAX_STEP = 10**18 - 1
+_SHARD_NAME = re.compile(r"(.+)-\d{5}-of-\d{5}")
+
+
+def save_request(
+    step: int,
+    state: Mapping[str, object],
+    encoder: Encoder,
+    *,
+    metrics: Mapping[str, float],
+    provenance: Mapping[str, JSON],
+    healthy: bool,
+    alive: Callable[[], None],
+    shard_bytes: int,
+) -> SaveRequest:
+    """Arguments as in `Checkpointer.save`; ValueError for what cannot be stored."""
+    _check(step, state)
+    numbers = {str(key): float(value) for key, value in metrics.items()}
+    try:
+        strict_json.dumps(dict(provenance))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"`provenance` is not JSON: {error}") from error
+    parts = []
+    for name, value in state.items():
+        encoded = encoder.encode(name, _state_of(value))
+        tree = strict_json.dumps(encoded.tree, sort_keys=False)
+        parts.append(Part(name, tree, encoded.tensors))
+
+    watch = encoder.watch
+
+    def finite() -> bool:
+        return watch is None or watch.finite
+
+    return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive, shard_bytes)
+
+
+def _check(step: int, state: Mapping[str, object]) -> None:
+    if type(step) is not int or not 0 <= step <= MAX_STEP:
+        raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
+    if not state:
+        raise ValueError("`state` is empty; give at least one name")
+    names = [check_state_name(name) for name in state]
+    if len({name.lower() for name in names}) != len(names):
+        raise ValueError("two names of `state` differ only in case")
+    for name in names:
+        stem = _SHARD_NAME.fullmatch(name)
+        if stem and stem[1] in state:
+            raise ValueError(
+                f"state names {name!r} and {stem[1]!r} could use the same file; rename one"
+            )
+
+
+def _state_of(value: object) -> object:
+    value = unwrapped(value)
+    state_dict = getattr(value, "state_dict", None)
+    return state_dict() if callable(state_dict) else value
