@@ -38,7 +38,7 @@ TINY = {
     },
     "eval": {"every_steps": 5, "tokens": 256, "sample_tokens": 8},
     "ckpt": {"every_steps": 3},
-    "log": {"every_steps": 1},
+    "log": {"every_steps": 1, "rms_every_steps": 4},
 }
 
 

@@ -34,6 +34,10 @@ def assert_same_batches_and_losses(run_dir: Path, twin: Path) -> None:
         assert many[step]["batch_sha256"] == one[step]["batch_sha256"]
         rel = 5e-6 if step <= 6 else 2e-3
         assert many[step]["loss_nats"] == pytest.approx(one[step]["loss_nats"], rel=rel)
+        assert many[step].keys() == one[step].keys()
+        if step == 4:
+            for name in ("param_rms_hidden", "update_rms_hidden", "update_rms_vector"):
+                assert many[step][name] == pytest.approx(one[step][name], rel=1e-3)
         if step <= 6:
             assert many[step]["grad_norm"] == pytest.approx(one[step]["grad_norm"], rel=1e-4)
 

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text, load_run_model
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+    from matilda_train.time_account import Goodput, goodput
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -35,6 +36,7 @@ __all__ = [
     "Display",
     "EvalConfig",
     "Evaluation",
+    "Goodput",
     "LogConfig",
     "OptimConfig",
     "RunConfig",
@@ -49,6 +51,7 @@ __all__ = [
     "config_from_dict",
     "config_to_dict",
     "evaluate",
+    "goodput",
     "load_config",
     "load_run_model",
     "train",
@@ -72,6 +75,7 @@ _HOME = {
     "run_dir": ("RunDir",),
     "sample": ("complete_text", "load_run_model"),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),
+    "time_account": ("Goodput", "goodput"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -30,6 +30,8 @@ from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.errors import TrainingDivergedError
 from matilda_train.evaluation import evaluate
+from matilda_train.gpu_health import GpuHealth
+from matilda_train.group_rms import GroupRms
 from matilda_train.guards import clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
@@ -41,6 +43,7 @@ from matilda_train.run_dir import RunDir
 from matilda_train.sample import sample_text
 from matilda_train.schedules import Schedules
 from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
+from matilda_train.time_account import GoodputLedger, describe_lost_work
 from matilda_train.wandb_log import WandbMirror, require_wandb
 from matilda_train.watchdog import Watchdog
 
@@ -197,7 +200,9 @@ def train(
         events.write(
             "resume" if restored else "start",
             step=state.step,
+            seconds=phase.seconds(),
             discarded_rows=metrics.discarded_rows,
+            **describe_lost_work(metrics.discarded),
             skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
         )
 
@@ -222,6 +227,10 @@ def train(
         evaluations = Cadence(config.eval.interval, plan, ranks.any)
         saves = Cadence(config.ckpt.interval, plan, ranks.any)
         rows = Cadence(config.log.interval, plan, ranks.any)
+        ledger = GoodputLedger(run_dir, phase)
+        health = GpuHealth(device)
+        cleanup.callback(health.close)
+        group_rms = GroupRms(optimizer.param_groups, config.log.rms_every_steps, ranks)
         gc.freeze()
         cleanup.callback(gc.unfreeze)
 
@@ -243,7 +252,7 @@ def train(
                     should_stop=stop,
                 )
                 if evaluation is not None:
-                    metrics.write({"step": state.step} | asdict(evaluation))
+                    metrics.write(ledger.stamp({"step": state.step} | asdict(evaluation)))
                     display.note(f"step {state.step:,}: {evaluation}")
 
             stopping = ranks.any(stop())
@@ -251,7 +260,7 @@ def train(
             if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):
                 checkpoints.finish()
                 durable_step = saved_step
-                events.write("save", step=durable_step)
+                events.write("save", step=durable_step, seconds=phase.seconds())
             if (save_due or stopping) and saved_step != state.step:
                 wait = at_end or stopping or not config.ckpt.background
                 phase.enter("saving")
@@ -270,7 +279,7 @@ def train(
                 saved_step = state.step
                 if wait:
                     durable_step = saved_step
-                    events.write("save", step=durable_step)
+                    events.write("save", step=durable_step, seconds=phase.seconds())
             if stopping:
                 events.write("preempted", step=state.step, seconds=phase.seconds())
                 return TrainResult("preempted", run_dir, state.step)
@@ -279,7 +288,7 @@ def train(
 
             phase.enter_step()
             meter.begin_step()
-            factor = schedules.apply(state.step)
+            schedules.apply(state.step)
             batch_size, seq_len = plan.batch_size(state.step), plan.seq_len(state.step)
             grad_accum_steps = config.grad_accum_steps(ranks.world_size, state.step)
             following = plan.batch_size(state.step + 1)
@@ -303,9 +312,10 @@ def train(
             loss = ranks.mean_(loss)
             grad_norm = clip_gradients(parameters, config.train.grad_clip)
             finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
-            if finite:
-                checkpoints.wait_copied()
-                optimizer.step()
+            with group_rms.watch(state.step + 1):
+                if finite:
+                    checkpoints.wait_copied()
+                    optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             stream.next_sample += batch_size
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
@@ -314,19 +324,21 @@ def train(
             meter.end_step(batch_size * config.seq_len, seq_len)
 
             if rows.due(state.step) or not finite:
-                row = {
+                row: dict[str, Any] = {
                     "step": state.step,
                     "tokens": plan.tokens(state.step),
                     "batch_tokens": batch_size * config.seq_len,
                     "seq_len": seq_len,
                     "loss_nats": loss.item(),
                     "grad_norm": grad_norm.item(),
-                    "lr": config.optim.lr * factor,
                     "skipped": not finite,
                     "batch_sha256": state.batch_hash,
+                    **schedules.learning_rates(),
+                    **group_rms.measure(state.step),
                     **meter.measure(),
+                    **health.read(),
                 }
-                metrics.write(row)
+                metrics.write(ledger.stamp(row))
                 display.advance(state.step, describe_row(row))
             if not finite:
                 events.write("skip", step=state.step, consecutive=state.consecutive_skips)

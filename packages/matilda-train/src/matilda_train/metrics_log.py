@@ -10,7 +10,30 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any, Protocol
 
-__all__ = ["EventLog", "MetricsLog", "read_rows"]
+__all__ = ["MACHINE_FIELDS", "EventLog", "MetricsLog", "read_rows"]
+
+MACHINE_FIELDS = (
+    "step_ms",
+    "step_ms_median",
+    "throttling",
+    "tokens_per_second",
+    "data_wait_ms",
+    "train_seconds",
+    "warm_up_seconds",
+    "mfu_palm",
+    "mfu_causal",
+    "peak_memory_gib",
+    "gpu_sm_clock_mhz",
+    "gpu_power_watts",
+    "gpu_temperature_celsius",
+    "gpu_throttle_reasons",
+    "uptime_seconds",
+    "eval_seconds",
+    "restarts",
+    "goodput",
+)
+"""Fields of a row that clocks, allocator and kills decide; a run and its killed and resumed twin
+are equal in all others."""
 
 
 class RowMirror(Protocol):
@@ -39,6 +62,8 @@ class MetricsLog:
     ) -> None:
         kept: list[str] = []
         discarded: list[str] = []
+        self.discarded: list[dict[str, Any]] = []
+        """Whole rows among those that were set aside when the log was opened."""
         rows: list[dict[str, Any]] = []
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -48,10 +73,11 @@ class MetricsLog:
                     rows.append(row)
                 else:
                     discarded.append(line)
+                    self.discarded += [row] if row is not None else []
         self.evaluations = [row for row in rows if "val_loss_nats" in row]
         """Evaluation rows so far, oldest first."""
         self.discarded_rows = len(discarded)
-        """Rows that were set aside when the log was opened."""
+        """Lines that were set aside, one cut short by a kill included."""
         self._mirror = mirror
         self._file: IO[str] | None = None
         if not enabled:
@@ -77,7 +103,7 @@ class MetricsLog:
     def newest_evaluation(self) -> dict[str, float]:
         """Figures of the newest evaluation, empty before the first."""
         newest = self.evaluations[-1] if self.evaluations else {}
-        return {name: value for name, value in newest.items() if name != "step"}
+        return {name: value for name, value in newest.items() if name.startswith("val_")}
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that JSON cannot hold (nan, inf) are written as null."""

@@ -24,13 +24,13 @@ PHASES = (
 class PhaseClock:
     """Knows the current phase; `on_phase(name)` is called at the beginning of each.
 
-    Every second since the clock was made belongs to one phase: goodput is the share of "training".
+    Every second since the clock was made belongs to one phase; `time_account` adds them up.
     """
 
     def __init__(self, on_phase: Callable[[str], None] | None = None) -> None:
         self._on_phase = on_phase
         self._seconds: dict[str, float] = {}
-        self.since = time.monotonic()
+        self.since = self._made = time.monotonic()
         """When the current phase began, of `time.monotonic`."""
         self.current = "starting"
         self.warm = False
@@ -61,6 +61,14 @@ class PhaseClock:
         self.enter(phase)
         yield
         self.enter(before)
+
+    def uptime(self) -> float:
+        """Seconds since the clock was made."""
+        return time.monotonic() - self._made
+
+    def current_seconds(self) -> float:
+        """Seconds since the current phase was entered."""
+        return time.monotonic() - self.since
 
     def seconds(self) -> dict[str, float]:
         """Seconds spent in each phase so far, the current one included."""

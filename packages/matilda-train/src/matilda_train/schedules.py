@@ -48,6 +48,11 @@ class Schedules:
                 group["momentum"] = self.momentum(step)
         return factor
 
+    def learning_rates(self) -> dict[str, float]:
+        """`lr_muon` and `lr_adamw` as last set, of the algorithms there are."""
+        groups = self._optimizer.param_groups
+        return {f"lr_{group['algorithm']}": float(group["lr"]) for group in groups}
+
     def lr_factor(self, step: int) -> float:
         """Factor on every peak learning rate: the schedule's, times the batch ramp's."""
         factor = self._lr_schedule(step)

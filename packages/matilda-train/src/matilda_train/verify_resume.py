@@ -23,13 +23,11 @@ from typing import Any
 
 from matilda_train.config_load import load_config
 from matilda_train.console import Display, SilentDisplay
-from matilda_train.metrics_log import read_rows
+from matilda_train.metrics_log import MACHINE_FIELDS, read_rows
 from matilda_train.phases import PHASES
 
 __all__ = ["ResumeReport", "state_hashes", "untimed_rows", "verify_resume"]
 
-TIMING = ("step_ms", "tokens_per_second", "data_wait_ms", "mfu_palm", "mfu_causal")
-MEMORY = ("peak_memory_gib",)
 KILLABLE_PHASES = tuple(phase for phase in PHASES if phase != "preparing data")
 SERVER_PROGRAM = "from matilda_train.verify_resume import serve_lives; serve_lives()"
 
@@ -144,9 +142,9 @@ def state_hashes(run_dir: Path) -> dict[str, str]:
 
 
 def untimed_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Every metrics row of a run without what the clock or the allocator decides."""
+    """Every metrics row of a run without what clocks, allocator and kills decide."""
     rows = read_rows(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in TIMING + MEMORY} for row in rows]
+    return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in rows]
 
 
 def compare(

@@ -1,0 +1,103 @@
+"""Speed figures: the first step apart, the median against the best, GPU health where there is."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from matilda_train import config_from_dict
+from matilda_train.gpu_health import GpuHealth, throttle_reasons
+from matilda_train.meter import Meter
+
+CPU = torch.device("cpu")
+CONFIG = config_from_dict(
+    {"model": {"max_seq_len": 32}, "train": {"total_steps": 9, "tokens_per_step": 320}}
+)
+
+
+def take_steps(meter: Meter, *seconds: float) -> None:
+    for duration in seconds:
+        meter.begin_step()
+        meter.data_arrived()
+        time.sleep(duration)
+        meter.end_step(320, 32)
+
+
+def test_first_step_of_a_process_is_warm_up_and_not_speed() -> None:
+    meter = Meter(CONFIG, CPU, 1)
+    take_steps(meter, 0.2, 0.01, 0.01)
+    row = meter.measure()
+    assert 10 <= row["step_ms"] < 100
+    assert row["tokens_per_second"] == pytest.approx(320 / (row["step_ms"] / 1e3))
+    assert row["warm_up_seconds"] + 3 * row["step_ms"] / 1e3 == pytest.approx(row["train_seconds"])
+    assert row["train_seconds"] >= 0.22
+    take_steps(meter, 0.01)
+    assert "warm_up_seconds" not in meter.measure()
+
+
+def test_a_row_of_the_first_step_alone_leaves_warm_up_to_the_next() -> None:
+    meter = Meter(CONFIG, CPU, 1)
+    take_steps(meter, 0.1)
+    first = meter.measure()
+    assert first["step_ms"] >= 100
+    assert "warm_up_seconds" not in first
+    take_steps(meter, 0.01)
+    assert 0 < meter.measure()["warm_up_seconds"] <= first["train_seconds"]
+
+
+def test_abandoned_steps_and_pauses_do_not_count() -> None:
+    meter = Meter(CONFIG, CPU, 1)
+    take_steps(meter, 0.0)
+    meter.begin_step()
+    meter.data_arrived()
+    time.sleep(0.2)
+    take_steps(meter, 0.0)
+    assert meter.measure()["train_seconds"] < 0.2
+
+
+def test_steps_that_become_slower_are_flagged() -> None:
+    meter = Meter(CONFIG, CPU, 1)
+    take_steps(meter, *[0.001] * 30)
+    assert not meter.measure()["throttling"]
+    take_steps(meter, *[0.02] * 40)
+    assert meter.measure()["throttling"]
+
+
+def test_another_shape_of_batch_is_no_throttling() -> None:
+    meter = Meter(CONFIG, CPU, 1)
+    take_steps(meter, *[0.001] * 30)
+    for _ in range(30):
+        meter.begin_step()
+        time.sleep(0.01)
+        meter.end_step(3200, 32)
+    assert not meter.measure()["throttling"]
+
+
+def test_names_of_throttle_reasons() -> None:
+    assert throttle_reasons(0x0) == throttle_reasons(0x1) == ""
+    assert throttle_reasons(0x44) == "power cap, temperature (hardware)"
+
+
+def test_without_a_gpu_there_is_no_health_to_read() -> None:
+    health = GpuHealth(CPU)
+    assert health.read() == {}
+    health.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_health_of_a_real_gpu() -> None:
+    pytest.importorskip("pynvml", reason="needs nvidia-ml-py")
+    health = GpuHealth(torch.device("cuda", 0))
+    sample: dict[str, object] = {}
+    for _ in range(500):
+        sample = sample or health.read()
+        time.sleep(0.01)
+    health.close()
+    assert isinstance(sample["gpu_temperature_celsius"], int)
+    assert isinstance(sample["gpu_throttle_reasons"], str)
+    watts = sample["gpu_power_watts"]
+    assert isinstance(watts, float)
+    assert watts > 10
