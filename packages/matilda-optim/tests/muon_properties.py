@@ -73,8 +73,8 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def tolerance(device: str) -> float:
-    """fp32 iterations on the CPU, fp16 on a GPU."""
-    return 2e-5 if device == "cpu" else 4e-3
+    """fp32 iterations on the CPU; fp16 on a GPU, where `test_optim_gpu.py` sets the same limit."""
+    return 2e-5 if device == "cpu" else 2e-2
 
 
 SHAPES = [(48, 96), (64, 64), (96, 40), (17, 33), (128, 256)]
@@ -139,7 +139,7 @@ def rotating_both_sides_rotates_the_output(device: str) -> Figure:
     u, v = (torch.linalg.qr(randn(n, n, seed=n, device="cpu").double()).Q for n in (64, 96))
     turned = update((u @ g @ v).float().to(device))
     plain = update(g.float().to(device)).double().cpu()
-    return Figure(error(turned, u @ plain @ v), 2 * tolerance(device), "relative")
+    return Figure(error(turned, u @ plain @ v), tolerance(device), "relative")
 
 
 def zero_gradients_decay_and_missing_ones_change_nothing(device: str) -> Figure:
