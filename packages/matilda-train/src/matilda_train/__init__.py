@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from matilda_train.errors import TrainingDivergedError
     from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
+    from matilda_train.preflight import PreflightReport, estimate_seconds, preflight
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text, load_run_model
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
@@ -39,6 +40,7 @@ __all__ = [
     "Goodput",
     "LogConfig",
     "OptimConfig",
+    "PreflightReport",
     "RunConfig",
     "RunDir",
     "SilentDisplay",
@@ -50,10 +52,12 @@ __all__ = [
     "complete_text",
     "config_from_dict",
     "config_to_dict",
+    "estimate_seconds",
     "evaluate",
     "goodput",
     "load_config",
     "load_run_model",
+    "preflight",
     "train",
 ]
 
@@ -72,6 +76,7 @@ _HOME = {
     "errors": ("TrainingDivergedError",),
     "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),
+    "preflight": ("PreflightReport", "estimate_seconds", "preflight"),
     "run_dir": ("RunDir",),
     "sample": ("complete_text", "load_run_model"),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),

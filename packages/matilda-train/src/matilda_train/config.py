@@ -195,8 +195,9 @@ class TrainConfig:
     tokens_per_step: int = 524_288
     """Tokens of one global batch, over all devices and micro-steps."""
 
-    micro_batch_size: int = 8
-    """Sequences per device and micro-step: speed and memory only, never the mathematics."""
+    micro_batch_size: Literal["auto"] | int = 8
+    """Sequences per device and micro-step: speed and memory only, never the mathematics. `auto`: on
+    a GPU the largest power of two that fits, found by real steps at the start; on a CPU 8."""
 
     batch_ramp: tuple[str, ...] = ()
     """Larger batches later: `["1B tokens: 1048576"]` takes that many tokens a step once a billion
@@ -246,8 +247,12 @@ class TrainConfig:
     """CPU threads of torch; null leaves torch's choice. Results on a CPU depend on it."""
 
     def __post_init__(self) -> None:
-        for name in ("total_steps", "tokens_per_step", "micro_batch_size", "max_consecutive_skips"):
+        for name in ("total_steps", "tokens_per_step", "max_consecutive_skips"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        size = self.micro_batch_size
+        _require(
+            size == "auto" or size >= 1, "train.micro_batch_size", size, "1 or more, or 'auto'"
+        )
         _require(self.seq_len is None or self.seq_len >= 1, "train.seq_len", self.seq_len, "1+")
         _require(self.grad_clip >= 0, "train.grad_clip", self.grad_clip, "0 or more")
         _require(
@@ -416,18 +421,28 @@ class RunConfig:
         """Samples of the first global batch; see `plan` for the others."""
         return self.plan.batch_size(0)
 
+    @property
+    def micro_batch_size(self) -> int:
+        """`train.micro_batch_size` once it is a number; see `matilda_train.micro_batch`."""
+        size = self.train.micro_batch_size
+        if size == "auto":
+            raise ValueError(
+                "`train.micro_batch_size` is 'auto', but no device has been asked yet."
+            )
+        return size
+
     def grad_accum_steps(self, world_size: int, step: int = 0) -> int:
         """Micro-steps of the 0-based `step` on each of `world_size` devices.
 
         Raises `ValueError` when the batch of any step does not divide into micro-steps.
         """
-        per_micro_step = self.train.micro_batch_size * world_size
+        per_micro_step = self.micro_batch_size * world_size
         for stage in self.plan.batch_stages:
             batch_size = stage.tokens_per_step // self.seq_len
             if batch_size % per_micro_step != 0:
                 raise ValueError(
                     f"The global batch of {batch_size} sequences does not divide into micro-steps "
-                    f"of {self.train.micro_batch_size} sequences on {world_size} device(s); change "
+                    f"of {self.micro_batch_size} sequences on {world_size} device(s); change "
                     f"`train.micro_batch_size` or `train.tokens_per_step`."
                 )
         return self.plan.batch_size(step) // per_micro_step

@@ -102,6 +102,14 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MAX)
         return bool(votes.item())
 
+    def least(self, number: int) -> int:
+        """The smallest of all ranks' numbers, on every rank. The GPU is not asked."""
+        if self.world_size == 1:
+            return number
+        votes = torch.tensor(number)
+        dist.all_reduce(votes, op=dist.ReduceOp.MIN)
+        return int(votes.item())
+
     @contextmanager
     def main_first(self) -> Iterator[None]:
         """Run the block on the main process, then on all others."""

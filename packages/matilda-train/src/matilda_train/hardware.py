@@ -8,7 +8,14 @@ import random
 import numpy as np
 import torch
 
-__all__ = ["choose_device", "choose_dtype", "peak_flops", "seed_generators", "set_numerics"]
+__all__ = [
+    "choose_device",
+    "choose_dtype",
+    "device_name",
+    "peak_flops",
+    "seed_generators",
+    "set_numerics",
+]
 
 # Dense bf16 tensor-core FLOP/s from the vendors' datasheets, by the exact name that torch reports.
 PEAK_BF16_FLOPS: dict[str, float] = {
@@ -54,6 +61,11 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
         bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported()
         return torch.bfloat16 if bf16 else torch.float32
     return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name as torch reports it, or "cpu"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def peak_flops(device: torch.device) -> float | None:

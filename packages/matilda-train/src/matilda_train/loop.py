@@ -36,6 +36,7 @@ from matilda_train.guards import clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
+from matilda_train.micro_batch import settle_micro_batch
 from matilda_train.phases import PhaseClock
 from matilda_train.preparation import prepare_corpus
 from matilda_train.provenance import collect_provenance
@@ -125,6 +126,7 @@ def train(
         held_out: TokenStream
         if dry_run:
             run_dir = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="matilda-dry-run-"))
+            config = settle_micro_batch(config, device, ranks, note=display.note)
             config = shorten(config, device, ranks.world_size)
             stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
         else:
@@ -136,6 +138,9 @@ def train(
                 return TrainResult("preempted", Path(run_dir), 0)
             ranks.barrier()
             stream, held_out = open_streams(config, data)
+            config = settle_micro_batch(
+                config, device, ranks, run_dir=Path(run_dir), note=display.note
+            )
         config.grad_accum_steps(ranks.world_size)  # refuses a batch that does not divide
         plan = config.plan
 
@@ -245,7 +250,7 @@ def train(
                     held_out,
                     max_tokens=config.eval.tokens,
                     seq_len=config.seq_len,
-                    micro_batch_size=config.train.micro_batch_size,
+                    micro_batch_size=config.micro_batch_size,
                     token_bytes=token_bytes,
                     device=device,
                     ranks=ranks,
@@ -295,9 +300,7 @@ def train(
             batch = reader.read(stream.next_sample, batch_size, following=following)
             meter.data_arrived()
             loss = torch.zeros((), device=device)
-            micro_batches = batch.micro_batches(
-                config.train.micro_batch_size, device, seq_len=seq_len
-            )
+            micro_batches = batch.micro_batches(config.micro_batch_size, device, seq_len=seq_len)
             for micro_step, (inputs, targets) in enumerate(micro_batches, start=1):
                 with ranks.accumulate(wrapped, last=micro_step == grad_accum_steps):
                     micro_loss = wrapped(inputs, targets).loss / grad_accum_steps
@@ -372,7 +375,7 @@ def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConf
     on_cpu = device.type == "cpu"
     steps = min(config.train.total_steps, DRY_RUN_STEPS)
     seq_len = min(config.seq_len, DRY_RUN_CPU_SEQ_LEN) if on_cpu else config.seq_len
-    micro_batch_size = 1 if on_cpu else config.train.micro_batch_size
+    micro_batch_size = 1 if on_cpu else config.micro_batch_size
     micro_step_tokens = seq_len * micro_batch_size * world_size
     most_tokens = micro_step_tokens * (1 if on_cpu else 2)
     warmup_steps = min(

@@ -13,7 +13,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["collect_provenance"]
+from matilda_train.hardware import device_name
+
+__all__ = ["collect_provenance", "package_version"]
 
 PACKAGES = (
     "matilda-model",
@@ -45,15 +47,16 @@ def collect_provenance(device: torch.device) -> dict[str, Any]:
         else None,
         "python": sys.version.split()[0],
         "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: package_version(name) for name in PACKAGES},
         "cuda": torch.version.cuda,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "device": device_name(device),
         "cpu_count": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
     }
 
 
-def _version(name: str) -> str | None:
+def package_version(name: str) -> str | None:
+    """Version of an installed distribution, or None."""
     try:
         return metadata.version(name)
     except metadata.PackageNotFoundError:

@@ -23,7 +23,7 @@ from typing import Any
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_differences, config_identity, config_to_dict
 
-__all__ = ["RunDir"]
+__all__ = ["RunDir", "check_run_dir"]
 
 
 class RunDir:
@@ -51,27 +51,10 @@ class RunDir:
         """
         path = Path(path)
         found = path / "run.json"
-        if found.is_file():
-            description = cls.read(path)
-            recipe, rounding = config_differences(description["config"], config)
-            if recipe:
-                changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
-                raise ValueError(
-                    f"Run directory {str(path)!r} holds a run of another config ({changes}); "
-                    "give this one its own `--run-dir`, or restore those values."
-                )
-            if description["data_id"] != data_id:
-                raise ValueError(
-                    f"Run directory {str(path)!r} was trained on data set "
-                    f"{description['data_id'][:12]}, but the data is now {data_id[:12]}; point "
-                    "`--data-dir` at the former, or choose another `--run-dir`."
-                )
+        description = check_run_dir(path, config, data_id=data_id)
+        if description is not None:
+            _, rounding = config_differences(description["config"], config)
             return cls(path, _take_lock(path), rounding)
-        if path.exists() and (not path.is_dir() or _foreign_entries(path)):
-            raise ValueError(
-                f"{str(path)!r} exists and holds no run (no `run.json`); choose an empty or new "
-                "`--run-dir`."
-            )
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
         description = {
@@ -117,6 +100,38 @@ class RunDir:
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
+
+
+def check_run_dir(
+    path: Path, config: RunConfig, *, data_id: str | None
+) -> dict[str, Any] | None:
+    """The `run.json` of the run that would go on in `path`; None where a new one would start.
+
+    Changes nothing. `data_id` None: the data set is not there yet. Raises `ValueError` as
+    `RunDir.open` does.
+    """
+    if (path / "run.json").is_file():
+        description = RunDir.read(path)
+        recipe, _ = config_differences(description["config"], config)
+        if recipe:
+            changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
+            raise ValueError(
+                f"Run directory {str(path)!r} holds a run of another config ({changes}); "
+                "give this one its own `--run-dir`, or restore those values."
+            )
+        if data_id is not None and description["data_id"] != data_id:
+            raise ValueError(
+                f"Run directory {str(path)!r} was trained on data set "
+                f"{description['data_id'][:12]}, but the data is now {data_id[:12]}; point "
+                "`--data-dir` at the former, or choose another `--run-dir`."
+            )
+        return description
+    if path.exists() and (not path.is_dir() or _foreign_entries(path)):
+        raise ValueError(
+            f"{str(path)!r} exists and holds no run (no `run.json`); choose an empty or new "
+            "`--run-dir`."
+        )
+    return None
 
 
 def _foreign_entries(path: Path) -> list[str]:
