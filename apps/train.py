@@ -7,10 +7,18 @@ from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
 STOP = StopRequest().install()  # in the first line: what follows takes time
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from matilda_train.app import run_app
+from matilda_train.app import EXIT_BAD_INPUT, run_app
+
+if TYPE_CHECKING:
+    from matilda_train import RunConfig
+
+LONG_RUN_SECONDS = 3600.0
 
 EXAMPLES = """examples:
   uv run apps/train.py --config configs/quickstart.json
@@ -19,6 +27,10 @@ EXAMPLES = """examples:
   uv run apps/train.py --config configs/calibration.json --dry-run \\
       --set model.d_model=128 model.n_layers=2 train.total_steps=20 train.device=cpu
 
+  uv run apps/train.py --config configs/base_152m_v2.json --data-dir data/smollm_mix \\
+      --preflight --dollars-per-hour 2.99
+
+A run that should take over an hour is looked at in the same way before its first step.
 Running the same command again goes on where the run stopped. Exit codes: 0 finished, 2 bad input,
 3 diverged, 4 disk or checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it
 again after 5 and 75).
@@ -44,12 +56,51 @@ def parse_arguments() -> argparse.Namespace:
         "--dry-run", action="store_true", help="at most 20 steps on synthetic tokens, keep nothing"
     )
     parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="only look whether the run would work, how long it takes and what it costs: data, "
+        "memory (real steps), disk, time; exit 0 for yes, 2 for no; changes nothing",
+    )
+    parser.add_argument(
+        "--no-preflight", action="store_true", help="do not look before a long run either"
+    )
+    parser.add_argument("--deep", action="store_true", help="pre-flight: hash every byte of data")
+    parser.add_argument("--json", action="store_true", help="pre-flight: print it as JSON")
+    parser.add_argument(
+        "--dollars-per-hour", type=float, metavar="X", help="pre-flight: price of the machine"
+    )
+    parser.add_argument(
         "--grace-seconds",
         type=float,
         metavar="N",
         help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after N s in any case",
     )
     return parser.parse_args()
+
+
+def look_before(config: RunConfig, run_dir: Path, args: argparse.Namespace) -> int | None:
+    """Exit code of a pre-flight that was asked for or says no; None to go on and train."""
+    from matilda_train import estimate_seconds, run_preflight
+
+    if not args.preflight:
+        new = not args.dry_run and not (run_dir / "run.json").exists()
+        if args.no_preflight or not new or estimate_seconds(config) < LONG_RUN_SECONDS:
+            return None
+    is_main = int(os.environ.get("RANK", "0")) == 0
+    report = run_preflight(
+        config,
+        run_dir=run_dir,
+        data_dir=args.data_dir,
+        dollars_per_hour=args.dollars_per_hour,
+        deep=args.deep,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        note=lambda text: print(text, file=sys.stderr) if is_main else None,
+    )
+    if is_main:
+        print(json.dumps(report.to_dict(), indent=2) if args.json else report, flush=True)
+    if args.preflight or not report.ok:
+        return 0 if report.ok else EXIT_BAD_INPUT
+    return None
 
 
 def main() -> int:
@@ -61,8 +112,11 @@ def main() -> int:
     # This loads torch, which takes seconds: mistakes are dealt with already.
     from matilda_train import train
 
-    STOP.begin()
     run_dir = args.run_dir or Path("runs") / args.config.stem
+    answer = look_before(config, run_dir, args)
+    if answer is not None:
+        return answer
+    STOP.begin()
     with TerminalDisplay() as display:
         result = train(
             config,

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from matilda_train.errors import TrainingDivergedError
     from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
-    from matilda_train.preflight import PreflightReport, estimate_seconds, preflight
+    from matilda_train.preflight import PreflightReport, estimate_seconds, run_preflight
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text, load_run_model
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
@@ -57,7 +57,7 @@ __all__ = [
     "goodput",
     "load_config",
     "load_run_model",
-    "preflight",
+    "run_preflight",
     "train",
 ]
 
@@ -76,7 +76,7 @@ _HOME = {
     "errors": ("TrainingDivergedError",),
     "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),
-    "preflight": ("PreflightReport", "estimate_seconds", "preflight"),
+    "preflight": ("PreflightReport", "estimate_seconds", "run_preflight"),
     "run_dir": ("RunDir",),
     "sample": ("complete_text", "load_run_model"),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),

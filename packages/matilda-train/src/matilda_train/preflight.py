@@ -25,13 +25,14 @@ from matilda_model import count_params, flops_per_token
 from matilda_train.build import check_kernels
 from matilda_train.config import RunConfig
 from matilda_train.data_source import open_streams
+from matilda_train.distributed import Ranks
 from matilda_train.hardware import choose_device, device_name, peak_flops, set_numerics
 from matilda_train.micro_batch import CPU_MICRO_BATCH, describe_trial, sizes_that_divide
 from matilda_train.provenance import package_version
 from matilda_train.run_dir import check_run_dir
 from matilda_train.trial_step import StepTrial, TrialRun, largest_that_fits
 
-__all__ = ["Finding", "PreflightReport", "estimate_seconds", "preflight"]
+__all__ = ["Finding", "PreflightReport", "estimate_seconds", "run_preflight"]
 
 ASSUMED_MFU = 0.35
 FLOPS_OF_UNKNOWN_GPU = 50e12
@@ -82,7 +83,7 @@ class PreflightReport:
         return "\n".join([*lines, f"Pre-flight: {answer}."])
 
 
-def preflight(
+def run_preflight(
     config: RunConfig,
     *,
     run_dir: str | Path,
@@ -98,7 +99,9 @@ def preflight(
     `note` hears of each trial of a micro-batch. Raises `ValueError` for a device that is not there.
     """
     report = PreflightReport()
-    device = choose_device(config.train.device)
+    device = Ranks(local_rank=int(os.environ.get("LOCAL_RANK", "0"))).own_device(
+        choose_device(config.train.device)
+    )
     set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
     run_dir, data = Path(run_dir), Path(data_dir or config.data.dir or "data")
     _look_at_device(report, device)

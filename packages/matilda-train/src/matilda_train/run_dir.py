@@ -102,9 +102,7 @@ class RunDir:
             self._lock = None
 
 
-def check_run_dir(
-    path: Path, config: RunConfig, *, data_id: str | None
-) -> dict[str, Any] | None:
+def check_run_dir(path: Path, config: RunConfig, *, data_id: str | None) -> dict[str, Any] | None:
     """The `run.json` of the run that would go on in `path`; None where a new one would start.
 
     Changes nothing. `data_id` None: the data set is not there yet. Raises `ValueError` as
