@@ -18,7 +18,7 @@ from matilda_ckpt.deferred import AT_ONCE_BYTES
 from matilda_ckpt.snapshot import BLOCK_BYTES
 from matilda_ckpt.torture.model import HeldBackground
 
-LARGE = AT_ONCE_BYTES  # elements of four bytes: four times what is copied at once
+LARGE = AT_ONCE_BYTES  # elements of four bytes: not small
 
 
 def held(folder: Path) -> tuple[Checkpointer, HeldBackground]:

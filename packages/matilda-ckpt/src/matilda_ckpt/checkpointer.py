@@ -127,7 +127,7 @@ class Checkpointer:
                 by the handle.
             defer_copy: with `wait=False`, return even before host tensors are copied; call
                 `wait_copied()` before you change any of them. CUDA tensors, arrays, tensors
-                under 1 KiB or not contiguous, and what is no tensor are still taken at once.
+                under 4 KiB or not contiguous, and what is no tensor are still taken at once.
 
         Raises SaveError when it could not be made durable (older checkpoints are untouched),
         LockedError when another process writes here, ValueError for a state that cannot be
@@ -138,7 +138,9 @@ class Checkpointer:
         if self.read_only:
             raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
         # Without torch in the process there is no tensor to freeze.
-        snapshot = None if wait or "torch" not in sys.modules else self._new_snapshot(step)
+        snapshot = None
+        if not wait and "torch" in sys.modules:
+            snapshot = self._new_snapshot(step, defer_copy)
         request = save_request(
             step,
             state,
@@ -155,7 +157,7 @@ class Checkpointer:
         else:
             # Only one writer can start: a refused lock must reach the caller at once.
             self._store.acquire()
-            self._start(request, handle, snapshot, defer_copy)
+            self._start(request, handle, snapshot)
         handle.stall_s = time.monotonic() - begun
         return handle
 
@@ -186,14 +188,12 @@ class Checkpointer:
         """
         return self._background.finish(deadline_s)
 
-    def _start(
-        self, request: SaveRequest, handle: SaveHandle, snapshot: Snapshot | None, defer: bool
-    ) -> None:
+    def _start(self, request: SaveRequest, handle: SaveHandle, snapshot: Snapshot | None) -> None:
         """Freeze what must be frozen now, and leave the rest to a thread."""
         if snapshot is None:
             self._background.start(handle, lambda: None, lambda: self._commit(request))
             return
-        snapshot.freeze(defer=defer)
+        snapshot.freeze()
         handle._settle = snapshot.settle
         sealed = replace(request, intact=snapshot.check)
 
@@ -212,12 +212,12 @@ class Checkpointer:
             _LOG.warning("old checkpoints in `%s` could not be removed: %s", self.root, error)
         return info
 
-    def _new_snapshot(self, step: int) -> Snapshot:
+    def _new_snapshot(self, step: int, defer: bool) -> Snapshot:
         from matilda_ckpt.snapshot import HostPool, Snapshot
 
         if self._pool is None:
             self._pool = HostPool()
-        return Snapshot(self._pool, step)
+        return Snapshot(self._pool, step, defer=defer)
 
     # -- restore -------------------------------------------------------------------------------
 

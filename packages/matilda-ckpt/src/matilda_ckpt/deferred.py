@@ -10,29 +10,50 @@ writers that do not raise it (torch's fused CPU optimizers, numpy views, `.data`
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
-AT_ONCE_BYTES = 1024
-"""Smaller tensors (step counts, learning rates, biases) are copied at the call."""
+AT_ONCE_BYTES = 4096
+"""Smaller tensors (norms, biases, step counts, learning rates) are copied at the call."""
 SAMPLES = 16
 
 
-@dataclass(frozen=True)
-class _Left:
-    shown: str
-    tensor: torch.Tensor
-    fill: Callable[[torch.Tensor], None]
-    version: int
-    sample: torch.Tensor
+def may_wait(tensor: torch.Tensor) -> bool:
+    """Whether the copy of `tensor` can be left for later: its changes must be noticeable."""
+    return (
+        tensor.is_cpu
+        and tensor.numel() * tensor.itemsize >= AT_ONCE_BYTES
+        and tensor.is_contiguous()
+        and not (tensor.is_complex() or tensor.is_neg())
+        and not tensor.is_inference()  # these count no versions
+    )
 
-    def stands(self) -> bool:
-        """Whether nothing seems to have been written to it since it was noted."""
-        return self.tensor._version == self.version and torch.equal(
-            _sample(self.tensor), self.sample
-        )
+
+@dataclass(frozen=True)
+class _Group:
+    """Tensors of one dtype, whose copies go one after the other."""
+
+    tensors: Sequence[torch.Tensor]
+    shown: Sequence[str]
+    fill: Callable[[torch.Tensor, int], None]
+    versions: Sequence[int]
+    samples: torch.Tensor
+
+    def changed(self) -> str | None:
+        """One that seems to have been written to since it was noted."""
+        now = _samples(self.tensors)
+        if [tensor._version for tensor in self.tensors] == self.versions and torch.equal(
+            now, self.samples
+        ):
+            return None
+        step = now.numel() // len(self.tensors)
+        for i, (tensor, version) in enumerate(zip(self.tensors, self.versions, strict=True)):
+            part = slice(i * step, (i + 1) * step)
+            if tensor._version != version or not torch.equal(now[part], self.samples[part]):
+                return self.shown[i]
+        return None
 
 
 class Deferred:
@@ -40,38 +61,37 @@ class Deferred:
     `settle` in whichever comes first to the point where it matters."""
 
     def __init__(self) -> None:
-        self._left: list[_Left] = []
+        self._groups: list[_Group] = []
         self._changed: str | None = None
         self._lock = threading.Lock()
 
-    def add(self, shown: str, tensor: torch.Tensor, fill: Callable[[torch.Tensor], None]) -> bool:
-        """Leave `tensor` for later, when `fill` takes its bytes; False where it must not wait."""
-        tensor = tensor.detach()
-        if (
-            tensor.numel() * tensor.itemsize < AT_ONCE_BYTES
-            or not tensor.is_contiguous()
-            or tensor.is_complex()
-            or tensor.is_neg()
-            or tensor.is_inference()  # these count no versions
-        ):
-            return False
-        self._left.append(_Left(shown, tensor, fill, tensor._version, _sample(tensor)))
-        return True
+    def add(
+        self,
+        tensors: Sequence[torch.Tensor],
+        shown: Sequence[str],
+        fill: Callable[[torch.Tensor, int], None],
+    ) -> None:
+        """Leave `tensors` of one dtype for later; `fill` takes the bytes of each and an offset."""
+        versions = [tensor._version for tensor in tensors]
+        self._groups.append(_Group(tensors, shown, fill, versions, _samples(tensors)))
 
     def copy(self, alive: Callable[[], None]) -> None:
         """Copy everything; `alive` is called between tensors and may raise."""
-        for left in self._left:
-            alive()
-            left.fill(left.tensor.view(-1).view(torch.uint8))
+        for group in self._groups:
+            offset = 0
+            for tensor in group.tensors:
+                alive()
+                flat = tensor.detach().view(-1).view(torch.uint8)
+                group.fill(flat, offset)
+                offset += flat.numel()
 
     def settle(self) -> None:
         """Nothing is copied any more: compare once and let go of the tensors."""
         # A caller that waits here must not go on while the other thread still looks.
         with self._lock:
-            for left in self._left:
-                if self._changed is None and not left.stands():
-                    self._changed = left.shown
-            self._left = []
+            for group in self._groups:
+                self._changed = self._changed or group.changed()
+            self._groups = []
 
     def changed(self) -> str | None:
         """A tensor that was changed too early. Ask once the data is written."""
@@ -79,7 +99,8 @@ class Deferred:
         return self._changed
 
 
-def _sample(tensor: torch.Tensor) -> torch.Tensor:
-    """Bytes of about 16 elements; as bytes, because NaN equals nothing."""
-    flat = tensor.view(-1)
-    return flat[:: max(1, flat.numel() // SAMPLES)].clone().view(torch.uint8)
+def _samples(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Some elements of each as bytes, because NaN equals nothing."""
+    with torch.no_grad():
+        few = [t.as_strided((SAMPLES,), (t.numel() // SAMPLES,)) for t in tensors]
+        return torch.cat(few).view(torch.uint8)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 
-from matilda_ckpt.deferred import Deferred
+from matilda_ckpt.deferred import Deferred, may_wait
 from matilda_ckpt.errors import SaveError
 
 BLOCK_BYTES = 32 << 20
@@ -98,17 +97,24 @@ class Snapshot:
     """Frozen tensors of one save: `add` and `freeze` in the training thread, `copy` and `drain`
     in the saving one."""
 
-    def __init__(self, pool: HostPool, step: int) -> None:
+    def __init__(self, pool: HostPool, step: int, *, defer: bool = False) -> None:
+        """With `defer`, host tensors of some size may change only once `copy` and `settle` have
+        run."""
         pool.reset()
         self._pool = pool
         self._step = step
-        self._groups: dict[tuple[torch.device, torch.dtype], _Group] = {}
+        self._defer = defer
+        self._groups: dict[tuple[torch.device, torch.dtype, bool], _Group] = {}
         self._ready: dict[torch.device, torch.cuda.Event] = {}
         self._deferred = Deferred()
 
     def add(self, shown: str, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
         """Note `tensor`; the returned function yields its frozen bytes once `drain` has run."""
-        group = self._groups.setdefault((tensor.device, tensor.dtype), _Group())
+        device = tensor.device
+        key = (device, tensor.dtype, self._defer and may_wait(tensor))
+        group = self._groups.get(key)
+        if group is None:
+            group = self._groups[key] = _Group()
         offset = group.nbytes
         nbytes = tensor.numel() * tensor.itemsize
         if nbytes:
@@ -117,19 +123,19 @@ class Snapshot:
             group.nbytes += nbytes
         return lambda: group.read(offset, nbytes)
 
-    def freeze(self, *, defer: bool = False) -> None:
-        """Copy everything; after this the state may change, in the caller's stream.
-
-        With `defer`, host tensors may change only once `copy` and `settle` have run.
-        """
+    def freeze(self) -> None:
+        """Copy everything but what waits; after this that may change, in the caller's stream."""
         with torch.no_grad():
-            for (device, dtype), group in self._groups.items():
-                if device.type == "cpu":
-                    self._freeze_on_host(group, defer)
+            for (device, dtype, late), group in self._groups.items():
+                if late:
+                    group.range = self._pool.take(group.nbytes, pinned=False)
+                    self._deferred.add(group.tensors, group.shown, group.range.fill)
+                elif device.type == "cpu" and not self._defer:
+                    self._freeze_on_host(group)
                 else:
                     self._freeze_on_device(device, dtype, group)
                 group.tensors = []
-        for device in {device for device, _ in self._groups if device.type == "cuda"}:
+        for device in {device for device, _, _ in self._groups if device.type == "cuda"}:
             event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record(torch.cuda.current_stream(device))
             self._ready[device] = event
@@ -173,7 +179,7 @@ class Snapshot:
             self._drain()
 
     def _drain(self) -> None:
-        for (device, _), group in self._groups.items():
+        for (device, _, _), group in self._groups.items():
             if group.flat is None:
                 continue
             group.range = self._pool.take(group.nbytes, pinned=device.type == "cuda")
@@ -187,7 +193,7 @@ class Snapshot:
         for device, stream in streams.items():
             stream.wait_event(self._ready[device])
             with torch.cuda.stream(stream):
-                for (where, _), group in self._groups.items():
+                for (where, _, _), group in self._groups.items():
                     if where == device and group.flat is not None and group.range is not None:
                         group.range.fill(group.flat, non_blocking=True)
         for stream in streams.values():
@@ -195,14 +201,13 @@ class Snapshot:
         for group in self._groups.values():
             group.flat = None
 
-    def _freeze_on_host(self, group: _Group, defer: bool) -> None:
+    def _freeze_on_host(self, group: _Group) -> None:
         group.range = self._pool.take(group.nbytes, pinned=False)
         offset = 0
-        for shown, tensor in zip(group.shown, group.tensors, strict=True):
-            fill = partial(group.range.fill, offset=offset)
-            if not (defer and self._deferred.add(shown, tensor, fill)):
-                fill(_bytes_of(tensor))
-            offset += tensor.numel() * tensor.itemsize
+        for tensor in group.tensors:
+            flat = _bytes_of(tensor)
+            group.range.fill(flat, offset)
+            offset += flat.numel()
 
     def _freeze_on_device(self, device: torch.device, dtype: torch.dtype, group: _Group) -> None:
         if device.type == "cuda" and not _has_room(device, group.nbytes):

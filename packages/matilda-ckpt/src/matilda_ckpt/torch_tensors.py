@@ -46,9 +46,8 @@ def source(shown: str, tensor: torch.Tensor) -> TensorSource:
         )
     if tensor.dtype not in _NAMES:
         raise ValueError(f"state {shown} has dtype {tensor.dtype}, which safetensors cannot hold")
-    detached = tensor.detach()
     return TensorSource(
-        shown, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: (byte_view(detached),)
+        shown, _NAMES[tensor.dtype], tuple(tensor.shape), lambda: (byte_view(tensor),)
     )
 
 
@@ -65,10 +64,10 @@ def identity(tensor: torch.Tensor) -> object:
     if tensor.numel() == 0 or tensor.layout != torch.strided:
         return ("no memory to share", id(tensor))
     return (
-        str(tensor.device),
+        tensor.device,
         tensor.data_ptr(),
         tensor.dtype,
-        tuple(tensor.shape),
+        tensor.shape,
         tensor.stride(),
         tensor.is_conj(),
         tensor.is_neg(),

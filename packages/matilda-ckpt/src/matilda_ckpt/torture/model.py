@@ -50,7 +50,7 @@ def with_tensor(step: int) -> dict[str, object]:
     """A state whose tensor is large enough for its copy to be deferred."""
     import torch
 
-    return {"model": {"w": torch.full((200,), step)}, "loop": {"step": step}}
+    return {"model": {"w": torch.full((600,), step)}, "loop": {"step": step}}
 
 
 class HeldBackground(Background):

@@ -128,8 +128,8 @@ class _InPlace(Store):
 class _Careless(Checkpointer):
     """What training changed before it was copied is published all the same."""
 
-    def _new_snapshot(self, step: int) -> Snapshot:
-        snapshot = super()._new_snapshot(step)
+    def _new_snapshot(self, step: int, defer: bool) -> Snapshot:
+        snapshot = super()._new_snapshot(step, defer)
         snapshot.check = lambda: None  # type: ignore[method-assign]
         return snapshot
 

@@ -48,7 +48,7 @@ def everything() -> dict[str, object]:
     random.seed(1234)
     np.random.seed(1234)
     model = torch.nn.Sequential(
-        torch.nn.Linear(16, 32), torch.nn.Dropout(0.2), torch.nn.GELU(), torch.nn.Linear(32, 1)
+        torch.nn.Linear(16, 96), torch.nn.Dropout(0.2), torch.nn.GELU(), torch.nn.Linear(96, 1)
     )
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, foreach=False)
     return {"model": model, "optimizer": optimizer, "loop": Loop(), "rng": RngState()}
