@@ -64,3 +64,22 @@ def test_skips_in_a_row_are_counted_over_a_restart(
     assert code == 75
     # Stopped at step 5 with one skip behind it: two more make three.
     assert server.run(tiny_config, run_dir, corpus, nan_at_steps=[1, 2]) == 3
+
+
+def test_ranks_skip_alike_when_one_of_them_meets_a_nan(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    fault = {"rank": 1, "number": 4, "name": "blocks.1.mlp.down.weight"}
+    assert server.run(tiny_config, run_dir, corpus, ranks=2, nan_in_backward=fault) == 0
+    rows = [row for row in untimed_rows(run_dir) if "loss_nats" in row]
+    assert [row["step"] for row in rows if row["skipped"]] == [4]
+    assert rows[3]["loss_nats"] is not None
+    assert rows[3]["grad_norm"] is None
+    # Both ranks hold the same weights still: the same faultless run over one NaN, on one process.
+    alone = tmp_path / "alone"
+    assert server.run(tiny_config, alone, corpus, nan_at_steps=[4]) == 0
+    one = [row for row in untimed_rows(alone) if "loss_nats" in row]
+    assert [row["batch_sha256"] for row in rows] == [row["batch_sha256"] for row in one]
+    for row, other in zip(rows[4:6], one[4:6], strict=True):
+        assert abs(row["loss_nats"] - other["loss_nats"]) < 1e-5 * other["loss_nats"]

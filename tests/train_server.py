@@ -83,6 +83,8 @@ def arm(request: dict[str, Any]) -> None:
         stall_reader(request["fifo"], request["fifo_at_read"])
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
+    if "nan_in_backward" in request:
+        plant_nan_in_backward(loop, **request["nan_in_backward"])
 
 
 def signal_at_phase(request: dict[str, Any]) -> Callable[[str], None]:
@@ -129,14 +131,34 @@ def plant_nan(loop: Any, step: int) -> None:
     """Make the gradient of one training step, counted in this process from 1, not finite."""
     clip, calls = loop.clip_gradients, 0
 
-    def poisoned(parameters: Any, max_norm: float) -> Any:
+    def poisoned(parameters: Any, *rest: Any) -> Any:
         nonlocal calls
         calls += 1
         if calls == step:
             parameters[0].grad.view(-1)[0] = float("nan")
-        return clip(parameters, max_norm)
+        return clip(parameters, *rest)
 
     loop.clip_gradients = poisoned
+
+
+def plant_nan_in_backward(loop: Any, rank: int, number: int, name: str) -> None:
+    """Make one parameter's gradient NaN on one rank, in its backward pass of that number."""
+    build = loop.build_model
+    if int(os.environ.get("RANK", "0")) != rank:
+        return
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        model, passes = build(*args, **kwargs), 0
+
+        def poison(gradient: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return gradient * float("nan") if passes == number else None
+
+        model.get_parameter(name).register_hook(poison)
+        return model
+
+    loop.build_model = built
 
 
 def child(request: dict[str, Any], rank: int, port: int) -> None:

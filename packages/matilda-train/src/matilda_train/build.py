@@ -62,7 +62,8 @@ def check_kernels(
 def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str = "none") -> Muon:
     """Muon and AdamW as one optimizer over every trainable parameter of `model`.
 
-    `distribute` is Muon's: whether data-parallel ranks share out its matrices.
+    A gradient that is not finite leaves its parameter and state bitwise as they were. `distribute`
+    is Muon's: whether data-parallel ranks share out its matrices.
     """
     groups = param_groups(
         model,
@@ -77,7 +78,13 @@ def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str 
         eps=config.eps,
         momentum=config.momentum,
     )
-    return Muon(groups, backend=config.backend, distribute=distribute, graph=True)
+    return Muon(
+        groups,
+        nonfinite="skip",
+        backend=config.backend,
+        distribute=distribute,
+        graph=True,
+    )
 
 
 def token_byte_lengths(config: RunConfig) -> NDArray[np.int32]:

@@ -219,6 +219,16 @@ class TrainConfig:
     max_consecutive_skips: int = 5
     """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
 
+    spike_policy: Literal["warn", "skip", "off"] = "warn"
+    """What a spike of the loss or the gradient norm leads to: `warn`, an event; `skip`, an event
+    and no update; `off`, nothing. May change at a resume."""
+
+    spike_threshold: float = 6.0
+    """A spike is this many standard deviations above the running mean of some hundred steps."""
+
+    spike_warmup_steps: int = 100
+    """First steps of the run, whose loss and gradient norm are only learned from."""
+
     device: str = "auto"
     """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, …"""
 
@@ -260,6 +270,13 @@ class TrainConfig:
             "train.hang_seconds",
             self.hang_seconds,
             "positive",
+        )
+        _require(self.spike_threshold > 0, "train.spike_threshold", self.spike_threshold, "above 0")
+        _require(
+            self.spike_warmup_steps >= 2,
+            "train.spike_warmup_steps",
+            self.spike_warmup_steps,
+            "2 or more",
         )
         _require(self.threads is None or self.threads >= 1, "train.threads", self.threads, "1+")
 

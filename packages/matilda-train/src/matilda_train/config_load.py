@@ -31,7 +31,8 @@ FREE_ON_RESUME = (
     "log.",
     "train.hang_seconds",
 )
-# The recipe stays the same, but sums are taken in another order: allowed, with a warning.
+# The recipe stays the same, but sums are taken in another order, or what happens to a spike
+# changes: allowed, with a warning.
 ROUNDING_ON_RESUME = (
     "model.attention",
     "model.loss",
@@ -44,6 +45,8 @@ ROUNDING_ON_RESUME = (
     "train.parallel",
     "train.deterministic",
     "train.threads",
+    "train.spike_",
+    "train.max_consecutive_skips",
 )
 
 

@@ -32,7 +32,7 @@ from matilda_train.errors import TrainingDivergedError
 from matilda_train.evaluation import evaluate
 from matilda_train.gpu_health import GpuHealth
 from matilda_train.group_rms import GroupRms
-from matilda_train.guards import clip_gradients
+from matilda_train.guards import StepGuard, clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
@@ -72,7 +72,6 @@ class LoopState:
 
     step: int = 0
     batch_hash: str = "0" * 64
-    consecutive_skips: int = 0
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -175,11 +174,18 @@ def train(
         distribute = "none" if sharded or ranks.world_size == 1 else config.optim.distribute
         optimizer = build_optimizer(config.optim, model, distribute=distribute)
         schedules = Schedules(config, optimizer)
+        guard = StepGuard(
+            device,
+            policy=config.train.spike_policy,
+            threshold=config.train.spike_threshold,
+            warmup_steps=config.train.spike_warmup_steps,
+        )
         everything = {
             "model": WholeState(model) if sharded else model,
             "optimizer": WholeState(optimizer) if sharded else optimizer,
             "stream": stream,
             "loop": state,
+            "guard": guard,
             "rng": RngState(),
         }
         checkpoints = Checkpointer(
@@ -243,6 +249,40 @@ def train(
         while True:
             at_end = state.step == config.train.total_steps
             evaluation_due = evaluations.due(state.step) or at_end
+            save_due = (saves.due(state.step) and state.step > 0) or at_end
+            row_due = rows.due(state.step)
+            stopping = ranks.any(stop())
+
+            # The step before. On a GPU its verdict is awaited only where something hangs on it.
+            if guard.pending and (guard.known or row_due or evaluation_due or save_due or stopping):
+                verdict = guard.read()
+                if row_due or verdict.objection:
+                    row: dict[str, Any] = {
+                        "step": state.step,
+                        "tokens": plan.tokens(state.step),
+                        "batch_tokens": plan.tokens_per_step(state.step - 1),
+                        "seq_len": plan.seq_len(state.step - 1),
+                        **verdict.figures(),
+                        "batch_sha256": state.batch_hash,
+                        **schedules.learning_rates(),
+                        **group_rms.measure(state.step),
+                        **meter.measure(),
+                        **health.read(),
+                    }
+                    metrics.write(ledger.stamp(row))
+                    display.advance(state.step, describe_row(row))
+                if verdict.objection:
+                    events.write(
+                        "spike" if verdict.spike else "skip",
+                        step=state.step,
+                        consecutive=verdict.consecutive,
+                        **verdict.figures(),
+                    )
+                    display.note(f"step {state.step:,}: {verdict}")
+                if verdict.consecutive >= config.train.max_consecutive_skips:
+                    events.write("diverged", step=state.step)
+                    raise TrainingDivergedError(state.step, verdict.consecutive)
+
             if evaluation_due and metrics.evaluated_step != state.step:
                 phase.enter("evaluating")
                 evaluation = evaluate(
@@ -259,9 +299,8 @@ def train(
                 if evaluation is not None:
                     metrics.write(ledger.stamp({"step": state.step} | asdict(evaluation)))
                     display.note(f"step {state.step:,}: {evaluation}")
+                stopping = ranks.any(stop())
 
-            stopping = ranks.any(stop())
-            save_due = (saves.due(state.step) and state.step > 0) or at_end
             if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):
                 checkpoints.finish()
                 durable_step = saved_step
@@ -293,7 +332,6 @@ def train(
 
             phase.enter_step()
             meter.begin_step()
-            schedules.apply(state.step)
             batch_size, seq_len = plan.batch_size(state.step), plan.seq_len(state.step)
             grad_accum_steps = config.grad_accum_steps(ranks.world_size, state.step)
             following = plan.batch_size(state.step + 1)
@@ -312,43 +350,20 @@ def train(
                 optimizer.zero_grad(set_to_none=True)
                 continue  # asked to stop: this step is redone, whole, after the resume
 
-            loss = ranks.mean_(loss)
-            grad_norm = clip_gradients(parameters, config.train.grad_clip)
-            finite = bool(torch.isfinite(loss) & torch.isfinite(grad_norm))
+            if guard.objects():
+                optimizer.zero_grad(set_to_none=True)
+                continue  # dealt with first; this step is redone from the same weights
+
+            checkpoints.wait_copied()
+            schedules.apply(state.step)
+            clip_gradients(parameters, config.train.grad_clip, ranks.mean_(loss), guard)
             with group_rms.watch(state.step + 1):
-                if finite:
-                    checkpoints.wait_copied()
-                    optimizer.step()
+                optimizer.step()  # changes nothing where the guard vetoes
             optimizer.zero_grad(set_to_none=True)
             stream.next_sample += batch_size
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
-            state.consecutive_skips = 0 if finite else state.consecutive_skips + 1
             state.step += 1
             meter.end_step(batch_size * config.seq_len, seq_len)
-
-            if rows.due(state.step) or not finite:
-                row: dict[str, Any] = {
-                    "step": state.step,
-                    "tokens": plan.tokens(state.step),
-                    "batch_tokens": batch_size * config.seq_len,
-                    "seq_len": seq_len,
-                    "loss_nats": loss.item(),
-                    "grad_norm": grad_norm.item(),
-                    "skipped": not finite,
-                    "batch_sha256": state.batch_hash,
-                    **schedules.learning_rates(),
-                    **group_rms.measure(state.step),
-                    **meter.measure(),
-                    **health.read(),
-                }
-                metrics.write(ledger.stamp(row))
-                display.advance(state.step, describe_row(row))
-            if not finite:
-                events.write("skip", step=state.step, consecutive=state.consecutive_skips)
-                display.note(f"step {state.step:,} skipped: loss {loss}, gradient norm {grad_norm}")
-            if state.consecutive_skips >= config.train.max_consecutive_skips:
-                events.write("diverged", step=state.step)
-                raise TrainingDivergedError(state.step, state.consecutive_skips)
 
         phase.enter("sampling")
         sample = None

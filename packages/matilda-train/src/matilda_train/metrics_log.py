@@ -131,17 +131,18 @@ class MetricsLog:
 
 
 class EventLog:
-    """`events.jsonl`: start, resume, save, skip, preempted, finish, each with its UTC time."""
+    """`events.jsonl`: start, resume, save, skip, spike, finish, …, each with its UTC time."""
 
     def __init__(self, path: Path, *, enabled: bool = True) -> None:
         self._path = path
         self._enabled = enabled
 
     def write(self, event: str, **fields: Any) -> None:
-        """Append one event durably."""
+        """Append one event durably; nan and inf are written as null."""
         if not self._enabled:
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        fields = {name: _json_number(value) for name, value in fields.items()}
         with self._path.open("a+b") as file:
             # A kill may have cut the last line short; a fresh line keeps this one readable.
             torn = file.tell() > 0 and not _ends_with_newline(file)

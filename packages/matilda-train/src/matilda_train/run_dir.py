@@ -3,7 +3,7 @@
 run.json                  resolved config, identities, code and environment; written once
 metrics.jsonl             a row for each logged step
 metrics.discarded.jsonl   rows of steps that were redone after a kill
-events.jsonl              start, resume, save, skip, signal, finish
+events.jsonl              start, resume, save, skip, spike, signal, finish
 checkpoints/              see matilda-ckpt
 hangs/                    stacks of processes that made no progress
 samples/                  text sampled from the model
