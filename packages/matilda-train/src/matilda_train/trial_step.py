@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from matilda_train.build import build_model, build_optimizer, compile_blocks, compile_model
 from matilda_train.config import RunConfig
-from matilda_train.guards import clip_gradients
+from matilda_train.guards import StepGuard, clip_gradients
 from matilda_train.hardware import choose_dtype
 
 __all__ = ["StepTrial", "TrialRun", "largest_that_fits"]
@@ -100,14 +100,16 @@ class TrialRun:
         shape = (micro_batch_size, config.seq_len + 1)
         ids = torch.randint(0, config.model.vocab_size, shape, generator=generator)
         inputs, targets = (t.contiguous().to(self._device) for t in (ids[:, :-1], ids[:, 1:]))
+        guard = StepGuard(self._device)
         if self._on_gpu:
             torch.cuda.reset_peak_memory_stats(self._device)
         for _ in range(STEPS_ON_GPU if self._on_gpu else STEPS_ON_CPU):
             began = self._now()
             for _ in range(micro_steps):
-                self._compiled(inputs, targets).loss.backward()
+                loss = self._compiled(inputs, targets).loss
+                loss.backward()
             forth_and_back = self._now()
-            clip_gradients(parameters, config.train.grad_clip)
+            clip_gradients(parameters, config.train.grad_clip, loss.detach(), guard)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
             ended = self._now()
