@@ -1,47 +1,68 @@
 """Proof of exact resumption: kill a run again and again, and compare it with an undisturbed twin.
 
-Each life of the victim is a process forked from one that has imported torch but run nothing, so
-that hundreds of kills take minutes. A life is told the phase in which to end and after how many
-milliseconds of it; what it was doing then is what a preemption would have met.
+Two forms. Many short runs, each killed several times at drawn phases and moments: hundreds of kills
+in minutes on a CPU, where lives are forked. One long run whose kills are spread over its steps: for
+a GPU, where every life starts afresh, as a user's command does, and the time is accounted for.
+
+Where arithmetic repeats (a CPU, or `train.deterministic`), everything must have the same bits.
+Elsewhere the state at every resume point must, and the batches; the losses must stay within what
+two undisturbed runs differ by.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 import random
-import signal
-import subprocess
-import sys
-import threading
+import shutil
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matilda_train.config import RunConfig
 from matilda_train.config_load import load_config
 from matilda_train.console import Display, SilentDisplay
-from matilda_train.metrics_log import MACHINE_FIELDS, read_rows
-from matilda_train.phases import PHASES
+from matilda_train.kernel_noise import Noise, measure_noise
+from matilda_train.lives import Fault, Life, Nursery
+from matilda_train.metrics_log import MACHINE_FIELDS, EventLog, read_rows
+from matilda_train.stop_signals import EXIT_PREEMPTED
+from matilda_train.time_account import Goodput, goodput
 
 __all__ = ["ResumeReport", "state_hashes", "untimed_rows", "verify_resume"]
 
-KILLABLE_PHASES = tuple(phase for phase in PHASES if phase != "preparing data")
-SERVER_PROGRAM = "from matilda_train.verify_resume import serve_lives; serve_lives()"
+CODE_OF = {"SIGKILL": -9, "SIGTERM": EXIT_PREEMPTED}
+SOAK_PHASES = (
+    *("starting", "restoring", "warming up", "evaluating", "saving", "sampling"),
+    *("training",) * 3,
+)
+SPREAD_PHASES = (
+    *("training", "saving", "training", "evaluating", "restoring"),
+    *("training", "warming up", "saving"),
+)
+# Real preparations and imports take seconds: a few of them are killed too.
+RARE_EVERY = 25
 
 
 @dataclass
 class ResumeReport:
     """What was done to the victims, and how they differ from the twin: not at all, or failed."""
 
+    bitwise: bool = True
+    """Whether equal bits are expected of whole runs, not of resume points alone."""
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Lives ended by (signal, phase)."""
+    """Lives ended by (signal, what they were doing)."""
     runs: int = 0
     """Victim runs brought to their end."""
+    resume_points: int = 0
+    """Restored states compared, in memory, with the state that was saved."""
     differences: list[str] = field(default_factory=list)
-    """One sentence for each value that is not bitwise equal to the twin's."""
+    """One sentence for each value that is not as it must be."""
+    noise: Noise | None = None
+    """Where bits do not repeat: losses against what undisturbed runs differ by."""
+    goodput: Goodput | None = None
+    """Where the time of the one long run went."""
 
     @property
     def n_kills(self) -> int:
@@ -54,65 +75,257 @@ def verify_resume(
     *,
     work_dir: Path,
     data_dir: Path | None,
-    kills: int,
+    kills: int = 0,
+    spread: tuple[int, int] | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
     display: Display | None = None,
 ) -> ResumeReport:
-    """Run the twin once, then victims until `kills` lives have been ended and the last is done.
+    """Run the twin, then victims until `kills` lives have been ended and the last run is done.
 
-    `work_dir` must be new or empty; it ends up holding `twin/` and `victim-…/` run directories.
-    Half of the lives end by SIGKILL, the others by SIGTERM (which must exit with 75). Compared are
-    weights, optimizer, RNG, stream and batch hashes of the newest checkpoint, and every metrics row
-    except clock and memory figures. Raises `ValueError` for bad input and `RuntimeError` when a
-    life ends in a way of its own.
+    With `spread`, so many SIGKILLs and SIGTERMs instead, over the steps of one run. `work_dir` must
+    be new or empty, or hold the same proof, interrupted: then it goes on. Compared are weights,
+    optimizer, RNG, stream and batch hashes of the newest checkpoint, every metrics row except clock
+    and memory figures, and the state in memory before each save and after each restore.
+
+    Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
-    load_config(config_path, overrides)
-    if work_dir.exists() and any(work_dir.iterdir()):
-        raise ValueError(f"{str(work_dir)!r} is not empty; give `--run-dir` a new directory.")
-    work_dir.mkdir(parents=True, exist_ok=True)
-    display = display or SilentDisplay()
-    draw = random.Random(seed)
-    report = ResumeReport()
-    lives = LifeServer(work_dir / "output.log")
-    request = {
-        "config": str(config_path),
-        "set": list(overrides),
-        "data_dir": str(data_dir) if data_dir else None,
-    }
+    config = load_config(config_path, overrides)
+    proof = Proof(
+        config,
+        work_dir,
+        {
+            "config": str(config_path),
+            "set": list(overrides),
+            "data_dir": str(data_dir) if data_dir else None,
+        },
+        {"kills": kills, "spread": list(spread) if spread else None, "seed": seed},
+        display or SilentDisplay(),
+    )
     try:
-        display.note("training the undisturbed twin")
-        twin = work_dir / "twin"
-        lives.run(request | {"run_dir": str(twin)}, expect=(0,))
-        expected_state, expected_rows = state_hashes(twin), untimed_rows(twin)
-        display.begin("killing and resuming", total=kills)
-        while report.n_kills < kills:
-            victim = work_dir / f"victim-{report.runs:03}"
+        if spread:
+            proof.spread(*spread, seed)
+        else:
+            proof.soak(kills, seed)
+    finally:
+        proof.close()
+    return proof.report
+
+
+class Proof:
+    """A proof under way in its directory.
+
+    plan.json            what is proved; another plan is refused
+    twin/, second/       undisturbed runs
+    victim-NNN/          run directories of the victims
+    lives/               what each life wrote down, in order
+    record.jsonl         how each life ended, and what each victim differed in
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        work_dir: Path,
+        request: Mapping[str, Any],
+        plan: Mapping[str, Any],
+        display: Display,
+    ) -> None:
+        self._config = config
+        self._work_dir = work_dir
+        self._request = request
+        self._display = display
+        _claim(work_dir, {**request, **plan})
+        (work_dir / "lives").mkdir(exist_ok=True)
+        self._record = work_dir / "record.jsonl"
+        self._lives = len(list((work_dir / "lives").iterdir()))
+        on_cpu = config.train.device == "cpu" or not _sees_gpu()
+        self.report = ResumeReport(bitwise=on_cpu or config.train.deterministic)
+        for row in read_rows(self._record):
+            self._count(row)
+        self._nursery = Nursery(work_dir / "output.log", afresh=not on_cpu)
+
+    def close(self) -> None:
+        """End the process that lives are forked from."""
+        self._nursery.close()
+
+    def soak(self, kills: int, seed: int) -> None:
+        """Kill lives of one run after the other."""
+        twin = self._undisturbed("twin")
+        expected = state_hashes(twin), untimed_rows(twin)
+        self._display.begin("killing and resuming", total=kills, done=self.report.n_kills)
+        while self.report.n_kills < kills:
+            victim = f"victim-{self.report.runs:03}"
+            data = self._own_data(victim)
             code = -1
             while code != 0:
-                fault = {}
-                if report.n_kills < kills:
-                    fault = {
-                        "signal": draw.choice(("SIGKILL", "SIGTERM")),
-                        "phase": draw.choice(KILLABLE_PHASES),
-                        "occurrence": draw.choice((1, 1, 2, 3, 5)),
-                        "delay_ms": draw.choice((0.0, draw.uniform(0, 5), draw.uniform(0, 50))),
-                    }
-                code = lives.run(request | {"run_dir": str(victim)} | fault, expect=(0, -9, 75))
-                if code != 0:
-                    report.kills[str(fault["signal"]), str(fault["phase"])] += 1
-                    display.advance(report.n_kills, f"{report.runs} runs compared")
-            report.runs += 1
-            report.differences += compare(
-                victim.name,
-                state_hashes(victim),
-                untimed_rows(victim),
-                expected_state,
-                expected_rows,
+                fault = None
+                if self.report.n_kills < kills:
+                    draw = random.Random(f"{seed}/{self._lives}")
+                    fault = _draw(draw, preparing=data is not None)
+                code = self._live(victim, fault, data).code
+                self._display.advance(self.report.n_kills, f"{self.report.runs} runs compared")
+            self._compare(victim, *expected)
+            if data is not None:
+                shutil.rmtree(data)
+
+    def spread(self, sigkills: int, sigterms: int, seed: int) -> None:
+        """Kill lives of one run, about equally far apart, and account for its time."""
+        twin = self._undisturbed("twin")
+        second = None if self.report.bitwise else self._undisturbed("second")
+        faults = _spread(sigkills, sigterms, self._config.train.total_steps, seed)
+        self._display.begin("killing and resuming", total=len(faults), done=self.report.n_kills)
+        for fault in [*faults[self.report.n_kills :], None]:
+            code = self._live("victim-000", fault).code
+            self._display.advance(self.report.n_kills, f"at most {len(faults)} kills")
+            if code == 0:
+                break
+        victim = self._work_dir / "victim-000"
+        if second is None:
+            self._compare("victim-000", state_hashes(twin), untimed_rows(twin))
+        else:
+            self.report.noise = measure_noise(twin, second, victim)
+            self._append(compared="victim-000", differences=self.report.noise.differences)
+        self.report.goodput = goodput(victim)
+
+    def _undisturbed(self, name: str) -> Path:
+        run_dir = self._work_dir / name
+        if EventLog(run_dir / "events.jsonl").last("finish") is None:
+            self._display.note(f"training undisturbed: {name}")
+            self._live(name, None)
+        return run_dir
+
+    def _own_data(self, victim: str) -> Path | None:
+        """A data folder for every n-th victim to prepare, where the config says from what."""
+        number = int(victim.removeprefix("victim-"))
+        can_prepare = self._config.data.corpus is not None and self._request["data_dir"] is None
+        return (
+            self._work_dir / f"{victim}-data" if can_prepare and number % RARE_EVERY == 0 else None
+        )
+
+    def _live(self, run: str, fault: Fault | None, data: Path | None = None) -> Life:
+        request = {**self._request, "run_dir": str(self._work_dir / run)}
+        if data is not None:
+            request["data_dir"] = str(data)
+        log = self._work_dir / "lives" / f"{self._lives:05}-{run}.jsonl"
+        log.touch()
+        self._lives += 1
+        life = self._nursery.run(request, log, fault)
+        if life.code not in (0, CODE_OF[fault.signal] if fault else 0):
+            raise RuntimeError(
+                f"A life of {run} ended with exit code {life.code}; it said: "
+                f"{self._nursery.last_words()}"
             )
-    finally:
-        lives.close()
-    return report
+        ended = {
+            "code": life.code,
+            "signal": fault.signal if fault and life.fired else None,
+            "phase": life.phase,
+            "began": life.began,
+            "ended": life.ended,
+            "records": life.records,
+        }
+        self._append(run=run, life=ended)
+        return life
+
+    def _compare(
+        self, victim: str, state: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
+    ) -> None:
+        run_dir = self._work_dir / victim
+        found = compare(victim, state_hashes(run_dir), untimed_rows(run_dir), state, rows)
+        self._append(compared=victim, differences=found)
+
+    def _append(self, **row: Any) -> None:
+        with self._record.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self._count(row)
+
+    def _count(self, row: Mapping[str, Any]) -> None:
+        """Take a row of the record into the report."""
+        if "compared" in row:
+            self.report.runs += 1
+            self.report.differences += row["differences"]
+            checked, differences = _resume_points(self._logs_of(row["compared"]), row["compared"])
+            self.report.resume_points += checked
+            self.report.differences += differences
+        elif row["life"]["signal"] is not None:
+            self.report.kills[row["life"]["signal"], row["life"]["phase"]] += 1
+
+    def _logs_of(self, run: str) -> Iterator[dict[str, Any]]:
+        for log in sorted((self._work_dir / "lives").glob(f"*-{run}.jsonl")):
+            yield from read_rows(log)
+
+
+def _claim(work_dir: Path, plan: Mapping[str, Any]) -> None:
+    """Make `work_dir` the directory of this plan, unless it is another's."""
+    file = work_dir / "plan.json"
+    text = json.dumps(plan, indent=2) + "\n"
+    if not file.is_file() and work_dir.exists() and any(work_dir.iterdir()):
+        raise ValueError(f"{str(work_dir)!r} is not empty; give `--run-dir` a new directory.")
+    if file.is_file() and file.read_text(encoding="utf-8") != text:
+        raise ValueError(
+            f"{str(work_dir)!r} holds a proof of other options (`plan.json`); repeat those to go "
+            "on with it, or give `--run-dir` a new directory."
+        )
+    work_dir.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8")
+
+
+def _sees_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _draw(draw: random.Random, *, preparing: bool) -> Fault:
+    """A fault for a life of a short run."""
+    kind = draw.choice(("SIGKILL", "SIGTERM"))
+    if preparing and draw.random() < 0.5:
+        return Fault(signal=kind, phase="preparing data", delay_ms=draw.uniform(0, 1500))
+    if draw.random() < 1 / RARE_EVERY:
+        return Fault(signal=kind, phase="importing", delay_ms=draw.uniform(0, 1000))
+    return Fault(
+        signal=kind,
+        phase=draw.choice(SOAK_PHASES),
+        occurrence=draw.choice((1, 1, 1, 2, 3)),
+        delay_ms=draw.choice((0.0, draw.uniform(0, 5), draw.uniform(0, 50))),
+    )
+
+
+def _spread(sigkills: int, sigterms: int, total_steps: int, seed: int) -> list[Fault]:
+    """The faults of one long run, in order."""
+    draw = random.Random(seed)
+    kinds = ["SIGKILL"] * sigkills + ["SIGTERM"] * sigterms
+    draw.shuffle(kinds)
+    faults = []
+    for number, kind in enumerate(kinds):
+        phase = SPREAD_PHASES[number % len(SPREAD_PHASES)]
+        # These come once a life, at its beginning: such a kill follows the one before it.
+        at_once = phase in ("restoring", "warming up")
+        place = (number + draw.uniform(0.2, 0.8)) / len(kinds)
+        faults.append(
+            Fault(
+                signal=kind,
+                phase=phase,
+                at_step=0 if at_once else int(place * total_steps),
+                delay_ms=draw.uniform(0, 1000),
+            )
+        )
+    return faults
+
+
+def _resume_points(records: Iterator[dict[str, Any]], run: str) -> tuple[int, list[str]]:
+    """How many restored states were compared with the saved one, and those that differ."""
+    saved: dict[int, str] = {}
+    checked, differences = 0, []
+    for record in records:
+        if "saved" in record:
+            saved[record["saved"]] = record["digest"]
+        elif "restored" in record and record["restored"] in saved:
+            checked += 1
+            if saved[record["restored"]] != record["digest"]:
+                differences.append(
+                    f"{run}: the state restored at step {record['restored']} is not the saved one"
+                )
+    return checked, differences
 
 
 def state_hashes(run_dir: Path) -> dict[str, str]:
@@ -168,96 +381,3 @@ def compare(
         if row != expected
     ]
     return found
-
-
-class LifeServer:
-    """The process that lives are forked from; one request and one reply a line, in JSON."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-        self._process = subprocess.Popen(
-            [sys.executable, "-c", SERVER_PROGRAM],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, request: Mapping[str, Any], *, expect: Sequence[int]) -> int:
-        """One life; returns its exit code, negative for the signal that ended it."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({**request, "log": str(self._log)}) + "\n")
-        self._process.stdin.flush()
-        code = int(json.loads(self._process.stdout.readline()))
-        if code not in expect:
-            tail = self._log.read_text(encoding="utf-8", errors="replace")[-2000:]
-            raise RuntimeError(
-                f"A life ended with exit code {code}, expected {tuple(expect)}; it said: {tail}"
-            )
-        return code
-
-    def close(self) -> None:
-        """End the server; no life is running between two requests."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.close()
-        self._process.wait()
-        self._process.stdout.close()
-
-
-def serve_lives() -> None:
-    """Main function of the server process."""
-    import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
-
-    import matilda_train.loop  # noqa: F401  (torch is loaded once, for all lives)
-
-    for line in sys.stdin:
-        request = json.loads(line)
-        pid = os.fork()
-        if pid == 0:
-            _live(request)
-        print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), flush=True)
-
-
-def _live(request: Mapping[str, Any]) -> None:
-    """One life of a run, ended at the wanted phase; never returns."""
-    code = 70
-    try:
-        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(log, 1)
-        os.dup2(log, 2)
-        code = _train(request)
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-    finally:
-        os._exit(code)
-
-
-def _train(request: Mapping[str, Any]) -> int:
-    from matilda_train.loop import train
-    from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
-
-    stop = StopRequest().install().begin()
-    met: Counter[str] = Counter()
-
-    def on_phase(phase: str) -> None:
-        met[phase] += 1
-        if phase == request.get("phase") and met[phase] == request["occurrence"]:
-            number = getattr(signal, request["signal"])
-            if request["delay_ms"] == 0:
-                os.kill(os.getpid(), number)
-                return
-            # The timer's thread signals the process, wherever its main thread is by then.
-            delay = request["delay_ms"] / 1e3
-            timer = threading.Timer(delay, os.kill, (os.getpid(), number))
-            timer.daemon = True
-            timer.start()
-
-    result = train(
-        load_config(request["config"], request["set"]),
-        run_dir=request["run_dir"],
-        data_dir=request["data_dir"],
-        stop=lambda: bool(stop),
-        on_phase=on_phase,
-    )
-    return EXIT_PREEMPTED if result.status == "preempted" else 0
