@@ -6,9 +6,11 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from matilda_train.lives import Nursery
 from matilda_train.verify_resume import state_hashes
 
 SERVER = Path(__file__).with_name("train_server.py")
@@ -29,7 +31,6 @@ class TrainServer:
 
     def run(self, config: Path, run_dir: Path, data_dir: Path | None, **fault: Any) -> int:
         """Train until the end or the fault; returns the exit code, negative for a signal."""
-        assert self._process.stdin is not None
         request = {
             "config": str(config),
             "run_dir": str(run_dir),
@@ -37,6 +38,11 @@ class TrainServer:
             "log": str(self.log),
             **fault,
         }
+        return self.request(request)
+
+    def request(self, request: Mapping[str, Any]) -> int:
+        """The exit code of what a child did as the request says."""
+        assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
         code = self._reply()
@@ -54,6 +60,17 @@ class TrainServer:
     def _reply(self) -> Any:
         assert self._process.stdout is not None
         return json.loads(self._process.stdout.readline())
+
+
+class ServedNursery(Nursery):
+    """Lives forked from a server that is there already."""
+
+    def __init__(self, server: TrainServer, output: Path) -> None:
+        super().__init__(output, afresh=False)
+        self._train_server = server
+
+    def _forked(self, request: Mapping[str, Any]) -> int:
+        return self._train_server.request({"life": request, "log": request["output"]})
 
 
 def state_sha256(run_dir: Path) -> str:

@@ -3,25 +3,76 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
+from killable_runs import ServedNursery, TrainServer
+from matilda_train.kernel_noise import measure_noise
+from matilda_train.lives import Nursery
+from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES, PhaseClock
-from matilda_train.verify_resume import compare, verify_resume
+from matilda_train.resume_report import as_json, describe
+from matilda_train.state_digest import digest
+from matilda_train.verify_resume import ResumeReport, compare, verify_resume
+
+
+@pytest.fixture
+def nursery(server: TrainServer, tmp_path: Path) -> Nursery:
+    return ServedNursery(server, tmp_path / "output.log")
 
 
 def test_kills_in_every_phase_leave_no_difference(
-    tiny_config: Path, corpus: Path, tmp_path: Path
+    nursery: Nursery, tiny_config: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    report = verify_resume(
-        tiny_config, work_dir=tmp_path / "proof", data_dir=corpus, kills=16, seed=1
-    )
+    proof = tmp_path / "proof"
+
+    def prove(kills: int) -> ResumeReport:
+        return verify_resume(
+            tiny_config, work_dir=proof, data_dir=corpus, kills=kills, seed=4, nursery=nursery
+        )
+
+    report = prove(12)
     assert report.differences == []
-    assert report.n_kills == 16
+    assert report.n_kills == 12
     assert report.runs >= 2
+    assert report.resume_points >= 5
     assert {name for name, _ in report.kills} == {"SIGKILL", "SIGTERM"}
     assert len({phase for _, phase in report.kills}) >= 5
+    assert "0 differences" in describe(report)
+
+    # The same command has nothing left to do, and says the same; another is refused.
+    assert as_json(prove(12)) == as_json(report)
+    with pytest.raises(ValueError, match="proof of other options"):
+        prove(13)
+
+    # A restored state that is not the saved one is named.
+    for log in (proof / "lives").iterdir():
+        rows = [row | ({"digest": "0" * 16} if "restored" in row else {}) for row in read_rows(log)]
+        log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    found = prove(12).differences
+    assert len(found) == report.resume_points
+    assert all("is not the saved one" in difference for difference in found)
+
+
+def test_kills_spread_over_one_run_are_accounted_for(
+    nursery: Nursery, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    report = verify_resume(
+        tiny_config,
+        work_dir=tmp_path / "proof",
+        data_dir=corpus,
+        spread=(2, 1),
+        overrides=["train.total_steps=20"],
+        nursery=nursery,
+    )
+    assert report.differences == []
+    assert report.runs == 1
+    assert report.goodput is not None
+    assert report.goodput.restarts >= 1
+    assert "goodput" in describe(report)
 
 
 @pytest.mark.slow
@@ -34,6 +85,24 @@ def test_five_hundred_kills_leave_no_difference(
     assert report.differences == []
 
 
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("deterministic", ["true", "false"])
+def test_kills_on_a_gpu_leave_no_difference(
+    deterministic: str, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    report = verify_resume(
+        tiny_config,
+        work_dir=tmp_path / "proof",
+        data_dir=corpus,
+        spread=(2, 1),
+        overrides=["train.device=cuda", f"train.deterministic={deterministic}"],
+    )
+    assert report.differences == []
+    assert report.bitwise == (deterministic == "true")
+
+
 def test_differences_are_named() -> None:
     rows = [{"step": 1, "loss_nats": 2.0}, {"step": 2, "loss_nats": 1.5}]
     other = [{"step": 1, "loss_nats": 2.0}, {"step": 2, "loss_nats": 1.25}]
@@ -42,6 +111,50 @@ def test_differences_are_named() -> None:
     found = compare("v", state | {"/model/embed": "cc"}, other[:2], state, rows)
     assert [("/model/embed" in f, "step 2" in f) for f in found] == [(True, False), (False, True)]
     assert "1 metrics rows, the twin has 2" in compare("v", state, rows[:1], state, rows)[0]
+
+
+def test_digest_sees_one_bit_anywhere() -> None:
+    state = {"model": {"w": torch.randn(300, 7)}, "loop": [1, 0.5, torch.arange(9).byte()]}
+    before = digest(state)
+    assert digest(state) == before
+    w = state["model"]["w"]  # type: ignore[call-overload,index]
+    for place in (0, 1, 2099):
+        flat = w.view(-1)
+        kept = flat[place].clone()
+        flat[place] = torch.nextafter(kept, torch.tensor(9e9))
+        assert digest(state) != before
+        flat[place] = kept
+    assert digest(state) == before
+    state["loop"][1] = 0.25  # type: ignore[index]
+    assert digest(state) != before
+
+
+def test_noise_passes_and_a_wrong_batch_or_loss_does_not(twin: Path, tmp_path: Path) -> None:
+    """Two runs that differ by rounding, made from one that did not."""
+    rows = read_rows(twin / "metrics.jsonl")
+
+    def variant(name: str, loss: float, **changes: str) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        with (folder / "metrics.jsonl").open("w") as file:
+            for number, row in enumerate(rows):
+                if "loss_nats" in row:
+                    row = row | {"loss_nats": row["loss_nats"] + loss * (-1) ** number} | changes
+                file.write(json.dumps(row) + "\n")
+        return folder
+
+    second, within = variant("second", 1e-6), variant("within", 2e-6)
+    assert measure_noise(twin, second, within).differences == []
+    assert "quarter 1" in measure_noise(twin, second, variant("beyond", 1e-4)).differences[0]
+    wrong = measure_noise(twin, second, variant("wrong", 1e-6, batch_sha256="f" * 64))
+    assert "`batch_sha256` of step 1" in wrong.differences[0]
+    shutil.copy(second / "metrics.jsonl", within / "metrics.discarded.jsonl")
+    noise = measure_noise(twin, second, within)
+    assert noise.redone_steps == 12
+    assert noise.largest_redone == pytest.approx(1e-6, rel=1e-3)
+    report = ResumeReport(bitwise=False, noise=noise)
+    assert "quarter 4" in describe(report)
+    json.dumps(as_json(report))
 
 
 def test_directory_in_use_is_refused(tiny_config: Path, corpus: Path, tmp_path: Path) -> None:

@@ -22,10 +22,12 @@ from typing import Any
 import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
 
 import matilda_train.loop  # noqa: F401  (loads torch once, for all children)
+from matilda_train.lives import live
+from matilda_train.stop_signals import StopRequest
 
 
 def run(request: dict[str, Any]) -> int:
-    from matilda_train import StopRequest, load_config, train
+    from matilda_train import load_config, train
     from matilda_train.app import run_app
 
     stop = StopRequest().install().begin()
@@ -178,6 +180,8 @@ def child(request: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(log, 2)
     code = 99
     try:
+        if "life" in request:
+            live(request["life"], StopRequest().install())
         code = run(request)
     except BaseException:
         traceback.print_exc()

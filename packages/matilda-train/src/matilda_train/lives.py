@@ -26,7 +26,7 @@ from matilda_train.metrics_log import read_rows
 if TYPE_CHECKING:
     from matilda_train.stop_signals import StopRequest
 
-__all__ = ["Fault", "Life", "Nursery", "live_afresh", "serve_lives"]
+__all__ = ["Fault", "Life", "Nursery", "live", "live_afresh", "serve_lives"]
 
 SERVER_PROGRAM = "from matilda_train.lives import serve_lives; serve_lives()"
 AFRESH_PROGRAM = """
@@ -86,7 +86,8 @@ class Nursery:
 
     def __init__(self, output: Path, *, afresh: bool) -> None:
         self._output = output
-        self._server = None if afresh else _start(SERVER_PROGRAM)
+        self._is_afresh = afresh
+        self._server: subprocess.Popen[str] | None = None
 
     def run(self, request: Mapping[str, Any], log: Path, fault: Fault | None = None) -> Life:
         """One life of the run that `request` names (config, set, run_dir, data_dir)."""
@@ -98,7 +99,7 @@ class Nursery:
         }
         began = time.monotonic()
         early = fault is not None and fault.phase == "importing"
-        code = self._afresh(request) if early or self._server is None else self._forked(request)
+        code = self._afresh(request) if early or self._is_afresh else self._forked(request)
         ended = time.monotonic()
         records = read_rows(log)
         if fault is not None and early and code != 0:
@@ -121,7 +122,7 @@ class Nursery:
             self._server.stdout.close()
 
     def _forked(self, request: Mapping[str, Any]) -> int:
-        assert self._server is not None
+        self._server = self._server or _start(SERVER_PROGRAM)
         assert self._server.stdin is not None
         assert self._server.stdout is not None
         self._server.stdin.write(json.dumps(request) + "\n")
@@ -165,16 +166,16 @@ def serve_lives() -> None:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
-            _live(request, StopRequest().install())
+            live(request, StopRequest().install())
         print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])), flush=True)
 
 
 def live_afresh(stop: StopRequest) -> None:
     """Main function of a life that is a process of its own; never returns."""
-    _live(json.loads(sys.stdin.readline()), stop)
+    live(json.loads(sys.stdin.readline()), stop)
 
 
-def _live(request: Mapping[str, Any], stop: StopRequest) -> None:
+def live(request: Mapping[str, Any], stop: StopRequest) -> None:
     """One life of a run; never returns."""
     code = 70
     try:

@@ -146,8 +146,12 @@ def train(
         run_dir = Path(run_dir)
         events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)
         if ranks.is_main:
-            provenance = collect_provenance(device) | {"world_size": ranks.world_size}
-            opened = RunDir.open(run_dir, config, data_id=stream.data_id, provenance=provenance)
+            opened = RunDir.open(
+                run_dir,
+                config,
+                data_id=stream.data_id,
+                provenance=lambda: collect_provenance(device) | {"world_size": ranks.world_size},
+            )
             cleanup.callback(opened.close)
             for name, change in opened.rounding_changes.items():
                 display.note(f"`{name}` {change}: no longer bit for bit as the earlier part")

@@ -16,7 +16,7 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,11 @@ class RunDir:
         config: RunConfig,
         *,
         data_id: str,
-        provenance: Mapping[str, Any],
+        provenance: Callable[[], Mapping[str, Any]],
     ) -> RunDir:
         """Start a run in `path`, or go on with the one that is there.
+
+        `provenance` is asked once, for a new run.
 
         Raises `ValueError` when the directory belongs to another config or
         data set, when another process trains in it, or when it holds something else.
@@ -63,7 +65,7 @@ class RunDir:
             "config": config_to_dict(config),
             "config_sha256": config_identity(config),
             "data_id": data_id,
-            **provenance,
+            **provenance(),
         }
         _write_durably(found, json.dumps(description, indent=2, sort_keys=True) + "\n")
         return cls(path, lock, {})

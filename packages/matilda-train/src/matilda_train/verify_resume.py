@@ -80,13 +80,15 @@ def verify_resume(
     overrides: Sequence[str] = (),
     seed: int = 0,
     display: Display | None = None,
+    nursery: Nursery | None = None,
 ) -> ResumeReport:
     """Run the twin, then victims until `kills` lives have been ended and the last run is done.
 
     With `spread`, so many SIGKILLs and SIGTERMs instead, over the steps of one run. `work_dir` must
     be new or empty, or hold the same proof, interrupted: then it goes on. Compared are weights,
     optimizer, RNG, stream and batch hashes of the newest checkpoint, every metrics row except clock
-    and memory figures, and the state in memory before each save and after each restore.
+    and memory figures, and the state in memory before each save and after each restore. Lives come
+    from `nursery`, or from one of its own.
 
     Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
@@ -101,6 +103,7 @@ def verify_resume(
         },
         {"kills": kills, "spread": list(spread) if spread else None, "seed": seed},
         display or SilentDisplay(),
+        nursery,
     )
     try:
         if spread:
@@ -129,6 +132,7 @@ class Proof:
         request: Mapping[str, Any],
         plan: Mapping[str, Any],
         display: Display,
+        nursery: Nursery | None,
     ) -> None:
         self._config = config
         self._work_dir = work_dir
@@ -142,11 +146,12 @@ class Proof:
         self.report = ResumeReport(bitwise=on_cpu or config.train.deterministic)
         for row in read_rows(self._record):
             self._count(row)
-        self._nursery = Nursery(work_dir / "output.log", afresh=not on_cpu)
+        self._own = Nursery(work_dir / "output.log", afresh=not on_cpu)
+        self._nursery = nursery or self._own
 
     def close(self) -> None:
         """End the process that lives are forked from."""
-        self._nursery.close()
+        self._own.close()
 
     def soak(self, kills: int, seed: int) -> None:
         """Kill lives of one run after the other."""
