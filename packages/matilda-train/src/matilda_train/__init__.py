@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
     from matilda_train.preflight import PreflightReport, estimate_seconds, run_preflight
+    from matilda_train.report import write_report
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text, load_run_model
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
@@ -59,6 +60,7 @@ __all__ = [
     "load_run_model",
     "run_preflight",
     "train",
+    "write_report",
 ]
 
 _HOME = {
@@ -77,6 +79,7 @@ _HOME = {
     "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),
     "preflight": ("PreflightReport", "estimate_seconds", "run_preflight"),
+    "report": ("write_report",),
     "run_dir": ("RunDir",),
     "sample": ("complete_text", "load_run_model"),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),

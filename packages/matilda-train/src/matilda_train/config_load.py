@@ -19,6 +19,7 @@ __all__ = [
     "config_from_dict",
     "config_identity",
     "config_to_dict",
+    "flatten_sections",
     "load_config",
 ]
 
@@ -88,7 +89,7 @@ def config_identity(config: RunConfig) -> str:
     """SHA-256 over the recipe: everything in the config but what a resumed run may set anew."""
     fields = {
         name: value
-        for name, value in _flatten(config_to_dict(config)).items()
+        for name, value in flatten_sections(config_to_dict(config)).items()
         if not name.startswith(FREE_ON_RESUME + ROUNDING_ON_RESUME)
     }
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
@@ -103,8 +104,8 @@ def config_differences(
     on resume, at the price of bitwise equality with an uninterrupted run.
     """
     # A field that an older version did not know has its default, which changes nothing.
-    before = _flatten(config_to_dict(config_from_dict(old)))
-    after = _flatten(config_to_dict(config))
+    before = flatten_sections(config_to_dict(config_from_dict(old)))
+    after = flatten_sections(config_to_dict(config))
     recipe: dict[str, str] = {}
     rounding: dict[str, str] = {}
     for name in sorted(before.keys() | after.keys()):
@@ -201,7 +202,8 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     return value
 
 
-def _flatten(sections: Mapping[str, Any]) -> dict[str, Any]:
+def flatten_sections(sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Sections as one level of `section.field` names."""
     return {
         f"{section}.{name}": value
         for section, fields in sections.items()

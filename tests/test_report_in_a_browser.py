@@ -1,0 +1,105 @@
+"""The report as a browser shows it: every plot drawn, nothing fetched, nothing complained of."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from headless_chromium import Page, find_chromium
+from killable_runs import TrainServer
+from matilda_train import write_report
+
+CHROMIUM = find_chromium()
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at $CHROMIUM or on PATH"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("plotly") is None, reason="needs `matilda-train[report]`: plotly"
+    ),
+]
+
+# Of each plot: how many curves it was given, and how many it has put ink to.
+PLOTS = """
+[...document.querySelectorAll('.plot')].map(plot => {
+  const traces = [...plot.querySelectorAll('.scatterlayer .trace, .barlayer .trace')];
+  const inked = trace => [...trace.querySelectorAll('path')].some(path => path.getAttribute('d'));
+  return [plot.dataset.chart, plot.data.length, traces.filter(inked).length];
+})
+"""
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    assert CHROMIUM is not None
+    with Page(CHROMIUM, tmp_path_factory.mktemp("chromium")) as page:
+        yield page
+
+
+@pytest.fixture(scope="module")
+def killed(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    run_dir = tmp_path_factory.mktemp("killed") / "killed"
+    assert server.run(tiny_config, run_dir, corpus, at_step=6) == -9
+    assert server.run(tiny_config, run_dir, corpus) == 0
+    return run_dir
+
+
+def drawn(page: Page, file: Path) -> dict[str, int]:
+    """Curves of each plot; all of them must be there, and nothing asked for but the file."""
+    plots = page.evaluate(PLOTS)
+    assert all(given == inked > 0 for _, given, inked in plots), plots
+    assert page.errors == []
+    assert set(page.requests) == {file.resolve().as_uri()}
+    page.screenshot(file.with_suffix(".png"))
+    return {name: given for name, given, _ in plots}
+
+
+def test_one_run_in_light_and_dark(page: Page, killed: Path, tmp_path: Path) -> None:
+    file = write_report([killed], tmp_path / "one.html")
+    page.requests.clear()
+    page.open(file, scheme="light")
+    plots = drawn(page, file)
+    assert {"loss", "bpb", "lr", "grad", "speed", "step", "update", "goodput"} <= plots.keys()
+    assert plots["loss"] == 3  # raw, smoothed, and the kill
+    assert plots["lr"] == 2
+    assert "goodput" in page.evaluate("document.querySelector('.tiles').innerText")
+    ink = "getComputedStyle(document.body).color"
+    light = page.evaluate(ink)
+    page.set_scheme("dark")
+    assert page.evaluate(ink) != light
+    assert drawn(page, file) == plots
+
+
+def test_three_runs_overlaid_and_every_switch(
+    page: Page, killed: Path, twin: Path, tmp_path: Path
+) -> None:
+    running = tmp_path / "running"
+    shutil.copytree(killed, running)
+    lines = (running / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (running / "metrics.jsonl").write_text("".join(lines[:8]) + lines[8][:20])
+    file = write_report([twin, killed, running], tmp_path / "three.html")
+    page.requests.clear()
+    page.open(file, scheme="light")
+    plots = drawn(page, file)
+    assert plots["bpb"] == 3
+    for button in ("[data-axis=tokens]", "[data-axis=seconds]", ".card button"):
+        page.evaluate(f"document.querySelector('{button}').click()")
+        assert drawn(page, file) == plots
+    assert page.evaluate("document.getElementById('plot-loss').layout.yaxis.type") == "log"
+    page.evaluate("document.querySelector('#runs button').click()")
+    assert drawn(page, file)["bpb"] == 2
+
+
+def test_a_run_that_has_not_begun(page: Page, killed: Path, tmp_path: Path) -> None:
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    shutil.copy(killed / "run.json", empty)
+    file = write_report([empty], tmp_path / "empty.html")
+    page.requests.clear()
+    page.open(file, scheme="light")
+    assert drawn(page, file) == {}
+    assert "not started" in page.evaluate("document.body.innerText")
