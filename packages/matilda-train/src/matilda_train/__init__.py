@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     )
     from matilda_train.config_load import config_from_dict, config_to_dict, load_config
     from matilda_train.console import Display, SilentDisplay, TerminalDisplay
+    from matilda_train.decay import DecayRun, open_decay
     from matilda_train.errors import TrainingDivergedError
     from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
@@ -35,6 +36,7 @@ __all__ = [
     "EXIT_PREEMPTED",
     "CkptConfig",
     "DataConfig",
+    "DecayRun",
     "Display",
     "EvalConfig",
     "Evaluation",
@@ -58,6 +60,7 @@ __all__ = [
     "goodput",
     "load_config",
     "load_run_model",
+    "open_decay",
     "run_preflight",
     "train",
     "write_report",
@@ -75,6 +78,7 @@ _HOME = {
     ),
     "config_load": ("config_from_dict", "config_to_dict", "load_config"),
     "console": ("Display", "SilentDisplay", "TerminalDisplay"),
+    "decay": ("DecayRun", "open_decay"),
     "errors": ("TrainingDivergedError",),
     "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),

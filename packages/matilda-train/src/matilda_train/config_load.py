@@ -15,6 +15,7 @@ from typing import Any
 from matilda_train.config import RunConfig
 
 __all__ = [
+    "apply_override",
     "config_differences",
     "config_from_dict",
     "config_identity",
@@ -68,7 +69,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not isinstance(raw, dict):
         raise ValueError(f"Config file {str(path)!r} must hold one JSON object of sections.")
     for override in overrides:
-        _apply_override(raw, override)
+        apply_override(raw, override)
     return config_from_dict(raw)
 
 
@@ -124,7 +125,8 @@ def _nearby_config(path: Path) -> str:
     return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
 
 
-def _apply_override(raw: dict[str, Any], override: str) -> None:
+def apply_override(raw: dict[str, Any], override: str) -> None:
+    """Put one `section.field=value` into the sections of `raw`; `ValueError` if it is none."""
     name, separator, text = override.partition("=")
     parts = name.split(".")
     if not separator or len(parts) != 2 or not all(parts):

@@ -1,6 +1,7 @@
 """The directory of one run: what it is made of, what it did, and the lock that keeps it single.
 
 run.json                  resolved config, identities, code and environment; written once
+                          (`parent`: which checkpoint of which run a decay began with)
 metrics.jsonl             a row for each logged step
 metrics.discarded.jsonl   rows of steps that were redone after a kill
 events.jsonl              start, resume, save, skip, spike, signal, finish

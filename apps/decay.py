@@ -1,0 +1,113 @@
+"""Anneal a checkpoint of a run's stable phase into a finished model, in a run of its own."""
+
+from __future__ import annotations
+
+from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+
+STOP = StopRequest().install()  # in the first line: what follows takes time
+
+import argparse
+import os
+import time
+from pathlib import Path
+
+from matilda_train.app import run_app
+from matilda_train.duration import parse_count
+
+EXAMPLES = """examples:
+  uv run apps/decay.py --run runs/hero --from-step 5000 --tokens 500M
+  uv run apps/decay.py --run runs/hero --from-step 10000 --tokens 1B --shape 1-sqrt \\
+      --final-lr-fraction 0.05 --run-dir runs/hero-5B
+
+The run goes on with the same data where the checkpoint stood, in RUN-decay-STEP-TOKENS; the parent
+is only read. Running the same command again goes on where it stopped. Checkpoints of the stable
+phase that later ones would replace are kept by `ckpt.keep_every`. Exit codes as train.py's.
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--run", required=True, type=Path, help="run directory of the parent")
+    parser.add_argument(
+        "--from-step", required=True, type=int, metavar="S", help="step of one of its checkpoints"
+    )
+    parser.add_argument(
+        "--tokens", required=True, metavar="N", help="tokens of the decay, e.g. 500M or 1_048_576"
+    )
+    parser.add_argument(
+        "--shape", help="linear, 1-sqrt, cosine, exponential or power (default: the parent's)"
+    )
+    parser.add_argument(
+        "--final-lr-fraction",
+        type=float,
+        metavar="X",
+        help="learning rate at the end over its peak (default: the parent's)",
+    )
+    parser.add_argument(
+        "--run-dir", type=Path, help="directory of the new run (default: RUN-decay-S-N)"
+    )
+    parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=c",
+        help="override fields that a resume may change, e.g. train.micro_batch_size=32",
+    )
+    parser.add_argument(
+        "--grace-seconds", type=float, metavar="N", help="after a signal, end after N s in any case"
+    )
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    STOP.end_after(args.grace_seconds)
+    from matilda_train import RunDir, TerminalDisplay
+
+    tokens = parse_count(args.tokens)
+    RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
+    from matilda_train import open_decay, train
+
+    target = args.run_dir or args.run.with_name(f"{args.run.name}-decay-{args.from_step}-{tokens}")
+    while int(os.environ.get("RANK", "0")) > 0 and not (target / "run.json").is_file():
+        time.sleep(0.2)  # the first rank makes it; should that fail, torchrun ends this one
+    decay = open_decay(
+        args.run,
+        from_step=args.from_step,
+        tokens=tokens,
+        run_dir=target,
+        shape=args.shape,
+        final_lr_fraction=args.final_lr_fraction,
+        overrides=args.set,
+    )
+    STOP.begin()
+    with TerminalDisplay() as display:
+        if decay.is_new:
+            display.note(f"step {args.from_step:,} of {args.run} copied to {decay.run_dir}")
+        result = train(
+            decay.config,
+            run_dir=decay.run_dir,
+            data_dir=args.data_dir,
+            stop=lambda: bool(STOP),
+            display=display,
+        )
+    if int(os.environ.get("RANK", "0")) > 0:
+        return EXIT_PREEMPTED if result.status == "preempted" else 0
+    if result.status == "preempted":
+        print(f"Stopped at step {result.step:,}; run the same command again to go on.")
+        return EXIT_PREEMPTED
+    if result.status == "already_finished":
+        print(f"This run is complete: {result.step:,} steps in {result.run_dir}")
+    else:
+        print(f"Held-out bits per byte: {result.final_bits_per_byte:.4f}.")
+        print(f"Run: {result.run_dir}")
+    print(f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '")
+    return 0
+
+
+if __name__ == "__main__":
+    run_app(main)
