@@ -63,6 +63,15 @@ CASES = [
     Case("hero loss=chunked", "base_152m_v2", 32, {"loss": "chunked"}),
     Case("hero loss=liger", "base_152m_v2", 32, {"loss": "liger"}),
     Case("hero matmul=plain", "base_152m_v2", 32, {"matmul": "plain"}),
+    Case("hero matmul=quack", "base_152m_v2", 64, {"matmul": "quack"}),
+    Case("hero matmul=quack_residual", "base_152m_v2", 64, {"matmul": "quack_residual"}),
+    Case("hero fa4 quack", "base_152m_v2", 64, {"attention": "fa4", "matmul": "quack"}),
+    Case(
+        "hero fa4 quack_residual",
+        "base_152m_v2",
+        64,
+        {"attention": "fa4", "matmul": "quack_residual"},
+    ),
     Case("hero norm=plain", "base_152m_v2", 32, {"norm": "plain"}),
     Case("v1", "base_124m", 64, optimizer="adamw"),
     Case("350m", "base_350m", 16),
@@ -118,7 +127,13 @@ def main() -> int:
 def _available(case: Case, args: argparse.Namespace) -> bool:
     if case.peer in ("nanoGPT", "nanochat"):
         return args.peer_dir is not None and (args.peer_dir / case.peer).is_dir()
-    needs = {"fa4": "flash_attn.cute", "liger": "liger_kernel", "transformers": "transformers"}
+    needs = {
+        "fa4": "flash_attn.cute",
+        "liger": "liger_kernel",
+        "quack": "quack",
+        "quack_residual": "quack",
+        "transformers": "transformers",
+    }
     for value in (*case.overrides.values(), case.peer):
         if value in needs:
             with contextlib.suppress(ImportError):

@@ -83,6 +83,7 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
     for vocab in (300, 257):
         for softcap in (None, 5.0, 100.0):  # 100 is too large for the sum without a maximum
             x = (4 * torch.randn(6, vocab, device=device)).to(dtype)
+            x[0, :2] = torch.tensor([1000.0, -1000.0])  # far beyond the soft-cap
             targets = torch.randint(0, vocab, (6,), device=device)
             targets[2] = -1
             exact = x.double().requires_grad_()
@@ -97,6 +98,20 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
             assert error(got_zl, zl.detach()) < 5e-6
             assert error(got, exact.grad) < bound(dtype)
             assert (got[2] == 0).all()
+            for shared in (2, 4):  # logits that share a reciprocal
+                other = x.clone()
+                other_ce, other_zl = cross_entropy_(
+                    other,
+                    targets,
+                    softcap=softcap,
+                    z_loss=1e-2,
+                    with_grad=True,
+                    block=128,
+                    shared=shared,
+                )
+                assert error(other_ce, ce.detach()) < 5e-6
+                assert error(other_zl, zl.detach()) < 5e-6
+                assert error(other, exact.grad) < bound(dtype)
             untouched = x.clone()
             again, _ = cross_entropy_(
                 untouched, targets, softcap=softcap, z_loss=1e-2, with_grad=False, block=128
@@ -112,11 +127,15 @@ def check_nan_is_not_hidden(device: str, dtype: torch.dtype) -> None:
         x = torch.randn(2, 64, device=device).to(dtype)
         x[0, 5] = float("nan")
         targets = torch.tensor([1, 2], device=device)
-        ce, _ = cross_entropy_(x, targets, softcap=softcap, z_loss=0.0, with_grad=True, block=64)
-        assert torch.isnan(ce[0])
-        assert torch.isnan(x[0]).all()
-        assert torch.isfinite(ce[1])
-        assert torch.isfinite(x[1]).all()
+        for shared in (1, 4):
+            y = x.clone()
+            ce, _ = cross_entropy_(
+                y, targets, softcap=softcap, z_loss=0.0, with_grad=True, block=64, shared=shared
+            )
+            assert torch.isnan(ce[0])
+            assert torch.isnan(y[0]).all()
+            assert torch.isfinite(ce[1])
+            assert torch.isfinite(y[1]).all()
 
 
 def check_linear_cross_entropy(device: str, dtype: torch.dtype) -> None:
@@ -163,6 +182,42 @@ def check_relu2(device: str, dtype: torch.dtype) -> None:
         strict=True,
     ):
         assert error(got, want) < bound(dtype)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("added", [False, True])
+def test_quack_products_equal_float64_on_the_gpu(added: bool) -> None:
+    pytest.importorskip("quack", reason="needs the quack-kernels package")
+    from matilda_model.quack_relu2 import QuackLinearAdd, QuackReLU2
+
+    torch.manual_seed(0)
+    x, up, down, residual, dy = (
+        (scale * torch.randn(*shape, device="cuda")).bfloat16().requires_grad_()
+        for scale, shape in (
+            (1.0, (520, 256)),
+            (0.1, (768, 256)),
+            (0.1, (256, 768)),
+            (1.0, (520, 256)),
+            (1.0, (520, 256)),
+        )
+    )
+    leaves = (x, up, down, residual) if added else (x, up, down)
+    exact = [leaf.detach().double().requires_grad_() for leaf in leaves]
+    expected = torch.relu(exact[0] @ exact[1].T).square() @ exact[2].T
+    if added:
+        expected = expected + exact[3]
+    y = QuackReLU2.apply(x, up, down, residual if added else None)
+    assert error(y, expected) < bound(torch.bfloat16)
+    for got, want in zip(
+        torch.autograd.grad(y, leaves, dy),
+        torch.autograd.grad(expected, exact, dy.double()),
+        strict=True,
+    ):
+        assert error(got, want) < bound(torch.bfloat16)
+    square = (0.1 * torch.randn(256, 256, device="cuda")).bfloat16().requires_grad_()
+    out = QuackLinearAdd.apply(x, square, residual)
+    assert error(out, residual.double() + x.double() @ square.double().T) < bound(torch.bfloat16)
 
 
 def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:

@@ -103,6 +103,7 @@ class Attention(nn.Module):
         self.backend = config.attention
         self.window = config.layer_window(layer)
         self.norm = config.norm
+        self.matmul = config.matmul
         self.q = Linear(config.d_model, config.n_heads * e)
         self.k = Linear(config.d_model, config.n_kv_heads * e)
         self.v = Linear(config.d_model, config.n_kv_heads * e)
@@ -130,7 +131,9 @@ class Attention(nn.Module):
         sin: Tensor,
         input_ids_BT: Tensor,
         cache: LayerCache | None = None,
+        residual_BTD: Tensor | None = None,
     ) -> Tensor:
+        """Attention's output for the normed `x_BTD`, plus `residual_BTD` when given."""
         q_BTHE, k_BTKE, v_BTKE = self.heads(x_BTD, cos, sin, plain=cache is not None)
         if self.value_embed is not None and self.value_gate is not None:
             gate_BTK = 2.0 * torch.sigmoid(self.value_gate(x_BTD[..., :GATE_CHANNELS]))
@@ -140,8 +143,22 @@ class Attention(nn.Module):
             y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend, self.window)
         else:
             y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE, self.window)
-        out: Tensor = self.o(y_BTHE.flatten(2))
-        return out
+        return self._output(y_BTHE.flatten(2), residual_BTD)
+
+    def _output(self, y_BTX: Tensor, residual_BTD: Tensor | None) -> Tensor:
+        if residual_BTD is None:
+            alone: Tensor = self.o(y_BTX)
+            return alone
+        if self.matmul == "quack_residual" and y_BTX.is_cuda and y_BTX.requires_grad:
+            from matilda_model.quack_relu2 import QuackLinearAdd
+
+            weight = self.o.weight.to(y_BTX.dtype)
+            flat: Tensor = QuackLinearAdd.apply(
+                y_BTX.flatten(0, 1), weight, residual_BTD.flatten(0, 1)
+            )
+            return flat.view(residual_BTD.shape)
+        added: Tensor = residual_BTD + self.o(y_BTX)
+        return added
 
     def heads(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, *, plain: bool = False

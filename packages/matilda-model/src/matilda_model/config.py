@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "flex", "math")
 LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
-MATMUL_BACKENDS = ("auto", "fused", "plain")
+MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
 GATE_CHANNELS = 32  # of the residual stream, read by the gate of a value embedding
@@ -108,7 +108,9 @@ class ModelConfig:
 
     matmul: str = "auto"
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
-    bf16, Hopper or later), `"plain"` leaves it to torch, `"auto"` fuses where that runs."""
+    bf16, Hopper or later), `"quack"` does so with the `quack-kernels` package (Hopper),
+    `"quack_residual"` adds the residual stream in the output products of attention and MLP as well,
+    `"plain"` leaves it to torch, `"auto"` fuses by Triton where that runs."""
 
     norm: str = "auto"
     """QK-norm and RoPE: `"fused"` is one Triton pass over the joint q, k, v product (CUDA),

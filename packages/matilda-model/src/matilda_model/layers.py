@@ -81,9 +81,10 @@ class SwiGLU(nn.Module):
         self.up = Linear(config.d_model, config.resolved_d_ff)
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
+        """The MLP of `x_BTD`, plus `residual_BTD` when given."""
         out: Tensor = self.down(F.silu(self.gate(x_BTD)) * self.up(x_BTD))
-        return out
+        return out if residual_BTD is None else residual_BTD + out
 
 
 class ReLU2(nn.Module):
@@ -95,22 +96,37 @@ class ReLU2(nn.Module):
         self.up = Linear(config.d_model, config.resolved_d_ff)
         self.down = Linear(config.resolved_d_ff, config.d_model)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
+    def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
+        """The MLP of `x_BTD`, plus `residual_BTD` when given."""
         dtype = x_BTD.dtype
-        return self.product(x_BTD, self.up.weight.to(dtype), self.down.weight.to(dtype))
+        up, down = self.up.weight.to(dtype), self.down.weight.to(dtype)
+        return self.product(x_BTD, up, down, residual_BTD)
 
-    def product(self, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor) -> Tensor:
-        """The MLP with the given weights, by the chosen kernel."""
-        if self._fuses(x_BTD):
+    def product(
+        self, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor, residual_BTD: Tensor | None = None
+    ) -> Tensor:
+        """The MLP with the given weights, plus the residual, by the chosen kernels."""
+        y_ND: Tensor
+        if not self._fuses(x_BTD):
+            y_BTD = F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
+        elif self.matmul in ("quack", "quack_residual"):
+            from matilda_model.quack_relu2 import QuackReLU2
+
+            added_ND = None
+            if self.matmul == "quack_residual" and residual_BTD is not None:
+                added_ND, residual_BTD = residual_BTD.flatten(0, 1), None
+            y_ND = QuackReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF, added_ND)
+            y_BTD = y_ND.view(x_BTD.shape)
+        else:
             from matilda_model.triton_relu2 import FusedReLU2
 
-            y_ND: Tensor = FusedReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF)
-            return y_ND.view(x_BTD.shape)
-        return F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
+            y_ND = FusedReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF)
+            y_BTD = y_ND.view(x_BTD.shape)
+        return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
     def _fuses(self, x_BTD: Tensor) -> bool:
         if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:
             return False
-        if self.matmul == "fused":
-            return True
-        return x_BTD.dtype == torch.bfloat16 and bool(has_hopper_triton())
+        return self.matmul != "auto" or (
+            x_BTD.dtype == torch.bfloat16 and bool(has_hopper_triton())
+        )

@@ -38,8 +38,8 @@ class Block(nn.Module):
         input_ids_BT: Tensor,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x_BTD = x_BTD + self.attn(self.attn_norm(x_BTD), cos, sin, input_ids_BT, cache)
-        out: Tensor = x_BTD + self.mlp(self.mlp_norm(x_BTD))
+        x_BTD = self.attn(self.attn_norm(x_BTD), cos, sin, input_ids_BT, cache, x_BTD)
+        out: Tensor = self.mlp(self.mlp_norm(x_BTD), x_BTD)
         return out
 
 
@@ -104,6 +104,7 @@ class Transformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend, module.norm = self.config.attention, self.config.norm
+                module.matmul = self.config.matmul
             elif isinstance(module, ReLU2):
                 module.matmul = self.config.matmul
 

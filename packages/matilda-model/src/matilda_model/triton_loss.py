@@ -17,6 +17,7 @@ from torch import Tensor
 _CHUNK_ROWS = 16384  # 1.6 GB of bf16 logits at 50304; the matmuls are no faster with more rows
 _BLOCK = 4096
 _WARPS = 32
+_SHARED = 1  # logits that share a reciprocal
 _LOG2E = tl.constexpr(1.4426950408889634)
 _BOUND = 64.0  # exp(±64) * vocabulary fits float32, so a smaller soft-cap needs no running maximum
 
@@ -33,14 +34,42 @@ def _exp2(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _two_over(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _reciprocal(x, FAST: tl.constexpr):  # type: ignore[no-untyped-def]
     if FAST:  # one instruction and 1 ulp; the plain division expands to eight
-        x = 2.0 * tl.inline_asm_elementwise(
+        x = tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
     else:
-        x = 2.0 / x
+        x = 1.0 / x
     return x
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _one_minus_tanh(x, FAST: tl.constexpr, BLOCK: tl.constexpr, SHARED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`1 - tanh(x * ln 2 / 2)` = 2 / (1 + 2 ** x); SHARED (1, 2, 4) elements share a reciprocal.
+
+    1 / a = b / (a b): the special-function unit, which bounds this kernel, gives one reciprocal for
+    several elements. Powers stop at 2 ** 30, where 1 - tanh is 0 to float32, so that the product of
+    four is finite; a NaN stays one.
+    """
+    if SHARED == 1:
+        t = 2.0 * _reciprocal(1.0 + _exp2(x, FAST), FAST)
+    else:
+        x = tl.minimum(x, 30.0, propagate_nan=tl.PropagateNan.ALL)
+        d = 1.0 + _exp2(x, FAST)
+        if SHARED == 2:
+            a, b = d.reshape(BLOCK // 2, 2).split()
+            r = 2.0 * _reciprocal(a * b, FAST)
+            t = tl.join(b * r, a * r).reshape(BLOCK)
+        else:
+            even, odd = d.reshape(BLOCK // 4, 2, 2).split()
+            a, c = even.split()
+            b, e = odd.split()
+            ab, ce = a * b, c * e
+            r = 2.0 * _reciprocal(ab * ce, FAST)
+            left, right = ce * r, ab * r
+            t = tl.join(tl.join(b * left, e * right), tl.join(a * left, c * right)).reshape(BLOCK)
+    return t
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -58,6 +87,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     WITH_GRAD: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
@@ -77,7 +107,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     slope = 2.0 * _LOG2E / softcap
     scale = softcap * _LOG2E
     x_target = tl.load(logits_ptr + target).to(tl.float32)
-    t_target = _two_over(1.0 + _exp2(x_target * slope, FAST), FAST)
+    t_target = 2.0 * _reciprocal(1.0 + _exp2(x_target * slope, FAST), FAST)
     z_target = scale * (1.0 - t_target) if HAS_CAP else x_target * _LOG2E
 
     total = tl.zeros([BLOCK], dtype=tl.float32)
@@ -86,7 +116,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
         inside = start + cols < n_cols
         x = tl.load(logits_ptr + start + cols, mask=inside, other=float("-inf")).to(tl.float32)
         if HAS_CAP:
-            t = _two_over(1.0 + _exp2(x * slope, FAST), FAST)
+            t = _one_minus_tanh(x * slope, FAST, BLOCK, SHARED)
             z = scale - scale * t
         else:
             z = x * _LOG2E
@@ -118,7 +148,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             # second read of the row: it is still in L2
             x = tl.load(logits_ptr + start + cols, mask=inside, other=0.0).to(tl.float32)
             if HAS_CAP:
-                t = _two_over(1.0 + _exp2(x * slope, FAST), FAST)
+                t = _one_minus_tanh(x * slope, FAST, BLOCK, SHARED)
                 # 1 - tanh ** 2 = t (2 - t)
                 grad = _exp2(shift - scale * t, FAST) * (weight_p * t) * (2.0 - t)
             else:
@@ -142,6 +172,7 @@ def cross_entropy_(
     with_grad: bool,
     block: int = _BLOCK,
     warps: int = _WARPS,
+    shared: int = _SHARED,
 ) -> tuple[Tensor, Tensor]:
     """Per-token cross-entropy and z-loss, float32 [N]; `logits_NV` becomes its gradient in place.
 
@@ -166,6 +197,7 @@ def cross_entropy_(
         WITH_GRAD=with_grad,
         FAST=logits_NV.device.type == "cuda",
         BLOCK=block,
+        SHARED=shared,
         num_warps=warps,
     )
     return ce_N, z_N

@@ -1,0 +1,129 @@
+"""quack-kernels (CuTe DSL, Hopper): the ReLU² matmuls with ping-pong warp groups.
+
+One warp group multiplies while the other runs its epilogue, and the activation that backward reads
+is fetched by the copy engine meanwhile; Triton's kernels expose that read. Needs `quack-kernels`;
+compiled on first use, seconds a kernel, and kept in quack's own cache.
+
+Shape suffixes: N tokens, D model, F feed-forward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from cutlass import cute  # type: ignore[import-not-found]
+from quack.activation import relu  # type: ignore[import-not-found]
+from quack.epilogue import gemm_epilogue  # type: ignore[import-not-found]
+from quack.gemm_config import GemmConfig  # type: ignore[import-not-found]
+from torch import Tensor
+
+
+@gemm_epilogue()
+def relu2_epilogue(acc):  # type: ignore[no-untyped-def]
+    r = relu(acc)
+    return {"D": r * r}
+
+
+@gemm_epilogue()
+def relu2_backward_epilogue(acc, c):  # type: ignore[no-untyped-def]
+    return {"D": acc * (cute.math.sqrt(c, fastmath=True) * 2.0)}
+
+
+@gemm_epilogue()
+def residual_epilogue(acc, c):  # type: ignore[no-untyped-def]
+    return {"D": acc + c}
+
+
+def config(tile_m: int, tile_n: int, *, pingpong: bool, cluster_m: int = 2) -> Any:
+    """One of quack's tile shapes, statically scheduled."""
+    return GemmConfig(
+        tile_m=tile_m,
+        tile_n=tile_n,
+        pingpong=pingpong,
+        cluster_m=cluster_m,
+        cluster_n=1,
+        is_dynamic_persistent=False,
+    )
+
+
+FORWARD = config(128, 192, pingpong=True)
+BACKWARD = config(128, 192, pingpong=True)
+OUTPUT = config(128, 192, pingpong=True)
+
+
+@torch.library.custom_op("matilda_model::quack_up_relu2", mutates_args=())
+def quack_up_relu2(x_ND: Tensor, up_FD: Tensor) -> Tensor:
+    """`relu(x @ up.T) ** 2`, bf16 [N, F]."""
+    out = x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])
+    relu2_epilogue(x_ND.contiguous(), up_FD.T, out={"D": out}, config=FORWARD, tuned=False)
+    return out
+
+
+@quack_up_relu2.register_fake
+def _(x_ND: Tensor, up_FD: Tensor) -> Tensor:
+    return x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])
+
+
+@torch.library.custom_op("matilda_model::quack_down_relu2_backward", mutates_args=())
+def quack_down_relu2_backward(dy_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
+    """Gradient before the activation: `(dy @ down) * 2 * sqrt(h)`, bf16 [N, F]."""
+    out = torch.empty_like(h_NF)
+    relu2_backward_epilogue(
+        dy_ND.contiguous(), down_DF, h_NF, out={"D": out}, config=BACKWARD, tuned=False
+    )
+    return out
+
+
+@quack_down_relu2_backward.register_fake
+def _(dy_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
+    return torch.empty_like(h_NF)
+
+
+@torch.library.custom_op("matilda_model::quack_linear_add", mutates_args=())
+def quack_linear_add(x_NF: Tensor, weight_DF: Tensor, residual_ND: Tensor) -> Tensor:
+    """`residual + x @ weight.T`, bf16 [N, D], rounded once."""
+    out = torch.empty_like(residual_ND)
+    residual_epilogue(
+        x_NF.contiguous(), weight_DF.T, residual_ND, out={"D": out}, config=OUTPUT, tuned=False
+    )
+    return out
+
+
+@quack_linear_add.register_fake
+def _(x_NF: Tensor, weight_DF: Tensor, residual_ND: Tensor) -> Tensor:
+    return torch.empty_like(residual_ND)
+
+
+class QuackReLU2(torch.autograd.Function):
+    """`relu(x @ up.T) ** 2 @ down.T` for bf16 [N, D], plus a residual [N, D] unless it is None."""
+
+    @staticmethod
+    def forward(ctx, x_ND, up_FD, down_DF, residual_ND):  # type: ignore[no-untyped-def]
+        h_NF = quack_up_relu2(x_ND, up_FD)
+        ctx.save_for_backward(x_ND, up_FD, down_DF, h_NF)
+        ctx.added = residual_ND is not None
+        if residual_ND is None:
+            return h_NF @ down_DF.T
+        return quack_linear_add(h_NF, down_DF, residual_ND)
+
+    @staticmethod
+    def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        x_ND, up_FD, down_DF, h_NF = ctx.saved_tensors
+        du_NF = quack_down_relu2_backward(dy_ND, down_DF, h_NF)
+        residual = dy_ND if ctx.added else None
+        return du_NF @ up_FD, du_NF.T @ x_ND, dy_ND.T @ h_NF, residual
+
+
+class QuackLinearAdd(torch.autograd.Function):
+    """`residual + x @ weight.T` for bf16 [N, F], [D, F] and [N, D]."""
+
+    @staticmethod
+    def forward(ctx, x_NF, weight_DF, residual_ND):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_NF, weight_DF)
+        return quack_linear_add(x_NF, weight_DF, residual_ND)
+
+    @staticmethod
+    def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        x_NF, weight_DF = ctx.saved_tensors
+        return dy_ND @ weight_DF, dy_ND.T @ x_NF, dy_ND
