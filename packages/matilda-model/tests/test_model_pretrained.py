@@ -133,7 +133,9 @@ def test_transformers_gives_the_same_logits(change: dict[str, object], tmp_path:
     transformers = pytest.importorskip("transformers", reason="needs the export extra")
     model = made(**change)
     ids = torch.randint(0, 64, (2, 20))
-    difference = export_transformers(model, tmp_path / "out", ids, eos_token_id=0, card="# card\n")
+    difference = export_transformers(
+        model, tmp_path / "out", ids, eos_token_id=0, card="off by {logit_difference}\n"
+    )
     assert difference < 1e-4
     again = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=bool(set(change) & {"mlp", "logit_softcap"})
@@ -141,7 +143,7 @@ def test_transformers_gives_the_same_logits(change: dict[str, object], tmp_path:
     torch.testing.assert_close(
         again.float()(input_ids=ids).logits, model(ids), rtol=1e-3, atol=1e-3
     )
-    assert (tmp_path / "out" / "README.md").read_text() == "# card\n"
+    assert (tmp_path / "out" / "README.md").read_text() == f"off by {difference:.1e}\n"
     with pytest.raises(ValueError, match="exists: choose a new folder"):
         export_transformers(model, tmp_path / "out", ids)
 

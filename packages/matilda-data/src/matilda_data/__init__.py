@@ -16,6 +16,7 @@ from matilda_data.provenance import DocumentSpan, documents_of
 from matilda_data.stream import BinStream, batch_sha256, cu_seqlens
 from matilda_data.terminal import ProgressLine
 from matilda_data.tokenizer import Tokenizer, load_tokenizer
+from matilda_data.transformers_files import transformers_files
 from matilda_data.verify import VerifyReport, verify
 
 __all__ = [
@@ -47,5 +48,6 @@ __all__ = [
     "prepare_hub",
     "prepare_text",
     "run_preparation",
+    "transformers_files",
     "verify",
 ]

@@ -124,6 +124,16 @@ class Tokenizer:
 
         return encode
 
+    def merges(self) -> tuple[Mapping[bytes, int], bytes]:
+        """Ids of the byte strings without end-of-text, and where each one's last merge joins.
+
+        Byte i of the second is the length of the left half of the i-th string of two bytes or more,
+        by id. For `byte`: the 256 bytes, and nothing.
+        """
+        if self._ranks is None:
+            return {bytes([value]): value for value in range(256)}, b""
+        return self._ranks, self._splits
+
     def decode_bytes(self, ids: npt.ArrayLike) -> bytes:
         """The UTF-8 bytes of `ids` (any integer array); end-of-text decodes to nothing.
 

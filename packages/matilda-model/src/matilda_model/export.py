@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -43,13 +44,19 @@ def export_transformers(
     *,
     eos_token_id: int | None = None,
     card: str = "",
+    tokenizer_files: Mapping[str, str] | None = None,
+    check_text: str = "",
 ) -> float:
     """Write `folder` for `AutoModelForCausalLM.from_pretrained`; the largest logit difference.
 
     `check_ids_BT` (int64, real text) is run through this model and through the exported folder,
-    both in float32; nothing is written unless every logit agrees to 1e-4 of the largest. `card`
-    becomes README.md. Needs the `export` extra. Raises ValueError when the shape has no
-    counterpart, when `folder` exists, when the extra is missing and when the logits disagree.
+    both in float32; nothing is written unless every logit agrees to 1e-4 of the largest. With
+    `tokenizer_files` (name to content, for `AutoTokenizer`) the folder's tokenizer must also encode
+    `check_text` to ids that begin with the first row of `check_ids_BT`, and decode them back.
+    `card` becomes README.md; `{logit_difference}` in it is replaced by the largest difference.
+
+    Needs the `export` extra. Raises ValueError when the shape has no counterpart, when `folder`
+    exists, when the extra is missing and when logits or tokens disagree.
     """
     config, folder = model.config, Path(folder)
     if not config.qk_norm:
@@ -60,7 +67,10 @@ def export_transformers(
     if folder.exists():
         raise ValueError(f"{str(folder)!r} exists: choose a new folder for the export")
     try:
-        from transformers import AutoModelForCausalLM  # type: ignore[import-not-found]
+        from transformers import (  # type: ignore[import-not-found]
+            AutoModelForCausalLM,
+            AutoTokenizer,
+        )
     except ImportError as error:
         raise ValueError(
             "export needs transformers: pip install 'matilda-model[export]'"
@@ -76,8 +86,10 @@ def export_transformers(
             # not a module here: importing every module must not need transformers
             code = resources.files("matilda_model").joinpath("modeling_matilda.py.txt").read_text()
             (staging / "modeling_matilda.py").write_text(code)
-        if card:
-            (staging / "README.md").write_text(card)
+        for name, content in (tokenizer_files or {}).items():
+            (staging / name).write_text(content, encoding="utf-8")
+        if tokenizer_files:
+            _check_tokenizer(AutoTokenizer.from_pretrained(staging), check_text, check_ids_BT[0])
         exported: Any = AutoModelForCausalLM.from_pretrained(
             staging, trust_remote_code=own_class, dtype=torch.float32, attn_implementation="eager"
         )
@@ -87,12 +99,25 @@ def export_transformers(
                 f"not exported: transformers' logits differ by {difference:.2g} of the largest, "
                 f"allowed {_TOLERANCE:g}"
             )
+        if card:
+            filled = card.replace("{logit_difference}", f"{difference:.1e}")
+            (staging / "README.md").write_text(filled, encoding="utf-8")
         staging.chmod(0o755)
         staging.rename(folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
     return difference
+
+
+def _check_tokenizer(tokenizer: Any, text: str, expected: Tensor) -> None:
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) < len(expected) or ids[: len(expected)] != expected.tolist():
+        raise ValueError(
+            "not exported: the tokenizer files do not encode the check text to the ids given"
+        )
+    if tokenizer.decode(ids) != text:
+        raise ValueError("not exported: the tokenizer files do not decode the check text back")
 
 
 @torch.no_grad()

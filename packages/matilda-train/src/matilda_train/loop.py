@@ -24,6 +24,7 @@ from matilda_train.build import (
     token_byte_lengths,
 )
 from matilda_train.cadence import Cadence
+from matilda_train.compile_cache import CompileCache
 from matilda_train.config import RunConfig
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
@@ -221,6 +222,13 @@ def train(
             skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
         )
 
+        compile_cache = CompileCache(
+            run_dir / "compile-cache",
+            device,
+            enabled=config.train.compile and not dry_run,
+            writes=ranks.is_main,
+        )
+        compile_cache.load()
         # Sampling keeps to `model` itself: its shapes change with every token.
         compiled: nn.Module = model
         if config.train.compile and ranks.world_size == 1:
@@ -323,6 +331,7 @@ def train(
                         wait=wait,
                         defer_copy=not wait,
                     )
+                compile_cache.save()
                 ranks.barrier()
                 saved_step = state.step
                 if wait:

@@ -6,6 +6,7 @@ metrics.jsonl             a row for each logged step
 metrics.discarded.jsonl   rows of steps that were redone after a kill
 events.jsonl              start, resume, save, skip, spike, signal, finish
 checkpoints/              see matilda-ckpt
+compile-cache/            what torch.compile made, for the next process
 hangs/                    stacks of processes that made no progress
 samples/                  text sampled from the model
 run.lock                  held while a process trains here

@@ -1,0 +1,68 @@
+"""What torch.compile made, kept beside the run, so that a resumed run compiles nothing again.
+
+The compiler has a cache of its own on the machine's disk; this one travels with the run directory
+to the next machine, and after a reboot. It holds the graphs and the kernels that inductor made for
+a GPU; kernels written in Triton by hand and C++ made for a CPU are built again, in seconds.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+__all__ = ["CompileCache"]
+
+
+class CompileCache:
+    """One file of compiled artifacts in `folder` for this torch, Python and kind of device.
+
+    An entry is used by torch only if the code it was made of is the same to the byte, so a stale
+    file costs time, never correctness. Loading unpickles: a run directory from somebody else can
+    run code, as its config cannot.
+    """
+
+    def __init__(
+        self, folder: str | Path, device: torch.device, *, enabled: bool = True, writes: bool = True
+    ) -> None:
+        kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        parts = (torch.__version__, platform.python_version(), device.type, kind)
+        name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        self.path = Path(folder) / f"{name}.bin"
+        self._enabled = enabled
+        self._writes = writes
+        self._saved = b""
+
+    def load(self) -> bool:
+        """Give torch what an earlier process of this run saved; whether there was anything whole.
+
+        Before the first call of a compiled function. A damaged file is passed over.
+        """
+        if not (self._enabled and self.path.is_file()):
+            return False
+        content = self.path.read_bytes()
+        digest, artifacts = content[:32], content[32:]
+        if hashlib.sha256(artifacts).digest() != digest:
+            return False
+        self._saved = digest
+        return torch.compiler.load_cache_artifacts(artifacts) is not None
+
+    def save(self) -> bool:
+        """Write what has been compiled or loaded since the process began, if that is new."""
+        if not (self._enabled and self._writes):
+            return False
+        made = torch.compiler.save_cache_artifacts()
+        if made is None:
+            return False
+        digest = hashlib.sha256(made[0]).digest()
+        if digest == self._saved:
+            return False
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        partial = self.path.with_suffix(f".{os.getpid()}.partial")
+        partial.write_bytes(digest + made[0])
+        partial.replace(self.path)
+        self._saved = digest
+        return True
