@@ -61,10 +61,16 @@ class Ranks:
             dist.destroy_process_group()
 
     def own_device(self, device: torch.device) -> torch.device:
-        """This process's device: one GPU a process, unless the config names a GPU."""
-        if device.type != "cuda" or device.index is not None:
+        """This process's device: one GPU a process, unless the config names a GPU.
+
+        It becomes torch's current device, on whose stream events are recorded and kernels run.
+        """
+        if device.type != "cuda":
             return device
-        return torch.device("cuda", self.local_rank)
+        if device.index is None:
+            device = torch.device("cuda", self.local_rank)
+        torch.cuda.set_device(device)
+        return device
 
     @property
     def is_main(self) -> bool:

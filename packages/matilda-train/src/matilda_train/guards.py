@@ -192,17 +192,20 @@ class StepGuard:
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:
     """L2 norm of each parameter's gradient, [parameters], on the device; 0 where it has none.
 
-    Sharded gradients count whole.
+    Gradients sharded over a mesh count whole; all of them cost one exchange.
     """
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    norms = iter(torch._foreach_norm(gradients))
     none = torch.zeros((), device=parameters[0].device)
-    stacked = [_whole(next(norms)) if p.grad is not None else none for p in parameters]
-    return torch.stack(stacked)
-
-
-def _whole(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
+    gradients = [none if p.grad is None else p.grad for p in parameters]
+    parts = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    norms = torch.stack(torch._foreach_norm(parts))
+    meshes = {g.device_mesh for g in gradients if isinstance(g, DTensor)}
+    if not meshes:
+        return norms
+    (mesh,) = meshes
+    # float64: the square of any finite float32 is finite
+    squares = norms.double().square()
+    torch.distributed.all_reduce(squares, group=mesh.get_group())
+    return squares.sqrt().float()
 
 
 def clip_gradients(
