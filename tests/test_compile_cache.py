@@ -31,10 +31,11 @@ model = Transformer(ModelConfig(
 compiled = compile_model(model)
 ids = torch.arange(32).view(2, 16) % 64
 compiled(ids, ids).loss.backward()
+unwritable = CompileCache("/dev/null/folder", torch.device("cpu")).save()
 saved = cache.save()
 again = cache.save()
 print(json.dumps({
-    "loaded": loaded, "saved": saved, "again": again,
+    "loaded": loaded, "unwritable": unwritable, "saved": saved, "again": again,
     "hits": counters["inductor"]["fxgraph_cache_hit"],
     "misses": counters["inductor"]["fxgraph_cache_miss"],
     "autograd_hits": counters["aot_autograd"]["autograd_cache_hit"],
@@ -60,6 +61,7 @@ def train(folder: Path, compiler_cache: Path) -> dict[str, object]:
 def test_another_machine_compiles_nothing_again(tmp_path: Path) -> None:
     first = train(tmp_path / "run", tmp_path / "machine-1")
     assert (first["loaded"], first["saved"], first["again"]) == (False, True, False)
+    assert first["unwritable"] is False
     assert first["autograd_misses"] == 1
     second = train(tmp_path / "run", tmp_path / "machine-2")
     assert second["loaded"] is True

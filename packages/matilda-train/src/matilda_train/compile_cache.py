@@ -7,6 +7,7 @@ a GPU; kernels written in Triton by hand and C++ made for a CPU are built again,
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import platform
@@ -51,7 +52,10 @@ class CompileCache:
         return torch.compiler.load_cache_artifacts(artifacts) is not None
 
     def save(self) -> bool:
-        """Write what has been compiled or loaded since the process began, if that is new."""
+        """Write what has been compiled or loaded since the process began, if that is new.
+
+        A disk that takes no more costs the next process its head start, never this one its life.
+        """
         if not (self._enabled and self._writes):
             return False
         made = torch.compiler.save_cache_artifacts()
@@ -60,9 +64,16 @@ class CompileCache:
         digest = hashlib.sha256(made[0]).digest()
         if digest == self._saved:
             return False
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        partial.write_bytes(digest + made[0])
-        partial.replace(self.path)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in self.path.parent.glob("*.partial"):
+                abandoned.unlink()
+            partial.write_bytes(digest + made[0])
+            partial.replace(self.path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            return False
         self._saved = digest
         return True
