@@ -6,8 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from killable_runs import TrainServer, state_sha256
+from matilda_optim import Muon
 from matilda_train.metrics_log import read_rows
 from matilda_train.verify_resume import untimed_rows
 
@@ -81,6 +83,42 @@ def test_the_clock_decides_when_to_save_and_never_what_is_learned(
     clock = ["ckpt.every=0.01 s", "eval.every=0.02 s", "log.every=0.001 s"]
     assert server.run(tiny_config, run_dir, corpus, set=clock, ranks=1) == 0
     assert state_sha256(run_dir) == state_sha256(twin)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: nothing is compiled")
+def test_resume_is_bitwise_on_a_gpu_with_compiled_ramps(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    choice = [*RAMPED, "train.device=cuda", "train.compile=true", "train.deterministic=true"]
+    assert server.run(tiny_config, tmp_path / "whole", corpus, set=choice) == 0
+    stop = {"at_step": 4, "signal": "SIGTERM"}
+    assert server.run(tiny_config, tmp_path / "pieces", corpus, set=choice, **stop) == 75
+    assert server.run(tiny_config, tmp_path / "pieces", corpus, set=choice) == 0
+    assert state_sha256(tmp_path / "pieces") == state_sha256(tmp_path / "whole")
+    assert untimed_rows(tmp_path / "pieces") == untimed_rows(tmp_path / "whole")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device: no kernels, no graph")
+def test_a_replayed_graph_follows_momentum_and_weight_decay() -> None:
+    """Muon's kernels replay a graph from the third step on; what is scheduled must reach it."""
+    torch.manual_seed(0)
+    start = torch.randn(64, 128, device="cuda")
+    weights = {}
+    for backend in ("reference", "auto"):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = Muon([weight], backend=backend, graph=True, ns_dtype="float32")
+        generator = torch.Generator(device="cuda").manual_seed(1)
+        for step in range(8):
+            group = optimizer.param_groups[0]
+            group["lr"], group["momentum"] = 0.05 / (step + 1), 0.8 + 0.02 * step
+            group["weight_decay"] = 0.5 / (step + 1)
+            weight.grad = torch.randn(weight.shape, device="cuda", generator=generator)
+            optimizer.step()
+        weights[backend] = weight.detach().clone()
+    difference = (weights["auto"] - weights["reference"]).norm() / weights["reference"].norm()
+    assert difference < 1e-2
 
 
 def test_a_run_of_a_version_without_these_fields_goes_on(

@@ -18,6 +18,7 @@ def config_file(tmp_path: Path) -> Path:
         json.dumps(
             {
                 "model": {"d_model": 64, "n_layers": 2, "n_heads": 2, "n_kv_heads": 1},
+                "optim": {"warmup_steps": 10},
                 "train": {"tokens_per_step": 2048, "micro_batch_size": 1},
             }
         )
@@ -56,6 +57,12 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
         ("optim.schedule=cosin", "Did you mean 'cosine'?"),
         ("train.tokens_per_step=1000", "a multiple of the sequence length (1024)"),
         ("model.n_kv_heads=3", "n_kv_heads"),
+        ("eval.every=sometimes", "`eval.every`: 'sometimes' is no duration"),
+        ("ckpt.every=0 min", "`ckpt.every` is '0 min', but must be above 0"),
+        ("log.every=true", "must be of type str"),
+        ("train.micro_batch_size=automatic", "must be of type int"),
+        ("train.micro_batch_size=0", "1 or more, or 'auto'"),
+        ("optim.decay_fraction=1", "1000 steps of decay and 10 of `optim.warmup_steps` do not fit"),
         ("lr=1", "`--set` takes section.field=value"),
         ("optim.lr", "`--set` takes section.field=value"),
         ("model=3", "`--set` takes section.field=value"),

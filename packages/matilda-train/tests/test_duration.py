@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matilda_train.cadence import Cadence
@@ -17,6 +17,7 @@ durations = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(durations)
 def test_what_is_written_reads_back_the_same(duration: Duration) -> None:
     assert Duration.parse(str(duration)) == duration
@@ -67,6 +68,7 @@ def test_counts_are_exact() -> None:
 RAMPED = StepPlan(tokens_per_step=300, seq_len=100, batch_ramp=["7 steps: 500", "9k tokens: 1100"])
 
 
+@settings(deadline=None)
 @given(every=st.integers(1, 5000))
 def test_every_so_many_tokens_is_due_once_for_each_multiple(every: int) -> None:
     cadence = Cadence(Duration(every, "tokens"), RAMPED)
@@ -80,10 +82,16 @@ def test_every_so_many_tokens_is_due_once_for_each_multiple(every: int) -> None:
     assert [fresh.due(step) for step in (40, 41, 42)] == [step in due for step in (40, 41, 42)]
 
 
+@settings(deadline=None)
 @given(every=st.integers(1, 30))
 def test_every_so_many_steps_is_due_at_its_multiples(every: int) -> None:
     cadence = Cadence(Duration(every, "steps"), RAMPED)
     assert [s for s in range(60) if cadence.due(s)] == list(range(0, 60, every))
+
+
+def test_it_is_due_at_the_steps_to_be_kept_as_well() -> None:
+    cadence = Cadence(Duration(10.0, "seconds"), RAMPED, also_steps=4, clock=lambda: 0.0)
+    assert [step for step in range(13) if cadence.due(step)] == [0, 4, 8, 12]
 
 
 def test_every_so_many_seconds_counts_from_the_last_time_and_asks_all_ranks() -> None:

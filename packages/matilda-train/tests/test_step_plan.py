@@ -41,6 +41,7 @@ def plans(draw: st.DrawFn) -> StepPlan:
     return plan
 
 
+@settings(deadline=None)
 @given(plans())
 def test_tokens_of_a_step_are_the_sum_of_all_batches_before_it(plan: StepPlan) -> None:
     total = 0
@@ -51,6 +52,7 @@ def test_tokens_of_a_step_are_the_sum_of_all_batches_before_it(plan: StepPlan) -
         total += plan.tokens_per_step(step)
 
 
+@settings(deadline=None)
 @given(plans(), st.integers(0, 20_000))
 def test_a_point_in_tokens_is_the_first_step_that_has_them(plan: StepPlan, tokens: int) -> None:
     step = plan.step_at(Duration(tokens, "tokens"))
@@ -58,6 +60,7 @@ def test_a_point_in_tokens_is_the_first_step_that_has_them(plan: StepPlan, token
     assert step == 0 or plan.tokens(step - 1) < tokens
 
 
+@settings(deadline=None)
 @given(plans())
 def test_the_ramp_is_the_optimizer_packages(plan: StepPlan) -> None:
     first, *rest = plan.batch_stages
@@ -90,6 +93,13 @@ def test_a_bad_ramp_is_one_sentence(ramps: dict[str, list[str]], said: str) -> N
     assert "\n" not in str(raised.value)
 
 
+def test_more_lengths_than_compiled_variants_are_refused() -> None:
+    lengths = [f"{n}: {2**n}" for n in range(7)]
+    with pytest.raises(ValueError, match="more than 6 lengths"):
+        StepPlan(tokens_per_step=64, seq_len=64, seq_len_ramp=lengths)
+    StepPlan(tokens_per_step=64, seq_len=64, seq_len_ramp=lengths[2:])
+
+
 def test_sequence_lengths_hold_from_their_points_on() -> None:
     ramp = ["0: 2", "320 tokens: 4", "20 steps: 8"]
     plan = StepPlan(tokens_per_step=32, seq_len=8, seq_len_ramp=ramp)
@@ -97,7 +107,7 @@ def test_sequence_lengths_hold_from_their_points_on() -> None:
     assert StepPlan(tokens_per_step=32, seq_len=8, seq_len_ramp=["3: 4"]).seq_len(2) == 8
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 @given(length=st.sampled_from([1, 2, 3, 4, 6, 12]), micro=st.integers(1, 5))
 def test_shorter_sequences_are_the_same_tokens_in_the_same_order(length: int, micro: int) -> None:
     tokens = np.random.default_rng(0).integers(0, 60_000, (5, 13), dtype=np.uint16)
@@ -124,6 +134,7 @@ def make(optim: dict[str, object], **train: object) -> tuple[RunConfig, Muon, Sc
     return config, optimizer, Schedules(config, optimizer)
 
 
+@settings(deadline=None)
 @given(
     warmup=st.integers(0, 40),
     decay=st.sampled_from([0.0, 0.2, 0.25, 0.5]),

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matilda_train.config_load import config_from_dict, config_to_dict, load_config
     from matilda_train.console import Display, SilentDisplay, TerminalDisplay
     from matilda_train.decay import DecayRun, open_decay
+    from matilda_train.duration import Duration
     from matilda_train.errors import TrainingDivergedError
     from matilda_train.evaluation import Evaluation, evaluate
     from matilda_train.loop import TrainResult, train
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "DecayRun",
     "Display",
+    "Duration",
     "EvalConfig",
     "Evaluation",
     "Goodput",
@@ -79,6 +81,7 @@ _HOME = {
     "config_load": ("config_from_dict", "config_to_dict", "load_config"),
     "console": ("Display", "SilentDisplay", "TerminalDisplay"),
     "decay": ("DecayRun", "open_decay"),
+    "duration": ("Duration",),
     "errors": ("TrainingDivergedError",),
     "evaluation": ("Evaluation", "evaluate"),
     "loop": ("TrainResult", "train"),

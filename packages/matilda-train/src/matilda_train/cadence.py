@@ -15,7 +15,8 @@ class Cadence:
     """Asked once a step. In steps and tokens the answer is a function of the step alone.
 
     Seconds are those of this process's monotonic clock, which no change of the date moves, since
-    the last time it was due. `agree` makes one answer of all ranks' for them.
+    the last time it was due. `agree` makes one answer of all ranks' for them. With `also_steps`, it
+    is due at every multiple of that many steps as well.
     """
 
     def __init__(
@@ -24,16 +25,22 @@ class Cadence:
         plan: StepPlan,
         agree: Callable[[bool], bool] = lambda due: due,
         *,
+        also_steps: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._every = every
         self._plan = plan
         self._agree = agree
+        self._also_steps = also_steps
         self._clock = clock
         self._last = clock()
 
     def due(self, step: int) -> bool:
         """Whether it is due after `step` steps; always at 0."""
+        also = self._also_steps is not None and step % self._also_steps == 0
+        return self._is_due(step) or also
+
+    def _is_due(self, step: int) -> bool:
         amount = self._every.amount
         if self._every.unit == "steps":
             return step % amount == 0

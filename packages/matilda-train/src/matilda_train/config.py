@@ -328,7 +328,8 @@ class CkptConfig:
     """Newest checkpoints to keep, never fewer than two."""
 
     keep_every: int | None = None
-    """Also keep every checkpoint whose step is a multiple of this; null for none."""
+    """Also keep every checkpoint whose step is a multiple of this; null for none. Where `every` is
+    in tokens or seconds, one is also written at each of these steps."""
 
     def __post_init__(self) -> None:
         _ = self.interval
@@ -344,6 +345,11 @@ class CkptConfig:
     def interval(self) -> Duration:
         """Time between checkpoints."""
         return _interval(self.every, self.every_steps, "ckpt")
+
+    @property
+    def also_steps(self) -> int | None:
+        """Checkpoints are also written at multiples of this many steps; None: at no others."""
+        return None if self.interval.unit == "steps" else self.keep_every
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -408,6 +414,15 @@ class RunConfig:
             "optim.warmup_steps",
             self.optim.warmup_steps,
             f"at most `train.total_steps` ({self.train.total_steps})",
+        )
+        decay_steps = round(self.optim.decay_fraction * self.train.total_steps)
+        _require(
+            self.optim.schedule != "wsd"
+            or self.optim.warmup_steps + decay_steps <= self.train.total_steps,
+            "optim.decay_fraction",
+            self.optim.decay_fraction,
+            f"less: {decay_steps} steps of decay and {self.optim.warmup_steps} of "
+            f"`optim.warmup_steps` do not fit into `train.total_steps` ({self.train.total_steps})",
         )
         momentum_steps = self.optim.momentum_warmup_steps + self.optim.momentum_cooldown_steps
         _require(

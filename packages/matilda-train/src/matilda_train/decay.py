@@ -177,10 +177,12 @@ def _publish(
         )
     _remove_partial(target)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    provenance = collect_provenance(choose_device(config.train.device)) | {
-        "world_size": int(os.environ.get("WORLD_SIZE", "1")),
-        "parent": dict(lineage),
-    }
+
+    def provenance() -> dict[str, Any]:
+        collected = collect_provenance(choose_device(config.train.device))
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        return collected | {"world_size": world_size, "parent": dict(lineage)}
+
     try:
         RunDir.open(partial, config, data_id=data_id, provenance=provenance).close()
         copy = partial / "checkpoints" / lineage["checkpoint"]

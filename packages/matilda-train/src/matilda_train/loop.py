@@ -248,7 +248,7 @@ def train(
         token_bytes = token_byte_lengths(config)
         meter = Meter(config, device, ranks.world_size)
         evaluations = Cadence(config.eval.interval, plan, ranks.any)
-        saves = Cadence(config.ckpt.interval, plan, ranks.any)
+        saves = Cadence(config.ckpt.interval, plan, ranks.any, also_steps=config.ckpt.also_steps)
         rows = Cadence(config.log.interval, plan, ranks.any)
         ledger = GoodputLedger(run_dir, phase)
         health = GpuHealth(device)

@@ -94,7 +94,7 @@ class Schedules:
             warming = step < warmup
             step = tokens(step + 1) - 1 if warming else tokens(step)
             warmup, total = tokens(warmup), tokens(total)
-            decay = round(optim.decay_fraction * total)
+            decay = min(round(optim.decay_fraction * total), total - warmup)
         if optim.schedule == "wsd":
             return wsd(
                 step,

@@ -14,6 +14,9 @@ from matilda_train.duration import Duration, parse_count
 
 __all__ = ["BatchStage", "StepPlan", "parse_point"]
 
+# torch.compile keeps 8 variants of a model: one a length, one for evaluation, one to spare.
+MOST_LENGTHS = 6
+
 
 @dataclass(frozen=True)
 class BatchStage:
@@ -81,6 +84,11 @@ class StepPlan:
                     f"`train.seq_len` ({seq_len})."
                 )
             self._lengths.append((step, length))
+        if len({length for _, length in self._lengths}) > MOST_LENGTHS:
+            raise ValueError(
+                f"`train.seq_len_ramp` has more than {MOST_LENGTHS} lengths, and torch.compile "
+                "keeps no more variants of a model; leave some out."
+            )
 
     def tokens(self, step: int) -> int:
         """Tokens of all steps before `step`: those trained on once `step` steps are done."""
