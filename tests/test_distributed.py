@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,8 +116,67 @@ def test_torchrun_goes_on_by_itself_when_a_rank_is_killed(
     assert [two[s]["batch_sha256"] for s in two] == [one[s]["batch_sha256"] for s in one]
 
 
+@pytest.mark.slow
+def test_two_nodes_go_on_when_one_is_killed_and_comes_back(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    longer = ["train.total_steps=200", "ckpt.every_steps=10", "eval.every_steps=1000"]
+    assert server.run(tiny_config, tmp_path / "twin", corpus, set=longer) == 0
+    run_dir = tmp_path / "run"
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def node(number: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(
+            [
+                *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "2"),
+                *("--nproc-per-node", "1", "--max-restarts", "3", "--rdzv-backend", "c10d"),
+                *("--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "proof"),
+                *("--rdzv-conf", f"is_host={int(number == 0)}", "--local-addr", "127.0.0.1"),
+                *(str(ROOT / "apps" / "train.py"), "--config", str(tiny_config)),
+                *("--data-dir", str(corpus), "--run-dir", str(run_dir), "--set", *longer),
+            ],
+            stdout=subprocess.DEVNULL,
+            stderr=(tmp_path / f"node-{number}.log").open("ab"),
+            env=os.environ
+            | {
+                "OMP_NUM_THREADS": "1",
+                "GLOO_SOCKET_IFNAME": "lo",
+                # Else a node that comes back waits for an address that the others have long had.
+                "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            },
+        )
+
+    nodes = [node(0), node(1)]
+    while not list(run_dir.glob("checkpoints/step-*")):
+        assert all(agent.poll() is None for agent in nodes), said(tmp_path)
+        time.sleep(0.01)
+    workers = [pid for rank in range(2) if (pid := process_of(rank, nodes[1].pid)) is not None]
+    for pid in (nodes[1].pid, *workers):
+        os.kill(pid, signal.SIGKILL)
+    nodes[1].wait()
+    nodes[1] = node(1)
+    assert [agent.wait(timeout=250) for agent in nodes] == [0, 0], said(tmp_path)
+    events = [row["event"] for row in read_rows(run_dir / "events.jsonl")]
+    assert [e for e in events if e != "save"] == ["start", "resume", "finish"]
+    one, two = rows_by_step(tmp_path / "twin"), rows_by_step(run_dir)
+    assert [two[s]["batch_sha256"] for s in two] == [one[s]["batch_sha256"] for s in one]
+
+
+def said(folder: Path) -> str:
+    return "\n".join(log.read_text()[-3000:] for log in sorted(folder.glob("node-*.log")))
+
+
 def process_of_rank(rank: int, agent: int) -> int:
     """Process id of the worker that an agent started as `rank`."""
+    found = process_of(rank, agent)
+    assert found is not None, f"no worker of rank {rank} under process {agent}"
+    return found
+
+
+def process_of(rank: int, agent: int) -> int | None:
+    """The same, or None when it has none."""
     for entry in Path("/proc").iterdir():
         try:
             parent = int((entry / "stat").read_text().rsplit(")", 1)[1].split()[1])
@@ -126,4 +186,4 @@ def process_of_rank(rank: int, agent: int) -> int:
                 return int(entry.name)
         except (OSError, IndexError, ValueError):
             continue
-    raise AssertionError(f"no worker of rank {rank} under process {agent}")
+    return None

@@ -9,6 +9,7 @@ at its n-th training step, or to send itself a signal there or where a phase beg
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -17,6 +18,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
@@ -61,28 +64,24 @@ def arm(request: dict[str, Any]) -> None:
         return
     number = getattr(signal, request.get("signal", "SIGKILL"))
 
-    def at_nth(n: int, function: Any) -> Any:
-        calls = 0
-
-        def counted(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == n:
-                os.kill(os.getpid(), number)
-            return function(*args, **kwargs)
-
-        return counted
+    def strike() -> None:
+        os.kill(os.getpid(), number)
 
     if "at_fsync" in request:
-        os.fsync = at_nth(request["at_fsync"], os.fsync)
+        os.fsync = at_nth(request["at_fsync"], os.fsync, strike)
     if "at_step" in request:
-        loop.clip_gradients = at_nth(request["at_step"], loop.clip_gradients)
+        loop.clip_gradients = at_nth(request["at_step"], loop.clip_gradients, strike)
     if "at_evaluation" in request:
-        loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate)
+        loop.evaluate = at_nth(request["at_evaluation"], loop.evaluate, strike)
     if "slow_seconds" in request:
         loop.BatchReader.read = delayed(loop.BatchReader.read, request["slow_seconds"])
     if "fifo_at_read" in request:
         stall_reader(request["fifo"], request["fifo_at_read"])
+    if "flip_at_step" in request:
+        step, shard = request["flip_at_step"], request["shard"]
+        loop.clip_gradients = at_nth(step, loop.clip_gradients, lambda: flip_bit(shard))
+    if "clock_jumps" in request:
+        make_clock_jump()
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
     if "nan_in_backward" in request:
@@ -100,6 +99,50 @@ def signal_at_phase(request: dict[str, Any]) -> Callable[[str], None]:
             os.kill(os.getpid(), getattr(signal, request["signal"]))
 
     return on_phase
+
+
+def at_nth(n: int, function: Any, fault: Callable[[], None]) -> Any:
+    """`function`, before whose n-th call something happens."""
+    calls = 0
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == n:
+            fault()
+        return function(*args, **kwargs)
+
+    return counted
+
+
+def flip_bit(shard: str) -> None:
+    """Change one token of a shard on the disk, behind the reader's back."""
+    with Path(shard).open("r+b") as file:
+        file.seek(1024 + 100)
+        byte = file.read(1)[0]
+        file.seek(1024 + 100)
+        file.write(bytes([byte ^ 1]))
+
+
+def make_clock_jump() -> None:
+    """Have every look at the calendar clock find it a day off, in turn ahead and behind."""
+    import time
+
+    import matilda_train.metrics_log as metrics_log
+
+    clock, looks = time.time, itertools.count()
+
+    def jumping() -> float:
+        return clock() + 86400 * (-1) ** next(looks)
+
+    class JumpingDatetime(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.fromtimestamp(jumping(), tz)
+
+    time.time = jumping
+    time.time_ns = lambda: int(jumping() * 1e9)
+    vars(metrics_log)["datetime"] = JumpingDatetime
 
 
 def delayed(function: Any, seconds: float) -> Any:
@@ -197,6 +240,22 @@ def free_port() -> int:
         return port
 
 
+def rival(request: dict[str, Any], first: int) -> int:
+    """Start the same run beside the first as soon as a file is there; -1 unless that one lives.
+
+    The first is stopped meanwhile, and then goes on to its end, which must be a good one.
+    """
+    while not Path(request["rival_after"]).exists():
+        time.sleep(0.01)
+    os.kill(first, signal.SIGSTOP)
+    second = os.fork()
+    if second == 0:
+        child({name: request[name] for name in ("config", "run_dir", "data_dir", "log")}, 0, 0)
+    code = os.waitstatus_to_exitcode(os.waitpid(second, 0)[1])
+    os.kill(first, signal.SIGCONT)
+    return code if os.waitpid(first, 0)[1] == 0 else -1
+
+
 def main() -> None:
     print(json.dumps("ready"), flush=True)
     for line in sys.stdin:
@@ -207,6 +266,9 @@ def main() -> None:
             if pid == 0:
                 child(request, rank, port)
             children.append(pid)
+        if "rival_after" in request:
+            print(json.dumps(rival(request, children[0])), flush=True)
+            continue
         if request.get("first_only"):
             pid, status = os.wait()
             for other in set(children) - {pid}:

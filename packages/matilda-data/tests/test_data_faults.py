@@ -13,6 +13,7 @@ import pytest
 import matilda_data.dataset as dataset_module
 import matilda_data.manifest as manifest_module
 import matilda_data.shard as shard_module
+import matilda_data.stamps as stamps_module
 from matilda_data import BinStream, DataError, open_dataset, prepare_text, verify
 
 SLOW = os.environ.get("MATILDA_SLOW") == "1"
@@ -56,6 +57,34 @@ def test_flipped_payload_byte_is_found_before_use_naming_shard_and_chunk(data_di
     with pytest.raises(DataError, match=r"text_train_000001\.bin' is damaged in chunk 1 "):
         verify(data_dir, deep=True)
     verify(data_dir)  # the quick check looks at headers and lengths only
+
+
+def test_file_touched_after_its_verification_is_verified_again(data_dir: Path) -> None:
+    shard = data_dir / "text_train_000001.bin"
+    stream = BinStream(data_dir, seq_len=64, seed=0, shuffle=False)
+    stream.check_untouched()
+    stream.windows(0, stream.n_windows)
+    os.utime(shard)
+    stream.check_untouched()  # the same bytes
+    flip(shard, 1024 + 4096 + 17)
+    with pytest.raises(DataError, match=r"text_train_000001\.bin' is damaged in chunk 1 "):
+        stream.check_untouched()
+    flip(shard, 1024 + 4096 + 17)
+    stream.check_untouched()
+    shard.unlink()
+    stream.check_untouched()  # what was read goes on being there
+
+
+def test_stamp_is_believed_at_the_first_touch_and_not_at_open_alone(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stamps_module, "RACY_NS", 0)
+    read_everything(data_dir)
+    dataset = open_dataset(data_dir)
+    assert all(shard.verified for shard in dataset.sources[0].shards)
+    flip(data_dir / "text_train_000001.bin", 1024 + 4096 + 17)
+    with pytest.raises(DataError, match=r"text_train_000001\.bin' is damaged in chunk 1 "):
+        dataset.sources[0].read(0, dataset.n_tokens)
 
 
 def test_flipped_bit_anywhere_in_a_payload_is_found_before_use(data_dir: Path) -> None:

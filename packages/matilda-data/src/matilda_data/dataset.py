@@ -69,6 +69,10 @@ class ShardFile:
             except (OSError, ValueError) as error:
                 raise DataError(f"cannot map shard {str(self.path)!r}: {error}") from None
             self._tokens = mapped.view(np.ndarray)
+            if self._all_verified and self._stamps is not None:
+                # A stamp was believed at open, which may be days ago.
+                still = self._stamps.holds(self.path.name, self.sha256)
+                self._verified[:] = self._all_verified = still
         return self._tokens
 
     @property
@@ -92,19 +96,40 @@ class ShardFile:
             self._verify_chunk(chunk)
         return min((len(self._verified) - before) * CHUNK_BYTES, 2 * self.n_tokens)
 
+    def check_untouched(self) -> None:
+        """Verify again what was verified before, if anything has touched the file since.
+
+        Raises:
+            DataError: tokens that were handed out may not have been what the manifest says.
+        """
+        if self._tokens is None:
+            return
+        try:
+            state = file_state(self.path)
+        except OSError:  # removed: the map still holds what it held
+            state = None
+        if state != self.state:
+            for chunk in range(len(self._chunk_sha256)):
+                if self._verified[chunk]:
+                    self._check_chunk(chunk)
+            self.state = state
+
+    def _check_chunk(self, chunk: int) -> None:
+        piece = self.tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
+        if hashlib.sha256(piece.data.cast("B")).hexdigest() != self._chunk_sha256[chunk]:
+            raise DataError(
+                f"shard {str(self.path)!r} is damaged in chunk {chunk} (tokens "
+                f"{chunk * CHUNK_TOKENS} to {chunk * CHUNK_TOKENS + len(piece) - 1}); restore "
+                "it or prepare the data set again"
+            )
+
     def _verify_chunk(self, chunk: int) -> None:
         if self._verified[chunk]:
             return
         with self._lock:
             if self._verified[chunk]:
                 return
-            piece = self.tokens[chunk * CHUNK_TOKENS : (chunk + 1) * CHUNK_TOKENS]
-            if hashlib.sha256(piece.data.cast("B")).hexdigest() != self._chunk_sha256[chunk]:
-                raise DataError(
-                    f"shard {str(self.path)!r} is damaged in chunk {chunk} (tokens "
-                    f"{chunk * CHUNK_TOKENS} to {chunk * CHUNK_TOKENS + len(piece) - 1}); restore "
-                    "it or prepare the data set again"
-                )
+            self._check_chunk(chunk)
             self._verified[chunk] = True
             self._all_verified = bool(self._verified.all())
             if self._all_verified and self._stamps is not None and self.state is not None:
@@ -146,12 +171,13 @@ class TokenSource:
             shard = self.shards[number]
             local = start - (self._ends[number] - shard.n_tokens)
             stop = min(local + wanted - filled, shard.n_tokens)
+            tokens = shard.tokens
             if not shard.verified:
                 shard.require(local, stop)
             elif shard.verified_tokens is None:
-                shard.verified_tokens = shard.tokens
+                shard.verified_tokens = tokens
             taken = stop - local
-            out[filled : filled + taken] = shard.tokens[local:stop]
+            out[filled : filled + taken] = tokens[local:stop]
             filled += taken
             start = (start + taken) % self.n_tokens
 
@@ -230,6 +256,20 @@ class TokenDataset:
         thread = threading.Thread(target=verify_all, name="matilda-data-verify", daemon=True)
         thread.start()
         return thread
+
+    def check_untouched(self) -> None:
+        """Verify again every shard in use that anything has touched since it was verified.
+
+        One `stat` a shard as long as nothing has. Call it before keeping what was made of tokens:
+        damage that a file suffers between its verification and now does not get past it, unless
+        the file system itself does not know (a rotten medium).
+
+        Raises:
+            DataError: a shard is no longer what the manifest says; names shard and chunk.
+        """
+        for source in self.sources:
+            for shard in source.shards:
+                shard.check_untouched()
 
     def __repr__(self) -> str:
         return (

@@ -285,6 +285,10 @@ class BinStream:
         self.next_sample += count
         return tokens
 
+    def check_untouched(self) -> None:
+        """`TokenDataset.check_untouched` of the data set behind it."""
+        self.dataset.check_untouched()
+
     def _identity(self) -> dict[str, Any]:
         return {
             "format": FORMAT,

@@ -29,6 +29,8 @@ class TokenStream(Protocol):
 
     def windows(self, first: int, count: int) -> NDArray[np.uint16]: ...
 
+    def check_untouched(self) -> None: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -59,6 +61,9 @@ class SyntheticStream:
         generator = np.random.Generator(np.random.PCG64([self._seed, first]))
         shape = (count, self._seq_len + 1)
         return generator.integers(0, self._vocab_size, shape, dtype=np.uint16)
+
+    def check_untouched(self) -> None:
+        """Noise has no files."""
 
     def state_dict(self) -> dict[str, Any]:
         return {"data_id": self.data_id, "next_sample": self.next_sample}

@@ -35,9 +35,10 @@ class Ranks:
         if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
             yield cls()
             return
-        # What an attempt before a restart left in torchrun's store would mislead this one.
         store, _, _ = next(rendezvous("env://"))
-        store = PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # What an attempt before a restart left in torchrun's store would mislead this one.
+            store = PrefixStore(os.environ["TORCHELASTIC_RESTART_COUNT"], store)
         ranks = cls(
             rank=int(os.environ["RANK"]),
             world_size=int(os.environ["WORLD_SIZE"]),

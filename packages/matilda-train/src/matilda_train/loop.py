@@ -320,6 +320,7 @@ def train(
             if (save_due or stopping) and saved_step != state.step:
                 wait = at_end or stopping or not config.ckpt.background
                 phase.enter("saving")
+                stream.check_untouched()  # before anything is kept of what was read
                 metrics.sync()
                 whole = gather_state(everything) if sharded else everything
                 if ranks.is_main:
