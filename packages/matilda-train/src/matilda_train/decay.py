@@ -184,7 +184,7 @@ def _publish(
         return collected | {"world_size": world_size, "parent": dict(lineage)}
 
     try:
-        RunDir.open(partial, config, data_id=data_id, provenance=lambda: provenance).close()
+        RunDir.open(partial, config, data_id=data_id, provenance=provenance).close()
         copy = partial / "checkpoints" / lineage["checkpoint"]
         shutil.copytree(parent / "checkpoints" / copy.name, copy, copy_function=_copy_durably)
         report = verify(copy)
