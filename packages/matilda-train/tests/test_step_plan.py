@@ -134,7 +134,7 @@ def make(optim: dict[str, object], **train: object) -> tuple[RunConfig, Muon, Sc
     return config, optimizer, Schedules(config, optimizer)
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=30)
 @given(
     warmup=st.integers(0, 40),
     decay=st.sampled_from([0.0, 0.2, 0.25, 0.5]),
