@@ -209,6 +209,9 @@ def plant_nan_in_backward(loop: Any, rank: int, number: int, name: str) -> None:
 def child(request: dict[str, Any], rank: int, port: int) -> None:
     """Be one rank of a run, and exit."""
     ranks = request.get("ranks", 1)
+    os.environ |= request.get("env", {})
+    for module in request.get("unimportable", []):
+        sys.modules[module] = None  # type: ignore[assignment]
     if ranks > 1:
         os.environ |= {
             "RANK": str(rank),

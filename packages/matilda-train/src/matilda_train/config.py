@@ -367,7 +367,8 @@ class LogConfig:
     change; such a step is about a millisecond longer for 152M parameters on an H100."""
 
     wandb: bool = False
-    """Also log to Weights & Biases (needs `matilda-train[wandb]`)."""
+    """Also log to Weights & Biases (needs `matilda-train[wandb]`), by a process beside the run's;
+    what cannot be sent is kept in the run directory for `wandb sync`."""
 
     wandb_project: str = "matilda"
     """Project name at Weights & Biases."""

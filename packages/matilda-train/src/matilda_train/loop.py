@@ -207,9 +207,10 @@ def train(
                 run_dir / "metrics.jsonl",
                 step=state.step if restored else -1,
                 enabled=ranks.is_main,
-                mirror=WandbMirror(config.log, run) if mirrored else None,
             )
         cleanup.callback(metrics.close)
+        if mirrored:
+            cleanup.callback(WandbMirror(config.log, run_dir, display.note).close)
         saved_step = durable_step = state.step if restored else -1
         if restored:
             display.note(f"resuming at step {state.step:,} from {restored.path}")

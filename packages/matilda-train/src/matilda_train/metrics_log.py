@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
 __all__ = ["MACHINE_FIELDS", "EventLog", "MetricsLog", "read_rows"]
 
@@ -36,20 +36,12 @@ MACHINE_FIELDS = (
 are equal in all others."""
 
 
-class RowMirror(Protocol):
-    """A second place that metrics rows go to."""
-
-    def write(self, row: Mapping[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
-
-
 class MetricsLog:
     """One JSON object a line; a row with `val_loss_nats` is an evaluation, others are steps.
 
     Opening it for a run restored at `step` (-1 for a new run) moves rows past that step, and a
     line cut short by a kill, to `metrics.discarded.jsonl`, so that the file always reads as one
-    uninterrupted run. Only the main process (`enabled`) writes; `mirror` gets every row as well.
+    uninterrupted run. Only the main process (`enabled`) writes.
     """
 
     def __init__(
@@ -58,7 +50,6 @@ class MetricsLog:
         *,
         step: int,
         enabled: bool = True,
-        mirror: RowMirror | None = None,
     ) -> None:
         kept: list[str] = []
         discarded: list[str] = []
@@ -78,7 +69,6 @@ class MetricsLog:
         """Evaluation rows so far, oldest first."""
         self.discarded_rows = len(discarded)
         """Lines that were set aside, one cut short by a kill included."""
-        self._mirror = mirror
         self._file: IO[str] | None = None
         if not enabled:
             return
@@ -113,8 +103,6 @@ class MetricsLog:
         if self._file is not None:
             self._file.write(json.dumps(plain) + "\n")
             self._file.flush()
-        if self._mirror is not None:
-            self._mirror.write(plain)
 
     def sync(self) -> None:
         """Make all rows durable; called before a checkpoint that they belong to is committed."""
@@ -122,9 +110,7 @@ class MetricsLog:
             _make_durable(self._file)
 
     def close(self) -> None:
-        """Close the file and the mirror; rows already written stay."""
-        if self._mirror is not None:
-            self._mirror.close()
+        """Close the file; rows already written stay."""
         if self._file is not None:
             self._file.close()
             self._file = None
