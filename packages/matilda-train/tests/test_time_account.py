@@ -101,6 +101,17 @@ def test_steps_redone_after_a_kill_are_lost() -> None:
     assert account.seconds["between lives"] == pytest.approx(STEP)
 
 
+def test_an_evaluation_that_a_kill_undid_is_counted_once() -> None:
+    history = History()
+    history.live(0, 7, killed=True)
+    history.event("save", step=4)  # written in the background, acknowledged after the evaluation
+    history.live(4, 12, killed=False)
+    account = account_time(history.events, history.rows)
+    assert account.seconds["redone"] == pytest.approx(2 * STEP + EVALUATION)
+    assert account.seconds["evaluating"] == pytest.approx(2 * EVALUATION)
+    assert account.seconds["productive"] == pytest.approx(12 * STEP)
+
+
 def test_steps_that_a_checkpoint_kept_but_no_row_tells_of_are_productive() -> None:
     history = History()
     history.live(0, 9, killed=False)

@@ -161,12 +161,16 @@ def account_time(events: Sequence[Row], rows: Sequence[Row]) -> Goodput:
         end += life.duration
     seconds["between lives"] = end - sum(life.duration for life in lives)
     seconds["redone"] = sum(_number(event, "lost_seconds") for event in events)
+    # A phase's seconds hold evaluations that a kill undid too, which `lost_seconds` tells of.
+    evaluations_are_timed = any("eval_seconds" in row for row in rows)
     one_step = 0.0
     for life, following in zip(lives, [*lives[1:], None], strict=True):
         for name in TABLE_PHASES:
             seconds[name] += life.table.get(name, 0.0)
-        evaluated = sum(_number(row, "eval_seconds") for row in life.rows)
-        seconds["evaluating"] += max(evaluated, life.table.get("evaluating", 0.0))
+        if evaluations_are_timed:
+            seconds["evaluating"] += sum(_number(row, "eval_seconds") for row in life.rows)
+        else:
+            seconds["evaluating"] += life.table.get("evaluating", 0.0)
         reached = life.first_step
         for row in life.rows:
             if "val_loss_nats" in row:
