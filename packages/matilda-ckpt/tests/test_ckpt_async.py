@@ -189,15 +189,26 @@ c.save(1, {{"x": [torch.full((300_000,), i) for i in range(8)]}}, wait=False)
 
 
 @pytest.mark.gpu
-def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("defer", [False, True])
+def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path, defer: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device on this machine")
     checkpoints = Checkpointer(tmp_path)
     weight = torch.randn(30_000_000, device="cuda")
     expected = weight.cpu()
+    host = {"large": torch.ones(5000), "step": torch.tensor(3.0)}
     for step in (1, 2):
-        handle = checkpoints.save(step, {"w": weight, "t": {"same": weight}}, wait=False)
+        state = {"w": weight, "t": {"same": weight}, "host": host}
+        handle = checkpoints.save(step, state, wait=False, defer_copy=defer)
         weight.zero_()
+        host["step"].zero_()
         torch.cuda.synchronize()
-        assert torch.equal(checkpoints.load_state(handle.path)["w"], expected)
+        handle.wait_copied()
+        host["large"].zero_()
+        loaded = checkpoints.load_state(handle.path)
+        assert torch.equal(loaded["w"], expected)
+        assert bool((loaded["host"]["large"] == 1).all())
+        assert float(loaded["host"]["step"]) == 3.0
         weight.copy_(expected)
+        host["step"].fill_(3.0)
+        host["large"].fill_(1.0)
