@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from types import TracebackType
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 __all__ = ["Display", "SilentDisplay", "TerminalDisplay"]
 
@@ -40,10 +41,10 @@ class SilentDisplay:
 
 
 class TerminalDisplay:
-    """A progress bar with ETA on a terminal; elsewhere a line every `interval` seconds."""
+    """A progress bar with ETA on a terminal; elsewhere, and without rich, a line every `interval`
+    seconds."""
 
     def __init__(self, *, interval: float = 10.0) -> None:
-        self._console = Console(file=sys.stderr, highlight=False, soft_wrap=True)
         self._interval = interval
         self._progress: Progress | None = None
         self._task: TaskID | None = None
@@ -66,19 +67,8 @@ class TerminalDisplay:
         self._what, self._total, self._first = what, total, done
         self._began = time.monotonic()
         self._spoke = self._began - self._interval
-        if self._console.is_terminal:
-            self._progress = Progress(
-                TextColumn("{task.description}"),
-                BarColumn(bar_width=24),
-                TextColumn("{task.percentage:3.0f} %"),
-                TextColumn("{task.fields[detail]}"),
-                TextColumn("ETA"),
-                TimeRemainingColumn(compact=True),
-                console=self._console,
-                transient=True,
-                # Redrawing from a thread would touch the terminal in the middle of a signal.
-                auto_refresh=False,
-            )
+        self._progress = _live_bar()
+        if self._progress is not None:
             self._progress.start()
             self._task = self._progress.add_task(what, total=total, completed=done, detail="")
 
@@ -94,15 +84,41 @@ class TerminalDisplay:
             rate = (done - self._first) / max(now - self._began, 1e-9)
             eta = f"ETA {_clock((self._total - done) / rate)}" if rate > 0 else "ETA –"
             percent = 100 * done / max(self._total, 1)
-            self._console.print(f"{self._what} {percent:3.0f} %  {detail}  {eta}", markup=False)
+            self.note(f"{self._what} {percent:3.0f} %  {detail}  {eta}")
 
     def note(self, text: str) -> None:
-        self._console.print(text, markup=False)
+        if self._progress is not None:
+            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=sys.stderr, flush=True)
 
     def _end(self) -> None:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def _live_bar() -> Progress | None:
+    """A bar for standard error; None where it is no terminal that redraws, or rich is missing."""
+    if not sys.stderr.isatty() or os.environ.get("TERM") in (None, "", "dumb"):
+        return None
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+    except ImportError:
+        return None
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:3.0f} %"),
+        TextColumn("{task.fields[detail]}"),
+        TextColumn("ETA"),
+        TimeRemainingColumn(compact=True),
+        console=Console(file=sys.stderr),
+        transient=True,
+        # Redrawing from a thread would touch the terminal in the middle of a signal.
+        auto_refresh=False,
+    )
 
 
 def _clock(seconds: float) -> str:

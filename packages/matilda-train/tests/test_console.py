@@ -1,0 +1,67 @@
+"""What a person sees: a live bar on a terminal, plain lines elsewhere and without rich."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import sys
+if "no-rich" in sys.argv:
+    sys.modules["rich"] = sys.modules["rich.console"] = sys.modules["rich.progress"] = None
+from matilda_train.console import TerminalDisplay
+with TerminalDisplay(interval=0.0) as display:
+    display.note("resuming at step 40 [from] here")
+    display.begin("training", total=100, done=40)
+    display.advance(70, "loss 2.5")
+    display.note("step 70: held-out")
+    display.advance(100, "loss 2.4")
+"""
+
+
+def show(*arguments: str, terminal: bool, term: str = "xterm-256color") -> str:
+    """What the program writes to standard error, on a terminal of its own or into a pipe."""
+    mine, theirs = os.openpty() if terminal else os.pipe()
+    with subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, *arguments],
+        stderr=theirs,
+        env=os.environ | {"TERM": term, "COLUMNS": "100"},
+    ) as process:
+        os.close(theirs)
+        said = b""
+        while True:
+            try:
+                piece = os.read(mine, 4096)
+            except OSError:  # how a terminal says that nobody is there any more
+                break
+            if not piece:
+                break
+            said += piece
+        os.close(mine)
+    assert process.returncode == 0
+    return said.decode()
+
+
+def test_a_terminal_gets_a_bar_that_begins_where_the_run_resumed() -> None:
+    said = show(terminal=True)
+    assert "\x1b[" in said
+    assert "resuming at step 40 [from] here" in said
+    assert "70 %" in said
+    assert "step 70: held-out" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "terminal", "term"),
+    [((), False, "xterm"), (("no-rich",), True, "xterm"), ((), True, "dumb")],
+)
+def test_others_get_plain_lines(arguments: tuple[str, ...], terminal: bool, term: str) -> None:
+    said = show(*arguments, terminal=terminal, term=term)
+    assert "\x1b" not in said
+    lines = said.split("\n")
+    assert lines[0].strip() == "resuming at step 40 [from] here"
+    assert lines[1].startswith("training  70 %  loss 2.5  ETA 0:00")
+    assert lines[2].strip() == "step 70: held-out"
+    assert lines[3].startswith("training 100 %")
