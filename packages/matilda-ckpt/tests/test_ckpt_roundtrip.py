@@ -192,6 +192,24 @@ def test_adamw_and_model_resume_bitwise_through_objects(tmp_path: Path) -> None:
     assert same(other[1].state_dict(), optimizer.state_dict())
 
 
+def test_wrapped_and_compiled_models_have_no_prefixes(
+    tmp_path: Path,
+) -> None:
+    plain = torch.nn.Linear(3, 2)
+    wrapped = {
+        "compiled": torch.compile(plain),
+        "parallel": torch.nn.DataParallel(plain),
+        "both": torch.compile(torch.nn.DataParallel(plain)),
+    }
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, {"plain": plain, **wrapped})
+    loaded = checkpoints.load_state(1)
+    assert all(list(loaded[name]) == ["weight", "bias"] for name in wrapped)
+    other = torch.nn.Linear(3, 2)
+    checkpoints.restore({"compiled": other, "plain": torch.compile(torch.nn.Linear(3, 2))})
+    assert torch.equal(other.weight, plain.weight)
+
+
 def test_tied_tensors_are_stored_once_within_and_across_names(tmp_path: Path) -> None:
     weight = torch.nn.Parameter(torch.randn(1000))
     checkpoints = Checkpointer(tmp_path)
