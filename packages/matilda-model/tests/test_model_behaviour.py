@@ -220,14 +220,44 @@ def test_a_window_bounds_what_a_token_reaches_and_its_flops() -> None:
     assert causal == 12 * 64 * (3.5 + 3.5 + 8)  # 4 * (1 - 4 / 32) of a window, half of the rest
 
 
+@pytest.mark.parametrize("change", [{}, {"window": 6, "window_pattern": "SL"}], ids=["", "window"])
+def test_packed_documents_equal_each_document_alone(change: dict[str, object]) -> None:
+    config = dataclasses.replace(TINY, document_token=0, **change)  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    model = Transformer(config)
+    documents = [torch.randint(1, 128, (length,)) for length in (5, 12, 1, 14)]
+    row = torch.cat([torch.cat([torch.zeros(1, dtype=torch.int64), d]) for d in documents])
+    whole = torch.stack([row, row])
+    with torch.no_grad():
+        packed = model(whole)
+        start = 0
+        for document in documents:
+            stop = start + 1 + len(document)
+            torch.testing.assert_close(packed[0, start:stop], model(row[None, start:stop])[0])
+            start = stop
+    unmasked = Transformer(dataclasses.replace(config, document_token=None))
+    unmasked.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert not torch.allclose(unmasked(whole)[0, 6:], packed[0, 6:])
+    plain = Transformer(dataclasses.replace(config, attention="math"))
+    with FlopCounterMode(display=False) as counter:
+        plain(whole, whole).loss.backward()
+    # a dense kernel computes what a mask hides: counted without windows
+    dense = dataclasses.replace(config, window=None, window_pattern="L")
+    assert counter.get_total_flops() == flops_per_token(dense, 36, causal=False) * 2 * 36
+
+
 @pytest.mark.filterwarnings("ignore")  # torch warns that flex is slow when not compiled
 def test_flex_attention_equals_math_with_and_without_a_window() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 40, heads, 16) for heads in (4, 2, 2))
+    documents = torch.tensor([0] * 9 + [1] * 20 + [2] * 11)[None]
     for window in (None, 7):
-        torch.testing.assert_close(
-            causal_attention(q, k, v, "flex", window), causal_attention(q, k, v, "math", window)
-        )
+        for number in (None, documents):
+            torch.testing.assert_close(
+                causal_attention(q, k, v, "flex", window, number),
+                causal_attention(q, k, v, "math", window, number),
+            )
 
 
 def test_causal_flops_halve_the_attention_term_only() -> None:
@@ -274,6 +304,9 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
         ({"window_pattern": "SL"}, "has S layers: set `window`"),
         ({"window_pattern": "SL", "window": 8, "attention": "flash"}, "has no window"),
         ({"qk_norm": 1}, "`qk_norm` must be true or false"),
+        ({"document_token": 128}, "`document_token` 128 is no row of the vocabulary"),
+        ({"document_token": -1}, "`document_token` must be a token id, not -1"),
+        ({"document_token": 0, "attention": "cudnn"}, "'cudnn' has no document mask"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

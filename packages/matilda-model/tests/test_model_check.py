@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
@@ -41,7 +43,24 @@ def test_weights_gradients_and_generators_are_left_alone() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def forgets_the_mask(q: Tensor, k: Tensor, v: Tensor, backend: str, window: None) -> Tensor:
+def test_the_mask_of_documents_is_part_of_the_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(dataclasses.replace(HERO, document_token=0))
+    inputs, targets = batch()
+    inputs[:, [0, 11]] = 0
+    assert all(row.ok for row in self_check(model, inputs, targets))
+    right = check_module.causal_attention
+
+    def one_document(*arguments: object) -> Tensor:
+        return right(*arguments[:-1])  # type: ignore[arg-type]
+
+    monkeypatch.setattr(check_module, "causal_attention", one_document)
+    with pytest.raises(KernelMismatchError, match="`attention` kernel 'auto' is wrong"):
+        self_check(model, inputs, targets)
+
+
+def forgets_the_mask(
+    q: Tensor, k: Tensor, v: Tensor, backend: str, window: None, documents: None
+) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return y.transpose(1, 2)

@@ -28,12 +28,15 @@ def model(**change: object) -> Transformer:
         {"n_kv_heads": 1},
         {"residual_scalars": True, "value_embeddings": True},
         {"window_pattern": "SL", "window": 5},
+        {"document_token": 0},
+        {"document_token": 0, "window_pattern": "SL", "window": 5},
     ],
-    ids=["mha", "mqa", "options", "window"],
+    ids=["mha", "mqa", "options", "window", "documents", "documents and window"],
 )
 def test_cached_decoding_equals_the_full_forward(change: dict[str, object]) -> None:
     net = model(**change)
-    ids = torch.randint(0, 64, (3, 20))
+    ids = torch.randint(1, 64, (3, 20))
+    ids[0, [0, 4, 11]] = ids[1, 15] = ids[2, 6:8] = 0  # where documents begin, if they do
     cache = KVCache(net.config, 3, 20, device="cpu", dtype=torch.float32)
     with torch.no_grad():
         full = net(ids)

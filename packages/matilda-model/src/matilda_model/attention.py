@@ -31,14 +31,21 @@ _SDPA_ORDER = {
 
 
 def causal_attention(
-    q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, backend: str, window: int | None = None
+    q_BTHE: Tensor,
+    k_BTKE: Tensor,
+    v_BTKE: Tensor,
+    backend: str,
+    window: int | None = None,
+    documents_BT: Tensor | None = None,
 ) -> Tensor:
     """Causal softmax attention, scale `1/sqrt(E)`; [B, T, H, E] in the dtype of the inputs.
 
-    With a `window` each query sees that many keys, its own the last.
+    With a `window` each query sees that many keys, its own the last; with `documents_BT` (see
+    `count_documents`) only those of its own document.
     """
-    if backend == "flex" or (window is not None and backend == "auto" and q_BTHE.is_cuda):
-        return _flex_attention(q_BTHE, k_BTKE, v_BTKE, window)
+    masked = window is not None or documents_BT is not None
+    if backend == "flex" or (masked and backend == "auto" and q_BTHE.is_cuda):
+        return _flex_attention(q_BTHE, k_BTKE, v_BTKE, window, documents_BT)
     if backend == "fa4":
         from matilda_model.flash4 import FlashAttention4
 
@@ -46,20 +53,19 @@ def causal_attention(
         return fa4_BTHE
     q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
     gqa = q_BTHE.shape[2] != k_BTKE.shape[2]
-    if window is not None:
-        mask_TT = causal_mask(q_BTHE.shape[1], window, q_BTHE.device)
-        y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask_TT, enable_gqa=gqa
-        )
-    elif backend == "auto" and q_BTHE.device.type == "cpu":
+    mask = causal_mask(q_BTHE.shape[1], window, q_BTHE.device) if masked else None
+    if mask is not None and documents_BT is not None:
+        mask = mask & same_document(documents_BT)
+    causal = mask is None
+    if backend == "auto" and q_BTHE.device.type == "cpu":
         # torch's own choice on a CPU is the flash kernel; a context manager a layer costs more
         y_BHTE = F.scaled_dot_product_attention(
-            q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+            q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal, enable_gqa=gqa
         )
     else:
         with sdpa_kernel(_SDPA_ORDER[backend], set_priority=True):
             y_BHTE = F.scaled_dot_product_attention(
-                q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
+                q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, is_causal=causal, enable_gqa=gqa
             )
     return y_BHTE.transpose(1, 2)
 
@@ -72,15 +78,37 @@ def causal_mask(seq_len: int, window: int | None, device: torch.device) -> Tenso
     return visible_TT if window is None else visible_TT & (distance_TT < window)
 
 
-def _flex_attention(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, window: int | None) -> Tensor:
-    """FlexAttention: skips the blocks outside a window; fast inside a compiled graph only."""
+def count_documents(input_ids_BT: Tensor, token: int) -> Tensor:
+    """The number of each token's document within its row, int64 [B, T]; `token` begins one."""
+    return (input_ids_BT == token).cumsum(1)
+
+
+def same_document(documents_BT: Tensor) -> Tensor:
+    """Whether query t and key s are of one document, bool [B, 1, T, T]."""
+    return documents_BT[:, None, :, None] == documents_BT[:, None, None, :]
+
+
+def _flex_attention(
+    q_BTHE: Tensor,
+    k_BTKE: Tensor,
+    v_BTKE: Tensor,
+    window: int | None,
+    documents_BT: Tensor | None,
+) -> Tensor:
+    """FlexAttention: skips the blocks that no query of theirs sees; fast compiled only."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def visible(b: Tensor, h: Tensor, t: Tensor, s: Tensor) -> Tensor:
-        return (t >= s) if window is None else (t >= s) & (t - s < window)
+        seen = t >= s
+        if window is not None:
+            seen = seen & (t - s < window)
+        if documents_BT is not None:
+            seen = seen & (documents_BT[b, t] == documents_BT[b, s])
+        return seen
 
-    seq_len = q_BTHE.shape[1]
-    blocks = create_block_mask(visible, None, None, seq_len, seq_len, device=q_BTHE.device.type)
+    batch, seq_len = q_BTHE.shape[:2]
+    rows = None if documents_BT is None else batch
+    blocks = create_block_mask(visible, rows, None, seq_len, seq_len, device=q_BTHE.device.type)
     y_BHTE = flex_attention(
         q_BTHE.transpose(1, 2),
         k_BTKE.transpose(1, 2),
@@ -102,6 +130,7 @@ class Attention(nn.Module):
         self.n_kv_heads = config.n_kv_heads
         self.backend = config.attention
         self.window = config.layer_window(layer)
+        self.document_token = config.document_token
         self.norm = config.norm
         self.matmul = config.matmul
         self.q = Linear(config.d_model, config.n_heads * e)
@@ -140,7 +169,10 @@ class Attention(nn.Module):
             added = F.embedding(input_ids_BT, self.value_embed.weight).to(v_BTKE.dtype)
             v_BTKE = v_BTKE + gate_BTK[..., None] * added.view_as(v_BTKE)
         if cache is None:
-            y_BTHE = causal_attention(q_BTHE, k_BTKE, v_BTKE, self.backend, self.window)
+            documents_BT = self.documents(input_ids_BT)
+            y_BTHE = causal_attention(
+                q_BTHE, k_BTKE, v_BTKE, self.backend, self.window, documents_BT
+            )
         else:
             y_BTHE = cache.attend(q_BTHE, k_BTKE, v_BTKE, self.window)
         return self._output(y_BTHE.flatten(2), residual_BTD)
@@ -159,6 +191,12 @@ class Attention(nn.Module):
             return flat.view(residual_BTD.shape)
         added: Tensor = residual_BTD + self.o(y_BTX)
         return added
+
+    def documents(self, input_ids_BT: Tensor) -> Tensor | None:
+        """Which document each token is of, when that bounds what it sees."""
+        if self.document_token is None:
+            return None
+        return count_documents(input_ids_BT, self.document_token)
 
     def heads(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor, *, plain: bool = False

@@ -37,18 +37,21 @@ class LayerCache:
         if self.owner.filled == 0:
             self.k_BKSE[:, :, :n_new] = k_BKTE
             self.v_BKSE[:, :, :n_new] = v_BKTE
-            if window is None:
+            documents_BS = self.owner.documents_BS
+            if window is None and documents_BS is None:
                 return F.scaled_dot_product_attention(
                     q_BHTE, k_BKTE, v_BKTE, is_causal=True, enable_gqa=gqa
                 )
             slots = self.owner.slots[:n_new]
             distance = slots[:, None] - slots[None, :]
+            mask = distance >= 0
+            if window is not None:
+                mask = mask & (distance < window)
+            if documents_BS is not None:
+                of = documents_BS[:, None, :n_new]
+                mask = mask & (of[..., None] == of[:, :, None, :])
             return F.scaled_dot_product_attention(
-                q_BHTE,
-                k_BKTE,
-                v_BKTE,
-                attn_mask=(distance >= 0) & (distance < window),
-                enable_gqa=gqa,
+                q_BHTE, k_BKTE, v_BKTE, attn_mask=mask, enable_gqa=gqa
             )
         index = self.owner.positions_B[:, None, None, None].expand(-1, k_BKTE.shape[1], 1, -1)
         index = index.expand(-1, -1, -1, k_BKTE.shape[3])
@@ -85,6 +88,9 @@ class KVCache:
         self.filled = 0  # longest row; a Python number, so that no step waits for the device
         self.positions_B = torch.zeros(batch, dtype=torch.int64, device=device)
         self.slots = torch.arange(capacity, device=device)
+        self.documents_BS: Tensor | None = None
+        if config.document_token is not None:
+            self.documents_BS = torch.zeros(batch, capacity, dtype=torch.int64, device=device)
         self.layers = [
             LayerCache(
                 self,
@@ -109,12 +115,26 @@ class KVCache:
             )
         return self.positions_B[:, None]
 
+    def note_documents(self, input_ids_BT: Tensor, token: int) -> None:
+        """Number the documents of the tokens that the next forward pass appends."""
+        assert self.documents_BS is not None
+        starts_BT = (input_ids_BT == token).long()
+        if self.filled == 0:
+            self.documents_BS[:, : starts_BT.shape[1]] = starts_BT.cumsum(1)
+        else:
+            here_B1 = self.positions_B[:, None]
+            previous_B1 = self.documents_BS.gather(1, (here_B1 - 1).clamp_min(0))
+            self.documents_BS.scatter_(1, here_B1, previous_B1 + starts_BT)
+
     def visible_B11S(self, window: int | None) -> Tensor:  # noqa: N802
         """Which slots each row's next token sees, bool [B, 1, 1, S]."""
         distance_BS = self.positions_B[:, None] - self.slots
         seen_BS = distance_BS >= 0
         if window is not None:
             seen_BS = seen_BS & (distance_BS < window)
+        if self.documents_BS is not None:
+            own_B1 = self.documents_BS.gather(1, self.positions_B[:, None])
+            seen_BS = seen_BS & (self.documents_BS == own_B1)
         return seen_BS[:, None, None, :]
 
     def advance(self, n_new: int, lengths_B: Tensor | None = None) -> None:

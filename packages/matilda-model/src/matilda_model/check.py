@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from matilda_model.attention import causal_attention, causal_mask
+from matilda_model.attention import causal_attention, causal_mask, same_document
 from matilda_model.errors import KernelMismatchError
 from matilda_model.layers import ReLU2
 from matilda_model.loss import linear_cross_entropy
@@ -74,7 +74,7 @@ def self_check(
         )
     checks = [
         *_check_norm(model, block, hidden_BTD, limit),
-        *_check_attention(model, block, hidden_BTD, limit),
+        *_check_attention(model, block, hidden_BTD, ids, limit),
         *_check_mlp(model, block, hidden_BTD, limit),
         *_check_loss(model, hidden_BTD, targets, limit),
     ]
@@ -162,21 +162,25 @@ def _check_norm(
 
 
 def _check_attention(
-    model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
+    model: Transformer, block: Block, hidden_BTD: Tensor, input_ids_BT: Tensor, limit: float
 ) -> list[KernelCheck]:
+    documents_BT = block.attn.documents(input_ids_BT)
     n_tokens = hidden_BTD.shape[1]
     cos, sin = model.cos[:n_tokens, None, :], model.sin[:n_tokens, None, :]
     with torch.no_grad():
         leaves = block.attn.heads(hidden_BTD, cos, sin, plain=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return causal_attention(q, k, v, block.attn.backend, block.attn.window)
+        attn = block.attn
+        return causal_attention(q, k, v, attn.backend, attn.window, documents_BT)
 
     def reference(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         group = q_BTHE.shape[2] // k_BTKE.shape[2]
         k_BTHE, v_BTHE = (x.repeat_interleave(group, dim=2) for x in (k_BTKE, v_BTKE))
         scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / math.sqrt(q_BTHE.shape[-1])
         visible = causal_mask(n_tokens, block.attn.window, scores.device)
+        if documents_BT is not None:
+            visible = visible & same_document(documents_BT)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bshe->bthe", weights, v_BTHE)
 

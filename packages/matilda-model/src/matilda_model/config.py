@@ -83,6 +83,10 @@ class ModelConfig:
     window_pattern: str = "L"
     """`L` (full context) and `S` (`window`), repeated over the layers; the last layer is full."""
 
+    document_token: int | None = None
+    """Id that begins every document of a packed row: with it no token attends to another document.
+    None: a row is one text."""
+
     zero_init_outputs: bool = False
     """Start every matrix that writes to the residual stream at zero (each block at identity)."""
 
@@ -100,7 +104,7 @@ class ModelConfig:
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
     `"flex"`, `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package). Layers with a window
-    need `"auto"`, `"flex"` (compiled) or `"math"`."""
+    and `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
     """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"plain"`,
@@ -155,6 +159,20 @@ class ModelConfig:
             raise ValueError(
                 f"`attention` {self.attention!r} has no window: choose 'auto', 'flex' or 'math'"
             )
+        token = self.document_token
+        if token is not None:
+            if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+                raise ValueError(f"`document_token` must be a token id, not {token!r}")
+            if token >= self.vocab_size:
+                raise ValueError(
+                    f"`document_token` {token!r} is no row of the vocabulary: choose one under "
+                    f"`vocab_size` {self.vocab_size!r}"
+                )
+            if self.attention in ("cudnn", "flash", "fa4"):
+                raise ValueError(
+                    f"`attention` {self.attention!r} has no document mask: choose 'auto', 'flex' "
+                    "or 'math'"
+                )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"`n_heads` {self.n_heads!r} is not a multiple of `n_kv_heads` "

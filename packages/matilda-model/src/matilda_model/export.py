@@ -61,8 +61,8 @@ def export_transformers(
     config, folder = model.config, Path(folder)
     if not config.qk_norm:
         raise ValueError("`qk_norm` is off, which transformers' Qwen3 cannot express: not exported")
-    for name in ("residual_scalars", "value_embeddings", "window"):
-        if getattr(config, name):
+    for name in ("residual_scalars", "value_embeddings", "window", "document_token"):
+        if getattr(config, name) not in (None, False):
             raise ValueError(f"`{name}` has no counterpart in transformers' Qwen3: not exported")
     if folder.exists():
         raise ValueError(f"{str(folder)!r} exists: choose a new folder for the export")

@@ -43,7 +43,8 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> int:
     plus `12 * n_layers * n_heads * head_dim * seq_len` for attention scores and values.
     `causal=True` halves the attention term: half of the square is masked and need not be computed.
     A layer with a window counts the window in place of `seq_len`, and, causal, what of it lies
-    inside the sequence. Recomputation (flash attention's backward) is never counted.
+    inside the sequence; document boundaries, which only the data know, are not taken off.
+    Recomputation (flash attention's backward) is never counted.
 
     Raises ValueError when `seq_len` is not positive.
     """

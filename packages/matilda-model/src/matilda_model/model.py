@@ -156,6 +156,8 @@ class Transformer(nn.Module):
         else:
             positions_BT = cache.next_positions(n_tokens)
             cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
+            if self.config.document_token is not None:
+                cache.note_documents(input_ids_BT, self.config.document_token)
         x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
         embedding_BTD = x_BTD
         for index, block in enumerate(self.blocks):
