@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from killable_runs import TrainServer
 from matilda_data import verify
 from matilda_train.metrics_log import read_rows
 
@@ -38,8 +39,17 @@ def app(command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_dry_run_of_the_calibration_config_leaves_nothing_behind(tmp_path: Path) -> None:
-    done = app(
+def loaded_app(server: TrainServer, command: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    """The same in a process that has torch already."""
+    name, *arguments = shlex.split(command)
+    return server.run_program(ROOT / name, arguments, cwd)
+
+
+def test_dry_run_of_the_calibration_config_leaves_nothing_behind(
+    server: TrainServer, tmp_path: Path
+) -> None:
+    done = loaded_app(
+        server,
         f"apps/train.py --config {ROOT}/configs/calibration.json --dry-run --set "
         "model.d_model=128 model.n_layers=2 train.total_steps=20 train.device=cpu "
         "train.compile=false",
@@ -50,7 +60,9 @@ def test_dry_run_of_the_calibration_config_leaves_nothing_behind(tmp_path: Path)
     assert not list(tmp_path.iterdir())
 
 
-def test_quickstart_trains_stops_resumes_finishes_and_generates(tmp_path: Path) -> None:
+def test_quickstart_trains_stops_resumes_finishes_and_generates(
+    server: TrainServer, tmp_path: Path
+) -> None:
     command = f"apps/train.py --config {ROOT}/configs/quickstart.json --set {QUICK}"
     run = tmp_path / "runs" / "quickstart"
 
@@ -69,7 +81,7 @@ def test_quickstart_trains_stops_resumes_finishes_and_generates(tmp_path: Path) 
     assert stopped.returncode == 75, said
     assert verify(tmp_path / "data" / "quickstart", deep=True).tokens > 1_000_000
 
-    done = app(command, tmp_path)
+    done = loaded_app(server, command, tmp_path)
     assert done.returncode == 0, done.stderr
     assert "resuming at step" in done.stderr
     assert "Held-out bits per byte" in done.stdout
@@ -77,12 +89,13 @@ def test_quickstart_trains_stops_resumes_finishes_and_generates(tmp_path: Path) 
     steps = [row["step"] for row in read_rows(run / "metrics.jsonl") if "loss_nats" in row]
     assert steps == [1, 2, 3, 4]
 
-    again = app(command, tmp_path)
+    again = loaded_app(server, command, tmp_path)
     assert again.returncode == 0, again.stderr
     assert "This run is complete: 4 steps" in again.stdout
     assert "apps/generate.py" in again.stdout
 
-    text = app("apps/generate.py --run runs/quickstart --prompt 'def ' --tokens 30", tmp_path)
+    generate = "apps/generate.py --run runs/quickstart --prompt 'def ' --tokens 30"
+    text = loaded_app(server, generate, tmp_path)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("def ")
 

@@ -171,6 +171,19 @@ def test_bad_config_is_refused_before_anything_runs(tmp_path: Path, corpus: Path
     assert not (tmp_path / "proof").exists()
 
 
+def test_mistake_that_a_life_meets_is_a_mistake_of_the_users(
+    nursery: Nursery, tiny_config: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=r"nowhere.* does not exist; prepare one"):
+        verify_resume(
+            tiny_config,
+            work_dir=tmp_path / "proof",
+            data_dir=tmp_path / "nowhere",
+            kills=1,
+            nursery=nursery,
+        )
+
+
 def test_every_second_belongs_to_one_phase() -> None:
     met: list[str] = []
     clock = PhaseClock(met.append)

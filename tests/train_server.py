@@ -12,6 +12,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import runpy
 import signal
 import socket
 import sys
@@ -228,12 +229,27 @@ def child(request: dict[str, Any], rank: int, port: int) -> None:
     try:
         if "life" in request:
             live(request["life"], StopRequest().install())
-        code = run(request)
+        code = run_program(request) if "program" in request else run(request)
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()
     finally:
         os._exit(code)
+
+
+def run_program(request: dict[str, Any]) -> int:
+    """Run a Python file as a command would, but with torch here already."""
+    os.dup2(os.open(request["stdout"], os.O_WRONLY | os.O_CREAT), 1)
+    os.chdir(request["cwd"])
+    sys.argv = [request["program"], *request["arguments"]]
+    try:
+        runpy.run_path(request["program"], run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    return 0
 
 
 def free_port() -> int:

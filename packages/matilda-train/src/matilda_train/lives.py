@@ -183,6 +183,9 @@ def live(request: Mapping[str, Any], stop: StopRequest) -> None:
         os.dup2(output, 1)
         os.dup2(output, 2)
         code = _train(request, stop)
+    except ValueError as error:
+        code = 2
+        os.write(2, f"{error}\n".encode())
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     finally:

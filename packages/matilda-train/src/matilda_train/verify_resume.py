@@ -215,6 +215,8 @@ class Proof:
         log.touch()
         self._lives += 1
         life = self._nursery.run(request, log, fault)
+        if life.code == 2:
+            raise ValueError(self._nursery.last_words().strip().splitlines()[-1])
         if life.code not in (0, CODE_OF[fault.signal] if fault else 0):
             raise RuntimeError(
                 f"A life of {run} ended with exit code {life.code}; it said: "
