@@ -11,7 +11,7 @@ import torch
 
 from killable_runs import ServedNursery, TrainServer
 from matilda_train.kernel_noise import measure_noise
-from matilda_train.lives import Nursery
+from matilda_train.lives import Life, Nursery
 from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES, PhaseClock
 from matilda_train.resume_report import as_json, describe
@@ -101,6 +101,13 @@ def test_kills_on_a_gpu_leave_no_difference(
     )
     assert report.differences == []
     assert report.bitwise == (deterministic == "true")
+
+
+def test_life_is_counted_where_its_signal_met_it() -> None:
+    records = [{"phase": "starting"}, {"phase": "training"}, {"fired": "SIGTERM"}]
+    stopped = Life(code=75, began=0.0, ended=1.0, records=[*records, {"phase": "saving"}])
+    assert (stopped.phase, stopped.fired) == ("training", True)
+    assert Life(code=-9, began=0.0, ended=1.0, records=[{"fired": "SIGKILL"}]).phase == "importing"
 
 
 def test_differences_are_named() -> None:

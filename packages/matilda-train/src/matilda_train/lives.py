@@ -72,8 +72,13 @@ class Life:
 
     @property
     def phase(self) -> str:
-        """What it was doing last."""
-        return str(next((r["phase"] for r in reversed(self.records) if "phase" in r), "importing"))
+        """What it was doing when its fault came to pass, or last."""
+        phase = "importing"
+        for record in self.records:
+            if "fired" in record:
+                break
+            phase = record.get("phase", phase)
+        return phase
 
     @property
     def fired(self) -> bool:
