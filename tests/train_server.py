@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch._dynamo  # noqa: F401  (torch's optimizers load it on first use, for seconds)
 
 import matilda_train.loop  # noqa: F401  (loads torch once, for all children)
@@ -85,6 +86,12 @@ def arm(request: dict[str, Any]) -> None:
         make_clock_jump()
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
+    if "at_event" in request:
+        signal_at_event(loop, number, **request["at_event"])
+    if "poisoned_samples" in request:
+        poison_samples(*request["poisoned_samples"])
+    if "nan_in_forward" in request:
+        plant_nan_in_forward(loop, **request["nan_in_forward"])
     if "nan_in_backward" in request:
         plant_nan_in_backward(loop, **request["nan_in_backward"])
 
@@ -205,6 +212,57 @@ def plant_nan_in_backward(loop: Any, rank: int, number: int, name: str) -> None:
         return model
 
     loop.build_model = built
+
+
+def signal_at_event(loop: Any, number: int, name: str, after: bool) -> None:
+    """Send this process a signal before or after an event of that name is written."""
+    write = loop.EventLog.write
+
+    def killing(self: Any, event: str, **fields: Any) -> None:
+        if event == name and not after:
+            os.kill(os.getpid(), number)
+        write(self, event, **fields)
+        if event == name and after:
+            os.kill(os.getpid(), number)
+
+    loop.EventLog.write = killing
+
+
+def plant_nan_in_forward(loop: Any, block: int, token: int) -> None:
+    """Break one block's MLP for every micro-batch that has `token` in it, as an overflow would."""
+    build = loop.build_model
+
+    def built(*args: Any, **kwargs: Any) -> Any:
+        model, met = build(*args, **kwargs), False
+
+        def look(module: Any, inputs: Any) -> None:
+            nonlocal met
+            met = bool((inputs[3] == token).any())
+
+        model.blocks[block].register_forward_pre_hook(look)
+        model.blocks[block].mlp.register_forward_hook(
+            lambda module, inputs, output: output * float("inf") if met else None
+        )
+        return model
+
+    loop.build_model = built
+
+
+def poison_samples(first: int, stop: int) -> None:
+    """Put noise where the samples [first, stop) of the unskipped training order lie."""
+    from matilda_data import BinStream
+
+    windows = BinStream.windows
+
+    def poisoned(self: Any, start: int, count: int, out: Any = None) -> Any:
+        tokens = windows(self, start, count, out)
+        for row in range(count if self.split == "train" else 0):
+            number, _ = self.original(start + row, 1)
+            if first <= number < stop:
+                tokens[row] = np.random.default_rng(number).integers(0, 256, tokens.shape[1])
+        return tokens
+
+    BinStream.windows = poisoned  # type: ignore[method-assign]
 
 
 def child(request: dict[str, Any], rank: int, port: int) -> None:

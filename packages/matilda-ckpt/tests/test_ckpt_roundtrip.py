@@ -329,6 +329,19 @@ def test_non_finite_state_is_stored_but_never_resumed_from(tmp_path: Path) -> No
         only.restore({})
 
 
+def test_checkpoints_that_the_caller_does_not_accept_are_passed_over(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    for step in (1, 2, 3):
+        checkpoints.save(step, {"m": {"w": torch.ones(4)}})
+    restored = checkpoints.restore({}, accept=lambda info: info.step < 3)
+    assert restored is not None
+    assert restored.step == 2
+    assert [skip.step for skip in restored.skipped] == [3]
+    assert [info.step for info in checkpoints.list()] == [3, 2, 1]
+    with pytest.raises(NoValidCheckpointError, match="did not accept"):
+        checkpoints.restore({}, accept=lambda info: False)
+
+
 def test_huge_but_finite_values_are_healthy(tmp_path: Path) -> None:
     big = torch.full((8,), torch.finfo(torch.float32).max)
     info = Checkpointer(tmp_path).save(1, {"w": big, "f8": {"a": big.to(torch.float64) * 0}})

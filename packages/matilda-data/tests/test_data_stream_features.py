@@ -102,6 +102,19 @@ def test_skips_ahead_may_change_on_resume_and_skips_behind_may_not(base: Path) -
         stream_of(base, skip=[(5, 5)])
 
 
+def test_samples_left_out_on_the_way_are_those_of_a_skip(base: Path) -> None:
+    stream = stream_of(base, skip=[(4, 8)])
+    stream.windows(0, 40)  # its order is cached
+    assert stream.original(0, 4) == (0, 4)
+    assert stream.original(3, 2) == (3, 9)
+    interval = stream.original(20, 5)
+    assert interval == (24, 29)
+    stream.leave_out(*interval)
+    expected = stream_of(base, skip=[(4, 8), (24, 29)])
+    assert (stream.windows(0, 40) == expected.windows(0, 40)).all()
+    assert stream.state_dict() == expected.state_dict()
+
+
 def test_max_repeats_refuses_the_first_sample_past_it(base: Path) -> None:
     stream = stream_of(base, weights={"code": 1}, max_repeats=2)
     last = 2 * stream.n_windows

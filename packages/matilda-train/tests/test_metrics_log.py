@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import queue
+import threading
 from pathlib import Path
 
 from matilda_train.metrics_log import EventLog, MetricsLog, read_rows
+from matilda_train.wandb_follower import follow_rows
 
 
 def write_steps(path: Path, first: int, last: int, start: int) -> None:
@@ -78,3 +81,30 @@ def test_event_after_a_torn_line_stays_readable(tmp_path: Path) -> None:
     last = events.last("finish")
     assert last is not None
     assert last["step"] == 9
+
+
+def test_rewinding_sets_rows_aside_and_who_follows_the_file_gets_the_new_ones(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path, step=-1)
+    ended, followed = threading.Event(), queue.Queue[int]()
+
+    def follow() -> None:
+        for row in follow_rows(path, ended):
+            followed.put(row["step"])
+
+    thread = threading.Thread(target=follow)
+    thread.start()
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss_nats": 1.0})
+    assert [followed.get(timeout=60) for _ in range(3)] == [1, 2, 3]
+    log.rewind(1)
+    assert log.discarded_rows == 2
+    log.write({"step": 2, "loss_nats": 2.0})
+    assert [followed.get(timeout=60) for _ in range(2)] == [1, 2]
+    ended.set()
+    thread.join()
+    log.close()
+    assert [row["loss_nats"] for row in read_rows(path)] == [1.0, 2.0]
+    assert [r["step"] for r in read_rows(tmp_path / "metrics.discarded.jsonl")] == [2, 3]

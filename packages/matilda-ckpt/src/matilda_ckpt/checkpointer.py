@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -221,7 +221,13 @@ class Checkpointer:
 
     # -- restore -------------------------------------------------------------------------------
 
-    def restore(self, into: Mapping[str, object], *, step: int | None = None) -> Restored | None:
+    def restore(
+        self,
+        into: Mapping[str, object],
+        *,
+        step: int | None = None,
+        accept: Callable[[CheckpointInfo], bool] | None = None,
+    ) -> Restored | None:
         """Load the newest checkpoint that verifies and is healthy, or the one of `step`.
 
         Args:
@@ -230,6 +236,8 @@ class Checkpointer:
                 loaded last. No object is touched before every byte has been verified.
             step: exactly this step (its newest save), healthy or not; damage is then an error
                 and nothing is moved.
+            accept: without a `step`: passes over every checkpoint for which it is false, such as
+                those that a rollback undid; they stay where they are.
 
         Damaged checkpoints are moved to `quarantine/` and the next older one is tried.
         Returns None only when the directory holds no checkpoint at all. Raises
@@ -246,6 +254,9 @@ class Checkpointer:
                     raise DamagedError(info.problem)
                 if step is None and not info.healthy:
                     skipped.append(Skipped(info.name, info.step, "it is not healthy"))
+                    continue
+                if step is None and accept is not None and not accept(info):
+                    skipped.append(Skipped(info.name, info.step, "the caller did not accept it"))
                     continue
                 loaded = self._load(info.name, into)
             except DamagedError as error:

@@ -264,6 +264,21 @@ class BinStream:
             self._keys[source, epoch] = found
         return found
 
+    def original(self, first: int, count: int) -> tuple[int, int]:
+        """The half-open interval of the unskipped order that `count` samples from `first` on span:
+        what `skip` and `leave_out` take."""
+        ends = self._skip.original(np.array([first, first + count - 1], dtype=np.int64))
+        return int(ends[0]), int(ends[1]) + 1
+
+    def leave_out(self, first: int, stop: int) -> None:
+        """Skip the interval [first, stop) of the unskipped order too, as if `skip` had named it.
+
+        Meant for samples ahead; `load_state_dict` refuses a state that has passed them. No other
+        thread may be reading.
+        """
+        self._skip = SkipMap([*self._skip.intervals, (first, stop)])
+        self._blocks.clear()
+
     @property
     def source_names(self) -> tuple[str, ...]:
         """Names of the sources in use; `positions` gives numbers into it."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,6 +89,12 @@ class BatchReader:
         after = (first + wanted[1], following or self._batch_size)
         self._next = (after, self._thread.submit(self._read, *after)) if prefetch else None
         return batch
+
+    def forget(self) -> None:
+        """Wait for the read in flight and drop what it brings: the samples are about to change."""
+        if self._next is not None:
+            wait([self._next[1]])
+        self._next = None
 
     def close(self) -> None:
         """Stop the thread; a read in flight is waited for."""

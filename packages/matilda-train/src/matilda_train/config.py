@@ -219,15 +219,22 @@ class TrainConfig:
     max_consecutive_skips: int = 5
     """A step whose loss or gradient is not finite is skipped; this many in a row end the run."""
 
-    spike_policy: Literal["warn", "skip", "off"] = "warn"
+    spike_policy: Literal["warn", "skip", "rollback", "off"] = "warn"
     """What a spike of the loss or the gradient norm leads to: `warn`, an event; `skip`, an event
-    and no update; `off`, nothing. May change at a resume."""
+    and no update; `rollback`, a return to a checkpoint before it and the samples around it left
+    out; `off`, nothing. May change at a resume."""
 
     spike_threshold: float = 6.0
     """A spike is this many standard deviations above the running mean of some hundred steps."""
 
     spike_warmup_steps: int = 100
     """First steps of the run, whose loss and gradient norm are only learned from."""
+
+    rollback_margin_steps: int = 8
+    """A rollback leaves out the samples of the spike's step and of so many before and after it."""
+
+    max_rollbacks: int = 3
+    """The next spike after so many rollbacks ends the run."""
 
     device: str = "auto"
     """`auto` (the GPU if there is one), `cpu`, `cuda`, `cuda:1`, …"""
@@ -271,6 +278,8 @@ class TrainConfig:
             self.hang_seconds,
             "positive",
         )
+        for name in ("rollback_margin_steps", "max_rollbacks"):
+            _require(getattr(self, name) >= 0, f"train.{name}", getattr(self, name), "0 or more")
         _require(self.spike_threshold > 0, "train.spike_threshold", self.spike_threshold, "above 0")
         _require(
             self.spike_warmup_steps >= 2,
@@ -366,6 +375,9 @@ class LogConfig:
     """Steps between rows that also hold the RMS of every optimizer group's parameters and of their
     change; such a step is about a millisecond longer for 152M parameters on an H100."""
 
+    autopsies: int = 5
+    """Bundles to write on bad steps (not finite, or a spike), the run's first; 0 for none."""
+
     wandb: bool = False
     """Also log to Weights & Biases (needs `matilda-train[wandb]`), by a process beside the run's;
     what cannot be sent is kept in the run directory for `wandb sync`."""
@@ -378,6 +390,7 @@ class LogConfig:
         _require(
             self.rms_every_steps >= 1, "log.rms_every_steps", self.rms_every_steps, "1 or more"
         )
+        _require(self.autopsies >= 0, "log.autopsies", self.autopsies, "0 or more")
 
     @property
     def interval(self) -> Duration:

@@ -48,6 +48,8 @@ ROUNDING_ON_RESUME = (
     "train.deterministic",
     "train.threads",
     "train.spike_",
+    "train.rollback_margin_steps",
+    "train.max_rollbacks",
     "train.max_consecutive_skips",
 )
 

@@ -31,6 +31,10 @@ class TokenStream(Protocol):
 
     def check_untouched(self) -> None: ...
 
+    def original(self, first: int, count: int) -> tuple[int, int]: ...
+
+    def leave_out(self, first: int, stop: int) -> None: ...
+
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -47,6 +51,7 @@ class SyntheticStream:
         self._vocab_size = vocab_size
         self._seq_len = seq_len
         self._seed = seed
+        self._left_out: list[tuple[int, int]] = []
 
     @classmethod
     def pair(cls, vocab_size: int, seq_len: int) -> tuple[SyntheticStream, SyntheticStream]:
@@ -58,12 +63,26 @@ class SyntheticStream:
 
     def windows(self, first: int, count: int) -> NDArray[np.uint16]:
         """uint16[count, seq_len + 1]."""
-        generator = np.random.Generator(np.random.PCG64([self._seed, first]))
+        seeds = [self._seed, self._number(first)]
+        generator = np.random.Generator(np.random.PCG64(seeds))
         shape = (count, self._seq_len + 1)
         return generator.integers(0, self._vocab_size, shape, dtype=np.uint16)
 
     def check_untouched(self) -> None:
         """Noise has no files."""
+
+    def original(self, first: int, count: int) -> tuple[int, int]:
+        """The interval that `leave_out` takes for `count` samples from `first` on."""
+        return self._number(first), self._number(first + count - 1) + 1
+
+    def leave_out(self, first: int, stop: int) -> None:
+        """Skip the samples [first, stop) of the unskipped order."""
+        self._left_out = sorted([*self._left_out, (first, stop)])
+
+    def _number(self, sample: int) -> int:
+        for first, stop in self._left_out:
+            sample += stop - first if sample >= first else 0
+        return sample
 
     def state_dict(self) -> dict[str, Any]:
         return {"data_id": self.data_id, "next_sample": self.next_sample}

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from matilda_train.duration import Duration
 from matilda_train.hardware import choose_device
 from matilda_train.metrics_log import EventLog
 from matilda_train.provenance import collect_provenance
+from matilda_train.rollback import is_restorable, read_rollbacks
 from matilda_train.run_dir import RunDir
 from matilda_train.verify_resume import untimed_rows
 
@@ -199,7 +200,13 @@ def _publish(
             file.writelines(json.dumps(row) + "\n" for row in rows)
             file.flush()
             os.fsync(file.fileno())
-        EventLog(partial / "events.jsonl").write("decay", parent=dict(lineage))
+        events = EventLog(partial / "events.jsonl")
+        events.write("decay", parent=dict(lineage))
+        # The samples that the parent left out stay left out.
+        saved = Checkpointer(copy.parent, read_only=True).list()[0]
+        for rollback in read_rollbacks(parent):
+            if is_restorable(saved, [rollback]):
+                events.write("rollback", **asdict(rollback))
         for folder in (copy, copy.parent, partial):
             _sync_folder(folder)
         partial.rename(target)

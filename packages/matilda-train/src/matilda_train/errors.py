@@ -6,11 +6,10 @@ __all__ = ["TrainingDivergedError"]
 
 
 class TrainingDivergedError(RuntimeError):
-    """Loss or gradient was not finite for `train.max_consecutive_skips` steps in a row."""
+    """The run cannot go on by itself; `reason` says what happened, as the start of a sentence."""
 
-    def __init__(self, step: int, skips: int) -> None:
+    def __init__(self, reason: str) -> None:
         super().__init__(
-            f"Loss or gradient was not finite in {skips} steps in a row, up to step {step}; the "
-            "newest checkpoint stands. Lower `optim.lr` in a new `--run-dir`, or look at the data "
-            "of those steps."
+            f"{reason}; the newest checkpoint stands. Lower `optim.lr` in a new `--run-dir`, or "
+            "look at the data of those steps (`apps/trace.py`, `autopsies/` in the run directory)."
         )

@@ -243,10 +243,8 @@ def _train(request: Mapping[str, Any], stop: StopRequest) -> int:
             note(saved=step, digest=digest(state))
             return super().save(step, state, **options)
 
-        def restore(
-            self, into: Mapping[str, object], *, step: int | None = None
-        ) -> Restored | None:
-            restored = super().restore(into, step=step)
+        def restore(self, into: Mapping[str, object], **options: Any) -> Restored | None:
+            restored = super().restore(into, **options)
             if restored is not None:
                 note(restored=restored.step, digest=digest(into))
                 began_at(restored.step)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from matilda_ckpt import Checkpointer, Keep, RngState
+from matilda_train.autopsy import Autopsies
 from matilda_train.batches import BatchReader, chain_hash
 from matilda_train.build import (
     build_model,
@@ -41,6 +42,7 @@ from matilda_train.micro_batch import settle_micro_batch
 from matilda_train.phases import PhaseClock
 from matilda_train.preparation import prepare_corpus
 from matilda_train.provenance import collect_provenance
+from matilda_train.rollback import Rollbacks
 from matilda_train.run_dir import RunDir
 from matilda_train.sample import sample_text
 from matilda_train.schedules import Schedules
@@ -99,7 +101,7 @@ def train(
     `on_phase(name)` is called whenever the run begins to do something else; see `PHASES`.
 
     Raises `ValueError` for whatever the user can mend (config, data, run directory),
-    `TrainingDivergedError` after too many non-finite steps, and `OSError` or
+    `TrainingDivergedError` after too many non-finite steps or rollbacks, and `OSError` or
     `matilda_ckpt.CheckpointError` when the disk fails; the newest checkpoint stands in each case.
     """
     with ExitStack() as cleanup:
@@ -200,8 +202,9 @@ def train(
             read_only=not ranks.is_main,
         )
         cleanup.callback(checkpoints.close)
+        rollbacks = Rollbacks(run_dir, config, stream, events)
         with phase.during("restoring"), ranks.main_first():
-            restored = checkpoints.restore(everything)
+            restored = checkpoints.restore(everything, accept=rollbacks.accept)
         with ranks.main_first():
             metrics = MetricsLog(
                 run_dir / "metrics.jsonl",
@@ -258,11 +261,13 @@ def train(
         gc.freeze()
         cleanup.callback(gc.unfreeze)
 
+        rolls_back = config.train.spike_policy == "rollback"
+        autopsies = Autopsies(run_dir, config, guard, stream, note=display.note)
         display.begin("training", total=config.train.total_steps, done=state.step)
         while True:
             at_end = state.step == config.train.total_steps
             evaluation_due = evaluations.due(state.step) or at_end
-            save_due = (saves.due(state.step) and state.step > 0) or at_end
+            save_due = (saves.due(state.step) and (state.step > 0 or rolls_back)) or at_end
             row_due = rows.due(state.step)
             stopping = ranks.any(stop())
 
@@ -292,9 +297,38 @@ def train(
                         **verdict.figures(),
                     )
                     display.note(f"step {state.step:,}: {verdict}")
+                    alone = whole_model(model) if sharded else model
+                    if ranks.is_main:
+                        autopsies.examine(state.step, state.batch_hash, verdict, alone, rollbacks)
                 if verdict.consecutive >= config.train.max_consecutive_skips:
                     events.write("diverged", step=state.step)
-                    raise TrainingDivergedError(state.step, verdict.consecutive)
+                    raise TrainingDivergedError(
+                        f"Loss or gradient was not finite in {verdict.consecutive} steps in a "
+                        f"row, up to step {state.step}"
+                    )
+                if verdict.spike and rolls_back:
+                    checkpoints.finish()
+                    if durable_step < saved_step:
+                        events.write("save", step=saved_step, seconds=phase.seconds())
+                    reader.forget()
+                    ranks.barrier()
+                    # Durable by one event: killed after it, the run does what follows when started.
+                    if rollbacks.decide(state.step, checkpoints.list()):
+                        with phase.during("restoring"), ranks.main_first():
+                            checkpoints.restore(everything, accept=rollbacks.accept)
+                        with ranks.main_first():
+                            metrics.rewind(state.step)
+                        saved_step = durable_step = state.step
+                        ledger = GoodputLedger(run_dir, phase)
+                        events.write(
+                            "rolled_back",
+                            step=state.step,
+                            seconds=phase.seconds(),
+                            discarded_rows=metrics.discarded_rows,
+                            **describe_lost_work(metrics.discarded),
+                        )
+                        display.note(f"rolled back to step {state.step:,}")
+                        continue
 
             if evaluation_due and metrics.evaluated_step != state.step:
                 phase.enter("evaluating")
@@ -422,6 +456,7 @@ def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConf
         data=replace(config.data, mix=()),
         train=replace(
             config.train,
+            spike_policy="warn",
             total_steps=steps,
             seq_len=seq_len,
             micro_batch_size=micro_batch_size,

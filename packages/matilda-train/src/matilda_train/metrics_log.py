@@ -51,11 +51,24 @@ class MetricsLog:
         step: int,
         enabled: bool = True,
     ) -> None:
+        self._path = path
+        self._enabled = enabled
+        self._file: IO[str] | None = None
+        self.evaluations: list[dict[str, Any]] = []
+        """Evaluation rows so far, oldest first."""
+        self.discarded: list[dict[str, Any]] = []
+        """Whole rows among those that were set aside last."""
+        self.discarded_rows = 0
+        """Lines that were set aside last, one cut short by a kill included."""
+        self.rewind(step)
+
+    def rewind(self, step: int) -> None:
+        """Set aside the rows past `step`, as opening does: the run goes on from there."""
+        path = self._path
         kept: list[str] = []
         discarded: list[str] = []
-        self.discarded: list[dict[str, Any]] = []
-        """Whole rows among those that were set aside when the log was opened."""
         rows: list[dict[str, Any]] = []
+        self.discarded = []
         if path.exists():
             for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
                 row = _parse_row(line)
@@ -66,11 +79,8 @@ class MetricsLog:
                     discarded.append(line)
                     self.discarded += [row] if row is not None else []
         self.evaluations = [row for row in rows if "val_loss_nats" in row]
-        """Evaluation rows so far, oldest first."""
         self.discarded_rows = len(discarded)
-        """Lines that were set aside, one cut short by a kill included."""
-        self._file: IO[str] | None = None
-        if not enabled:
+        if not self._enabled:
             return
         if discarded:
             aside = path.with_name(f"{path.stem}.discarded.jsonl")
@@ -82,6 +92,8 @@ class MetricsLog:
                 file.writelines(f"{line}\n" for line in kept)
                 _make_durable(file)
             replacement.replace(path)
+        if self._file is not None:
+            self._file.close()
         self._file = path.open("a", encoding="utf-8")
 
     @property

@@ -3,9 +3,10 @@
 run.json                  resolved config, identities, code and environment; written once
                           (`parent`: which checkpoint of which run a decay began with)
 metrics.jsonl             a row for each logged step
-metrics.discarded.jsonl   rows of steps that were redone after a kill
-events.jsonl              start, resume, save, skip, spike, signal, finish
+metrics.discarded.jsonl   rows of steps that were redone after a kill or a rollback
+events.jsonl              start, resume, save, skip, spike, rollback, finish, …
 checkpoints/              see matilda-ckpt
+autopsies/                bundles of bad steps, see matilda_train.autopsy
 compile-cache/            what torch.compile made, for the next process
 hangs/                    stacks of processes that made no progress
 samples/                  text sampled from the model

@@ -52,30 +52,36 @@ def follow(run_dir: Path, project: str, ended: threading.Event) -> None:
             if value is not None and not isinstance(value, str)
         }
         run.log(values, step=row["step"])
+        sent = row["step"]  # W&B never goes back: steps redone after a rollback are in the file
         (folder / "sent.txt").write_text(str(row["step"]), encoding="utf-8")
     run.finish()
 
 
 def follow_rows(path: Path, ended: threading.Event) -> Iterator[dict[str, Any]]:
-    """Whole rows of a growing file, from its beginning until `ended` is set and it stands still."""
-    with path.open(encoding="utf-8", errors="replace") as file:
-        begun = ""
-        while True:
-            last = ended.is_set()
-            for line in file:
-                begun += line
-                if not begun.endswith("\n"):
-                    continue
-                try:
-                    row = json.loads(begun)
-                except json.JSONDecodeError:
-                    row = None
-                begun = ""
-                if isinstance(row, dict) and isinstance(row.get("step"), int):
-                    yield row
-            if last:
-                return
-            ended.wait(POLL_SECONDS)
+    """Whole rows of a growing file, from its beginning until `ended` is set and it stands still.
+
+    A file that another takes the place of, as in a rollback, is left for that one.
+    """
+    while True:
+        with path.open(encoding="utf-8", errors="replace") as file:
+            begun, replaced = "", False
+            while not replaced:
+                last = ended.is_set()
+                for line in file:
+                    begun += line
+                    if not begun.endswith("\n"):
+                        continue
+                    try:
+                        row = json.loads(begun)
+                    except json.JSONDecodeError:
+                        row = None
+                    begun = ""
+                    if isinstance(row, dict) and isinstance(row.get("step"), int):
+                        yield row
+                replaced = path.stat().st_ino != os.fstat(file.fileno()).st_ino
+                if last and not replaced:
+                    return
+                ended.wait(0 if replaced else POLL_SECONDS)
 
 
 def _open_run(run_dir: Path, project: str) -> tuple[Any, int]:

@@ -1,0 +1,107 @@
+"""Which documents were in a step's batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matilda_data import BinStream, batch_sha256, documents_of
+from matilda_train.batches import chain_hash
+from matilda_train.config import RunConfig
+from matilda_train.config_load import config_from_dict
+from matilda_train.data_source import TokenStream, open_streams
+from matilda_train.metrics_log import read_rows
+from matilda_train.rollback import Rollback, read_rollbacks
+from matilda_train.run_dir import RunDir
+
+__all__ = ["StepTrace", "batch_documents", "open_run_stream", "trace_step"]
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """The batch of one step."""
+
+    step: int
+    """Counted from 1, as in `metrics.jsonl`."""
+    first_sample: int
+    samples: int
+    batch_sha256: str
+    """Of the batch alone; the metrics' hash is that of all batches so far."""
+    matches_metrics: bool | None
+    """Whether the rows of this step and the one before agree with it; None without such rows."""
+    documents: list[dict[str, Any]]
+    """A row for each run of tokens of one document; see `batch_documents`."""
+
+
+def trace_step(run_dir: str | Path, step: int, *, data_dir: str | Path | None = None) -> StepTrace:
+    """The batch that `step` of a run was, or will be, trained on.
+
+    Raises `ValueError` for a directory that holds no run, a step outside it, or another data set.
+    """
+    run_dir = Path(run_dir)
+    config = config_from_dict(RunDir.read(run_dir)["config"])
+    if not 1 <= step <= config.train.total_steps:
+        raise ValueError(
+            f"Step {step} is not part of this run; give one from 1 to {config.train.total_steps}."
+        )
+    stream = open_run_stream(run_dir, config, data_dir, read_rollbacks(run_dir))
+    first, count = config.plan.samples(step - 1), config.plan.batch_size(step - 1)
+    digest = batch_sha256(stream.windows(first, count))
+    return StepTrace(
+        step=step,
+        first_sample=first,
+        samples=count,
+        batch_sha256=digest,
+        matches_metrics=_matches(run_dir, step, digest),
+        documents=batch_documents(stream, first, count),
+    )
+
+
+def open_run_stream(
+    run_dir: Path,
+    config: RunConfig,
+    data_dir: str | Path | None,
+    rollbacks: Sequence[Rollback],
+) -> BinStream:
+    """The training stream of a run after `rollbacks`; `ValueError` when the data are others."""
+    data = Path(data_dir or config.data.dir or "data")
+    stream, _ = open_streams(config, data)
+    expected = RunDir.read(run_dir)["data_id"]
+    if stream.data_id != expected:
+        raise ValueError(
+            f"Data set {str(data)!r} is {stream.data_id[:12]}, but the run was trained on "
+            f"{expected[:12]}; point `--data-dir` at that one."
+        )
+    for rollback in rollbacks:
+        stream.leave_out(rollback.skip_from, rollback.skip_to)
+    return stream
+
+
+def batch_documents(stream: TokenStream, first: int, count: int) -> list[dict[str, Any]]:
+    """Source, id and offset of every document in samples `first` to `first + count - 1`.
+
+    Each row is a run of `sample`'s tokens [`first`, `stop`) that belong to one document, which the
+    run enters after `document_token` of its tokens; the fields are `matilda_data.DocumentSpan`'s.
+    Empty for a stream that has no documents.
+    """
+    if not isinstance(stream, BinStream):
+        return []
+    return [
+        {"sample": sample, **asdict(span)}
+        for sample in range(first, first + count)
+        for span in documents_of(stream, sample)
+    ]
+
+
+def _matches(run_dir: Path, step: int, digest: str) -> bool | None:
+    hashes = {
+        row["step"]: row["batch_sha256"]
+        for row in read_rows(run_dir / "metrics.jsonl")
+        if "batch_sha256" in row
+    }
+    before = "0" * 64 if step == 1 else hashes.get(step - 1)
+    if before is None or step not in hashes:
+        return None
+    return bool(hashes[step] == chain_hash(before, bytes.fromhex(digest)))
