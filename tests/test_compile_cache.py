@@ -56,6 +56,7 @@ def train(folder: Path, compiler_cache: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # the C++ of every kernel is built twice
 def test_another_machine_compiles_nothing_again(tmp_path: Path) -> None:
     first = train(tmp_path / "run", tmp_path / "machine-1")
     assert (first["loaded"], first["saved"], first["again"]) == (False, True, False)
