@@ -146,7 +146,8 @@ class Proof:
         self.report = ResumeReport(bitwise=on_cpu or config.train.deterministic)
         for row in read_rows(self._record):
             self._count(row)
-        self._own = Nursery(work_dir / "output.log", afresh=not on_cpu)
+        self._afresh = not on_cpu
+        self._own = Nursery(work_dir / "output.log", afresh=self._afresh)
         self._nursery = nursery or self._own
 
     def close(self) -> None:
@@ -177,7 +178,13 @@ class Proof:
         """Kill lives of one run, about equally far apart, and account for its time."""
         twin = self._undisturbed("twin")
         second = None if self.report.bitwise else self._undisturbed("second")
-        faults = _spread(sigkills, sigterms, self._config.train.total_steps, seed)
+        faults = _spread(
+            sigkills,
+            sigterms,
+            self._config.train.total_steps,
+            seed,
+            longest_delay_ms=1000 if self._afresh else 20,
+        )
         self._display.begin("killing and resuming", total=len(faults), done=self.report.n_kills)
         for fault in [*faults[self.report.n_kills :], None]:
             code = self._live("victim-000", fault).code
@@ -297,7 +304,9 @@ def _draw(draw: random.Random, *, preparing: bool) -> Fault:
     )
 
 
-def _spread(sigkills: int, sigterms: int, total_steps: int, seed: int) -> list[Fault]:
+def _spread(
+    sigkills: int, sigterms: int, total_steps: int, seed: int, *, longest_delay_ms: float
+) -> list[Fault]:
     """The faults of one long run, in order."""
     draw = random.Random(seed)
     kinds = ["SIGKILL"] * sigkills + ["SIGTERM"] * sigterms
@@ -313,7 +322,7 @@ def _spread(sigkills: int, sigterms: int, total_steps: int, seed: int) -> list[F
                 signal=kind,
                 phase=phase,
                 at_step=0 if at_once else int(place * total_steps),
-                delay_ms=draw.uniform(0, 1000),
+                delay_ms=draw.uniform(0, longest_delay_ms),
             )
         )
     return faults
