@@ -157,6 +157,7 @@ def test_trace_with_other_data_is_refused(twin: Path, marked_corpus: Path) -> No
         trace_step(twin, 5, data_dir=marked_corpus)
 
 
+@pytest.mark.slow
 def test_apps_print_the_documents_and_replay_a_step(
     twin: Path, corpus: Path, tmp_path: Path
 ) -> None:

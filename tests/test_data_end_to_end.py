@@ -84,7 +84,7 @@ def test_mixture_is_prepared_in_parts_verified_traced_and_trained_on(
     border = 2 * annealed.batch_size
     assert not first.positions(0, border)[0].any()
     assert first.positions(border, 100)[0].sum() == 50
-    with pytest.raises(ValueError, match=r"`data\.mix` has 'soon: prose=1'"):
+    with pytest.raises(ValueError, match=r"`data\.mix`: 'soon' is no duration"):
         open_streams(load_config(tiny_config, ['data.mix=["soon: prose=1"]']), mix)
 
     run = tmp_path / "run"

@@ -27,7 +27,7 @@ def finished_run(path: Path) -> Path:
         data=DataConfig(dir="/where/the/shards/lay", tokenizer="byte"),
         train=TrainConfig(total_steps=7, tokens_per_step=256, micro_batch_size=4),
     )  # fmt: skip
-    opened = RunDir.open(path, config, data_id="d" * 64, provenance={})
+    opened = RunDir.open(path, config, data_id="d" * 64, provenance=dict)
     torch.manual_seed(0)
     model = Transformer(config.model)
     with Checkpointer(path / "checkpoints") as checkpoints:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 FULL = os.environ.get("MATILDA_SLOW") == "1"
-KILLS = 500 if FULL else 5
+KILLS = 500 if FULL else 3
 MODES = [[], ["--background"]] if FULL else [["--background"]]
 
 

@@ -22,7 +22,7 @@ def run(tmp_path: Path, fault: str) -> None:
         pytest.skip(reason)
     points = 0
     calls = syscalls.CALLS if FULL else syscalls.CHANGING_CALLS
-    for verdict in syscalls.sweep(tmp_path, [fault], calls=calls, every=1 if FULL else 5):
+    for verdict in syscalls.sweep(tmp_path, [fault], calls=calls, every=1 if FULL else 8):
         assert verdict.violations == []
         points += verdict.points
     assert points > (200 if FULL else 6)

@@ -16,7 +16,7 @@ import pytest
 SLOW = os.environ.get("MATILDA_SLOW") == "1"
 HERE = Path(__file__).parent
 # Workers of each preparation that is killed.
-PLANS = [",".join([workers] * 34) for workers in "125"] if SLOW else ["1,2,5"]
+PLANS = [",".join([workers] * 34) for workers in "125"] if SLOW else ["2,5"]
 
 README = """---
 configs:
@@ -87,7 +87,7 @@ def test_failing_hub_and_kills_never_change_the_data_set(
     for name in ("stormy", "killed", "restarted", "merged", "merged of one"):
         assert results[name] == results["calm"], name
     assert results["fetched to merge"] == 0
-    assert results["kills"] == (34 if SLOW else 3)
+    assert results["kills"] == len(plan.split(","))
     assert results["server ran anew"]
     assert 20_000 < results["tokens"] < 30_000
     assert results["left over"] == ["manifest.json"]
