@@ -74,6 +74,7 @@ def test_one_run_in_light_and_dark(page: Page, killed: Path, tmp_path: Path) -> 
     assert drawn(page, file) == plots
 
 
+@pytest.mark.slow
 def test_three_runs_overlaid_and_every_switch(
     page: Page, killed: Path, twin: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+FULL = os.environ.get("MATILDA_SLOW") == "1"
 INTERPRETED = """
 import sys, torch
 sys.path.insert(0, sys.argv[1])
@@ -98,7 +99,7 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
             assert error(got_zl, zl.detach()) < 5e-6
             assert error(got, exact.grad) < bound(dtype)
             assert (got[2] == 0).all()
-            for shared in (2, 4):  # logits that share a reciprocal
+            for shared in (2, 4) if FULL or device == "cuda" else (4,):  # logits to a reciprocal
                 other = x.clone()
                 other_ce, other_zl = cross_entropy_(
                     other,
