@@ -10,7 +10,7 @@ from matilda_train.app import run_app
 EXAMPLES = """examples:
   uv run apps/replay.py runs/hero/autopsies/step-00018211-nonfinite
   uv run apps/replay.py --run runs/hero --step 18200 --data-dir data/smollm_mix
-  uv run apps/replay.py --run runs/hero --step 18200 --into /tmp/replay   keep its run directory
+  uv run apps/replay.py --run runs/hero --step 18200 --into runs/replay   keep its run directory
 
 The same bits on a CPU, and on a GPU with train.deterministic=true; else the difference is stated.
 Exit codes: 0 the same, or nothing to compare with; 1 a difference; 2 bad input; 4 no checkpoint.

@@ -10,11 +10,11 @@ from matilda_train.app import run_app
 from matilda_train.resume_report import as_json, describe
 
 EXAMPLES = """examples:
-  uv run apps/verify_resume.py --config configs/verify_resume.json --kills 500 --run-dir /tmp/proof
+  uv run apps/verify_resume.py --config configs/verify_resume.json --kills 500 --run-dir runs/proof
   uv run apps/verify_resume.py --config configs/base_152m_v2.json --data-dir data/corpus \\
-      --sigkills 5 --sigterms 2 --run-dir /tmp/proof-fast --set train.total_steps=200
+      --sigkills 5 --sigterms 2 --run-dir runs/proof-fast --set train.total_steps=200
   uv run apps/verify_resume.py --config configs/base_152m_v2.json --data-dir data/corpus \\
-      --sigkills 2 --sigterms 1 --run-dir /tmp/proof-bits \\
+      --sigkills 2 --sigterms 1 --run-dir runs/proof-bits \\
       --set train.total_steps=60 train.deterministic=true
 
 --kills ends that many lives of many short runs, --sigkills and --sigterms those of one long run,
