@@ -9,34 +9,50 @@ Shape suffixes: N tokens, D model, F feed-forward.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-from cutlass import cute  # type: ignore[import-not-found]
-from quack.activation import relu  # type: ignore[import-not-found]
-from quack.epilogue import gemm_epilogue  # type: ignore[import-not-found]
-from quack.gemm_config import GemmConfig  # type: ignore[import-not-found]
 from torch import Tensor
 
 
-@gemm_epilogue()
-def relu2_epilogue(acc):  # type: ignore[no-untyped-def]
-    r = relu(acc)
-    return {"D": r * r}
+class Epilogues(NamedTuple):
+    """What quack does with a product before it is stored."""
+
+    relu2: Callable[..., Any]
+    relu2_backward: Callable[..., Any]
+    residual: Callable[..., Any]
 
 
-@gemm_epilogue()
-def relu2_backward_epilogue(acc, c):  # type: ignore[no-untyped-def]
-    return {"D": acc * (cute.math.sqrt(c, fastmath=True) * 2.0)}
+@functools.cache
+def epilogues() -> Epilogues:
+    """The three matmuls, compiled on first use. ImportError without `quack-kernels`."""
+    from cutlass import cute  # type: ignore[import-not-found]
+    from quack.activation import relu  # type: ignore[import-not-found]
+    from quack.epilogue import gemm_epilogue  # type: ignore[import-not-found]
+
+    @gemm_epilogue()
+    def relu2_epilogue(acc):  # type: ignore[no-untyped-def]
+        r = relu(acc)
+        return {"D": r * r}
+
+    @gemm_epilogue()
+    def relu2_backward_epilogue(acc, c):  # type: ignore[no-untyped-def]
+        return {"D": acc * (cute.math.sqrt(c, fastmath=True) * 2.0)}
+
+    @gemm_epilogue()
+    def residual_epilogue(acc, c):  # type: ignore[no-untyped-def]
+        return {"D": acc + c}
+
+    return Epilogues(relu2_epilogue, relu2_backward_epilogue, residual_epilogue)
 
 
-@gemm_epilogue()
-def residual_epilogue(acc, c):  # type: ignore[no-untyped-def]
-    return {"D": acc + c}
-
-
-def config(tile_m: int, tile_n: int, *, pingpong: bool, cluster_m: int = 2) -> Any:
+@functools.cache
+def config(tile_m: int = 128, tile_n: int = 192, pingpong: bool = True, cluster_m: int = 2) -> Any:
     """One of quack's tile shapes, statically scheduled."""
+    from quack.gemm_config import GemmConfig  # type: ignore[import-not-found]
+
     return GemmConfig(
         tile_m=tile_m,
         tile_n=tile_n,
@@ -47,16 +63,11 @@ def config(tile_m: int, tile_n: int, *, pingpong: bool, cluster_m: int = 2) -> A
     )
 
 
-FORWARD = config(128, 192, pingpong=True)
-BACKWARD = config(128, 192, pingpong=True)
-OUTPUT = config(128, 192, pingpong=True)
-
-
 @torch.library.custom_op("matilda_model::quack_up_relu2", mutates_args=())
 def quack_up_relu2(x_ND: Tensor, up_FD: Tensor) -> Tensor:
     """`relu(x @ up.T) ** 2`, bf16 [N, F]."""
     out = x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])
-    relu2_epilogue(x_ND.contiguous(), up_FD.T, out={"D": out}, config=FORWARD, tuned=False)
+    epilogues().relu2(x_ND.contiguous(), up_FD.T, out={"D": out}, config=config(), tuned=False)
     return out
 
 
@@ -69,8 +80,8 @@ def _(x_ND: Tensor, up_FD: Tensor) -> Tensor:
 def quack_down_relu2_backward(dy_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
     """Gradient before the activation: `(dy @ down) * 2 * sqrt(h)`, bf16 [N, F]."""
     out = torch.empty_like(h_NF)
-    relu2_backward_epilogue(
-        dy_ND.contiguous(), down_DF, h_NF, out={"D": out}, config=BACKWARD, tuned=False
+    epilogues().relu2_backward(
+        dy_ND.contiguous(), down_DF, h_NF, out={"D": out}, config=config(), tuned=False
     )
     return out
 
@@ -84,8 +95,8 @@ def _(dy_ND: Tensor, down_DF: Tensor, h_NF: Tensor) -> Tensor:
 def quack_linear_add(x_NF: Tensor, weight_DF: Tensor, residual_ND: Tensor) -> Tensor:
     """`residual + x @ weight.T`, bf16 [N, D], rounded once."""
     out = torch.empty_like(residual_ND)
-    residual_epilogue(
-        x_NF.contiguous(), weight_DF.T, residual_ND, out={"D": out}, config=OUTPUT, tuned=False
+    epilogues().residual(
+        x_NF.contiguous(), weight_DF.T, residual_ND, out={"D": out}, config=config(), tuned=False
     )
     return out
 
