@@ -227,6 +227,7 @@ def _matilda(folder: Path, state: dict[str, torch.Tensor], defer: bool) -> Calla
     from matilda_ckpt import Checkpointer, Keep
 
     checkpoints = Checkpointer(folder, keep=Keep(last=2))
+    checkpoints.reserve({"state": state})
 
     def begin(step: int) -> Pending:
         handle = checkpoints.save(step, {"state": state}, wait=False, defer_copy=defer)

@@ -94,6 +94,28 @@ def test_next_save_waits_for_the_one_in_flight_and_memory_is_reused(tmp_path: Pa
     assert weight.nbytes <= checkpoints._pool.nbytes <= weight.nbytes + (32 << 20)
 
 
+@pytest.mark.parametrize("defer", [False, True])
+def test_memory_that_was_reserved_is_what_the_saves_take(tmp_path: Path, defer: bool) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    state = {
+        "model": torch.nn.Linear(1000, 9000),
+        "moments": [torch.ones(3, 5_000_000), torch.ones(7, dtype=torch.bfloat16)],
+        "step": torch.tensor(3.0),
+    }
+    held = checkpoints.reserve(state)
+    assert checkpoints._pool is not None
+    blocks = list(checkpoints._pool._blocks[False])
+    assert held == len(blocks) * (32 << 20) >= 96_000_000
+    assert checkpoints.reserve(state) == held
+    assert checkpoints.list() == []
+    assert not list(tmp_path.iterdir())
+    for step in (1, 2):
+        handle = checkpoints.save(step, state, wait=False, defer_copy=defer)
+        handle.result()
+        assert all(a is b for a, b in zip(blocks, checkpoints._pool._blocks[False], strict=True))
+    assert torch.equal(checkpoints.load_state(2)["moments"][0], torch.ones(3, 5_000_000))
+
+
 @pytest.mark.parametrize("how", ["save", "poll", "finish", "close", "result", "restore"])
 def test_a_failure_reaches_the_next_call_exactly_once(tmp_path: Path, how: str) -> None:
     fs = GateFs()
@@ -197,6 +219,8 @@ def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path, defer: bool) 
     weight = torch.randn(30_000_000, device="cuda")
     expected = weight.cpu()
     host = {"large": torch.ones(5000), "step": torch.tensor(3.0)}
+    held = checkpoints.reserve({"w": weight, "t": {"same": weight}, "host": host})
+    assert held >= weight.nbytes
     for step in (1, 2):
         state = {"w": weight, "t": {"same": weight}, "host": host}
         handle = checkpoints.save(step, state, wait=False, defer_copy=defer)
@@ -212,3 +236,5 @@ def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path, defer: bool) 
         weight.copy_(expected)
         host["step"].fill_(3.0)
         host["large"].fill_(1.0)
+        assert checkpoints._pool is not None
+        assert checkpoints._pool.nbytes == held

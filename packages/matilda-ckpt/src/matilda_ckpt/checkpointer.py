@@ -24,7 +24,7 @@ from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import default_threads, load_from, load_state
 from matilda_ckpt.restored import Restored, Skipped, give
 from matilda_ckpt.retention import Keep
-from matilda_ckpt.save_request import save_request
+from matilda_ckpt.save_request import save_request, state_of
 from matilda_ckpt.state_tree import Encoder
 from matilda_ckpt.store import SHARE_BYTES, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
@@ -174,6 +174,28 @@ class Checkpointer:
         by 16 elements spread over it: such a writer that misses all of those is not noticed.
         """
         self._background.wait_copied()
+
+    def reserve(self, state: Mapping[str, object]) -> int:
+        """Set aside now the host memory of a background save of `state`; returns its bytes.
+
+        Optional, once everything in `state` exists, for instance after the first step of training.
+        The first `save(…, wait=False)` otherwise pins memory beside the steps that follow it, and
+        CUDA launches nothing meanwhile (about 0.5 s for 1.4 GB). Copies the state once, for what
+        CUDA loads and allocates at a first use, and writes nothing to disk.
+
+        Raises ValueError for a state that cannot be stored, SaveError when it cannot be brought to
+        the host.
+        """
+        self._background.settle()
+        if "torch" not in sys.modules:
+            return 0
+        snapshot = self._new_snapshot(0, defer=False)
+        encoder = Encoder(snapshot)
+        for name, value in state.items():
+            encoder.encode(name, state_of(value))
+        snapshot.freeze()
+        snapshot.drain()
+        return snapshot.pool_bytes
 
     def poll(self) -> bool:
         """True when no save is in flight; raises the SaveError of one that failed unseen."""

@@ -36,7 +36,7 @@ def save_request(
         raise ValueError(f"`provenance` is not JSON: {error}") from error
     parts = []
     for name, value in state.items():
-        encoded = encoder.encode(name, _state_of(value))
+        encoded = encoder.encode(name, state_of(value))
         tree = strict_json.dumps(encoded.tree, sort_keys=False)
         parts.append(Part(name, tree, encoded.tensors))
 
@@ -64,7 +64,8 @@ def _check(step: int, state: Mapping[str, object]) -> None:
             )
 
 
-def _state_of(value: object) -> object:
+def state_of(value: object) -> object:
+    """What of `value` is stored: its state_dict() where it has one."""
     value = unwrapped(value)
     state_dict = getattr(value, "state_dict", None)
     return state_dict() if callable(state_dict) else value

@@ -108,6 +108,11 @@ class Snapshot:
         self._ready: dict[torch.device, torch.cuda.Event] = {}
         self._deferred = Deferred()
 
+    @property
+    def pool_bytes(self) -> int:
+        """Host memory held for snapshots."""
+        return self._pool.nbytes
+
     def add(self, shown: str, tensor: torch.Tensor) -> Callable[[], Iterator[memoryview]]:
         """Note `tensor`; the returned function yields its frozen bytes once `drain` has run."""
         device = tensor.device

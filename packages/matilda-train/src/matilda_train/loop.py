@@ -264,6 +264,7 @@ def train(
         rolls_back = config.train.spike_policy == "rollback"
         autopsies = Autopsies(run_dir, config, guard, stream, note=display.note)
         display.begin("training", total=config.train.total_steps, done=state.step)
+        first_step = state.step
         while True:
             at_end = state.step == config.train.total_steps
             evaluation_due = evaluations.due(state.step) or at_end
@@ -413,6 +414,10 @@ def train(
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
             state.step += 1
             meter.end_step(batch_size * config.seq_len, seq_len)
+            if state.step == first_step + 1 and config.ckpt.background:
+                whole = gather_state(everything) if sharded else everything
+                if ranks.is_main:
+                    checkpoints.reserve(whole)  # the optimizer's state exists only now
 
         phase.enter("sampling")
         sample = None
