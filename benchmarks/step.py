@@ -2,8 +2,9 @@
 
     python benchmarks/step.py [--quick] [--json FILE] [--peer-dir DIR] [--cases PATTERN]
 
-A step is forward, backward, gradient clipping and the optimizer on one micro-batch of random
-tokens, compiled, bf16. Each case runs in its own process, so that none inherits another's compiler
+A step is forward, backward, gradient clipping and the optimizer on random tokens, compiled, bf16:
+on one micro-batch, or with `--tokens-per-step` on as many as make that many tokens, as a run does
+(peers as well). Each case runs in its own process, so that none inherits another's compiler
 state or memory: all compile at once, then each is timed alone, median of `--steps` steps by device
 events. On a machine without CUDA the cases shrink to toy shapes, eager, in float32.
 
@@ -89,6 +90,9 @@ def main() -> int:
     parser.add_argument("--cases", default="*", help="shell patterns of case names, by comma")
     parser.add_argument("--steps", type=int, default=20, help="timed steps a case")
     parser.add_argument("--batch", type=int, help="sequences in a micro-batch, for every case")
+    parser.add_argument(
+        "--tokens-per-step", type=int, default=0, help="accumulate up to so many (default: no)"
+    )
     parser.add_argument("--jobs", type=int, default=8, help="cases that compile at once")
     parser.add_argument("--limit", type=float, default=1e9, help="stop starting cases after s")
     parser.add_argument("--profile", action="store_true", help="add each case's kernel times")
@@ -190,6 +194,7 @@ def _spawn(case: Case, args: argparse.Namespace, work: Path) -> subprocess.Popen
         environment["TORCHDYNAMO_DISABLE"] = "1"  # a peer compiles its optimizer even on a CPU
     command = [sys.executable, __file__, "--child", case.name, "--work", str(work)]
     command += ["--steps", str(args.steps), "--batch", str(case.batch)]
+    command += ["--tokens-per-step", str(args.tokens_per_step)]
     command += ["--quick"] * args.quick + ["--profile"] * args.profile
     if args.peer_dir is not None:
         command += ["--peer-dir", str(args.peer_dir.resolve())]
@@ -220,8 +225,10 @@ def _child(case: Case, args: argparse.Namespace) -> int:
     shape = _shape(case, quick=args.quick and not cuda)
     batch = case.batch if cuda else 2
     seq_len = shape.max_seq_len
+    accumulate = max(1, args.tokens_per_step // (batch * seq_len))
     with device:
-        step = _matilda(case, shape, cuda) if case.peer is None else _peer(case, shape, args)
+        make = _matilda if case.peer is None else _peer
+        step = make(case, shape, args, accumulate)
     ids = torch.randint(0, min(50257, shape.vocab_size), (batch, seq_len + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     first = _first_step(lambda: step(inputs, targets))
@@ -245,12 +252,13 @@ def _child(case: Case, args: argparse.Namespace) -> int:
 
     name = torch.cuda.get_device_name() if cuda else "cpu"
     peak = PEAK_BF16_FLOPS.get(name)
-    rate = batch * seq_len / median
+    rate = accumulate * batch * seq_len / median
     row = {
         "device": name,
         "torch": torch.__version__,
         "batch": batch,
         "seq_len": seq_len,
+        "micro_batches": accumulate,
         "tokens_per_s": rate,
         "mfu_palm": peak and rate * flops_per_token(shape, seq_len, causal=False) / peak,
         "mfu_causal": peak and rate * flops_per_token(shape, seq_len, causal=True) / peak,
@@ -336,11 +344,14 @@ def _kernels(step: Callable[[], Any]) -> list[tuple[float, int, str]]:
     return sorted(rows, reverse=True)[:40]
 
 
-def _matilda(case: Case, shape: Any, cuda: bool) -> Callable[[Any, Any], Any]:
+def _matilda(
+    case: Case, shape: Any, args: argparse.Namespace, accumulate: int
+) -> Callable[[Any, Any], Any]:
     import torch
 
     from matilda_model import Transformer
 
+    cuda = torch.cuda.is_available()
     model = Transformer(shape)
     optimizer = _optimizer(model, case.optimizer, cuda)
     run: Any = model
@@ -349,12 +360,13 @@ def _matilda(case: Case, shape: Any, cuda: bool) -> Callable[[Any, Any], Any]:
         run = torch.compile(model, fullgraph=shape.loss != "liger", dynamic=False)
 
     def step(inputs: Any, targets: Any) -> Any:
-        out = run(inputs, targets)
-        out.loss.backward()
+        for _ in range(accumulate):
+            loss = run(inputs, targets).loss / accumulate
+            loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return out.loss.detach()
+        return loss.detach() * accumulate
 
     return step
 
@@ -366,11 +378,13 @@ def _optimizer(model: Any, kind: str, cuda: bool) -> Any:
         from matilda_optim import Muon, param_groups
 
         groups = param_groups(model, algorithm="muon", lr=0.02, adamw_lr=3e-3, weight_decay=0.01)
-        return Muon(groups)
+        return Muon(groups, graph=cuda)
     return torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=cuda)
 
 
-def _peer(case: Case, shape: Any, args: argparse.Namespace) -> Callable[[Any, Any], Any]:
+def _peer(
+    case: Case, shape: Any, args: argparse.Namespace, accumulate: int
+) -> Callable[[Any, Any], Any]:
     import torch
 
     loss: Callable[[Any, Any], Any]
@@ -427,11 +441,12 @@ def _peer(case: Case, shape: Any, args: argparse.Namespace) -> Callable[[Any, An
         loss = _compile(qwen_loss)
 
     def step(inputs: Any, targets: Any) -> Any:
-        value = loss(inputs, targets)
-        value.backward()
+        for _ in range(accumulate):
+            value = loss(inputs, targets) / accumulate
+            value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return value.detach()
+        return value.detach() * accumulate
 
     return step
 
@@ -457,11 +472,15 @@ def _import_path(folder: Path) -> Iterator[None]:
         sys.path.remove(str(folder))
 
 
+def _shown_batch(row: dict[str, Any]) -> str:
+    return f"{row['micro_batches']}x{row['batch']}x{row['seq_len']}"
+
+
 def _print(rows: list[dict[str, Any]]) -> None:
     if rows and rows[0].get("device"):
         print(f"{rows[0]['device']}, torch {rows[0]['torch']}")
     print(
-        f"{'case':24} {'optim':8} {'batch':>9} {'tokens/s':>10} {'mfu palm':>9} {'causal':>7} "
+        f"{'case':24} {'optim':8} {'batch':>12} {'tokens/s':>10} {'mfu palm':>9} {'causal':>7} "
         f"{'ms':>8} {'GiB':>6} {'first step s':>12}"
     )
     for row in rows:
@@ -473,7 +492,7 @@ def _print(rows: list[dict[str, Any]]) -> None:
         )
         memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"
         print(
-            f"{row['name']:24} {row['optimizer']:8} {row['batch']}x{row['seq_len']:<6} "
+            f"{row['name']:24} {row['optimizer']:8} {_shown_batch(row):>12} "
             f"{row['tokens_per_s']:>10,.0f} {palm:>9} {causal:>7} {row['step_ms']:>8.1f} "
             f"{memory:>6} {row['to_first_step_s']:>12.1f}"
         )
