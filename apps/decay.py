@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+from matilda_train.stop_signals import StopRequest
 
 STOP = StopRequest().install()  # in the first line: what follows takes time
 
@@ -11,7 +11,7 @@ import os
 import time
 from pathlib import Path
 
-from matilda_train.app import run_app
+from matilda_train.app import add_run_options, conclude, run_app
 from matilda_train.duration import parse_count
 
 EXAMPLES = """examples:
@@ -45,20 +45,10 @@ def parse_arguments() -> argparse.Namespace:
         metavar="X",
         help="learning rate at the end over its peak (default: the parent's)",
     )
-    parser.add_argument(
-        "--run-dir", type=Path, help="directory of the new run (default: RUN-decay-S-N)"
-    )
-    parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")
-    parser.add_argument(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="a.b=c",
-        help="override fields that a resume may change, e.g. train.micro_batch_size=32",
-    )
-    parser.add_argument(
-        "--grace-seconds", type=float, metavar="N", help="after a signal, end after N s in any case"
+    add_run_options(
+        parser,
+        run_dir_help="directory of the new run (default: RUN-decay-S-N)",
+        set_help="override fields that a resume may change, e.g. train.micro_batch_size=32",
     )
     return parser.parse_args()
 
@@ -95,18 +85,7 @@ def main() -> int:
             stop=lambda: bool(STOP),
             display=display,
         )
-    if int(os.environ.get("RANK", "0")) > 0:
-        return EXIT_PREEMPTED if result.status == "preempted" else 0
-    if result.status == "preempted":
-        print(f"Stopped at step {result.step:,}; run the same command again to go on.")
-        return EXIT_PREEMPTED
-    if result.status == "already_finished":
-        print(f"This run is complete: {result.step:,} steps in {result.run_dir}")
-    else:
-        print(f"Held-out bits per byte: {result.final_bits_per_byte:.4f}.")
-        print(f"Run: {result.run_dir}")
-    print(f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '")
-    return 0
+    return conclude(result)
 
 
 if __name__ == "__main__":

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from killable_runs import ServedNursery, TrainServer
 from matilda_train.kernel_noise import measure_noise
-from matilda_train.lives import Life, Nursery
+from matilda_train.lives import Fault, Life, Nursery
 from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES, PhaseClock
 from matilda_train.resume_report import as_json, describe
@@ -57,22 +63,79 @@ def test_kills_in_every_phase_leave_no_difference(
     assert all("is not the saved one" in difference for difference in found)
 
 
+class Interrupting(ServedNursery):
+    """Ctrl-C instead of the third life, after which it waits for nobody."""
+
+    lives = 0
+
+    def run(self, request: Mapping[str, Any], log: Path, fault: Fault | None = None) -> Life:
+        self.lives += 1
+        if self.lives == 3:
+            os.utime(log, (0, 0))
+            for file in (log.parent.parent / "victim-000").glob("*.jsonl"):
+                os.utime(file, (0, 0))
+            raise KeyboardInterrupt
+        return super().run(request, log, fault)
+
+
 def test_kills_spread_over_one_run_are_accounted_for(
-    nursery: Nursery, tiny_config: Path, corpus: Path, tmp_path: Path
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    report = verify_resume(
-        tiny_config,
-        work_dir=tmp_path / "proof",
-        data_dir=corpus,
-        spread=(2, 1),
-        overrides=["train.total_steps=20"],
-        nursery=nursery,
-    )
+    proof, output = tmp_path / "proof", tmp_path / "output.log"
+
+    def prove(nursery: Nursery, **options: float) -> ResumeReport:
+        return verify_resume(
+            tiny_config,
+            work_dir=proof,
+            data_dir=corpus,
+            spread=(2, 1),
+            overrides=["train.total_steps=20"],
+            nursery=nursery,
+            **options,
+        )
+
+    paused = prove(ServedNursery(server, output), pause_after_seconds=-1)
+    assert not paused.complete
+    assert "run the same command again" in describe(paused)
+    with pytest.raises(KeyboardInterrupt):
+        prove(Interrupting(server, output))
+    os.utime(proof / "record.jsonl", (time.time() - 5000,) * 2)
+
+    report = prove(ServedNursery(server, output))
+    assert report.complete
     assert report.differences == []
     assert report.runs == 1
+    assert report.interruptions == {"victim-000": 1}
+    assert 5000 <= report.idle_seconds < 6000
     assert report.goodput is not None
     assert report.goodput.restarts >= 1
-    assert "goodput" in describe(report)
+    assert sum(report.goodput.seconds.values()) == pytest.approx(report.goodput.wall_seconds)
+    said = describe(report)
+    assert "goodput" in said
+    assert "interrupted 1 times at victim-000" in said
+    assert as_json(report)["environment"]["device"] == "cpu"
+
+
+@pytest.mark.slow
+def test_proof_killed_with_a_life_under_way_goes_on(
+    tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    """Lives end with the proof that began them: an orphan would hold the run directory."""
+    proof, app = tmp_path / "proof", Path(__file__).parent.parent / "apps" / "verify_resume.py"
+    command = [
+        *(sys.executable, str(app), "--config", str(tiny_config), "--data-dir", str(corpus)),
+        *("--kills", "3", "--run-dir", str(proof), "--set", "train.total_steps=600"),
+        *("ckpt.every_steps=150", "log.every_steps=50"),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        while not (proof / "twin" / "metrics.jsonl").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.kill()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 differences" in done.stdout
+    assert "interrupted 1 times at twin" in done.stdout
 
 
 @pytest.mark.slow
@@ -200,3 +263,6 @@ def test_every_second_belongs_to_one_phase() -> None:
     assert met == ["starting", "preparing data", "preparing data", "starting", "training"]
     assert set(clock.seconds()) == {"starting", "preparing data", "training"}
     assert all(phase in PHASES for phase in met)
+    with pytest.raises(OSError, match="gone"), clock.during("restoring"):
+        raise OSError("gone")
+    assert clock.current == "training"

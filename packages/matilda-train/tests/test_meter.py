@@ -9,7 +9,7 @@ import torch
 
 from matilda_train import config_from_dict
 from matilda_train.gpu_health import GpuHealth, throttle_reasons
-from matilda_train.meter import Meter
+from matilda_train.meter import Meter, RollingMedian, describe_row
 
 CPU = torch.device("cpu")
 CONFIG = config_from_dict(
@@ -58,21 +58,41 @@ def test_abandoned_steps_and_pauses_do_not_count() -> None:
 
 
 def test_steps_that_become_slower_are_flagged() -> None:
-    meter = Meter(CONFIG, CPU, 1)
-    take_steps(meter, *[0.001] * 30)
-    assert not meter.measure()["throttling"]
-    take_steps(meter, *[0.02] * 40)
-    assert meter.measure()["throttling"]
+    recent = RollingMedian()
+    assert recent.seconds is None
+    for _ in range(30):
+        recent.add((320, 32), 0.1)
+    assert not recent.has_slowed
+    recent.add((320, 32), 0.9)  # a single one is an outlier
+    assert not recent.has_slowed
+    for _ in range(40):
+        recent.add((320, 32), 0.12)
+    assert recent.has_slowed
+    for _ in range(40):
+        recent.add((320, 32), 0.1)
+    assert not recent.has_slowed
 
 
 def test_another_shape_of_batch_is_no_throttling() -> None:
+    recent = RollingMedian()
+    for seconds, shape in ((0.1, (320, 32)), (0.9, (3200, 32)), (1.8, (3200, 64))):
+        for _ in range(30):
+            recent.add(shape, seconds)
+            assert not recent.has_slowed
+        assert recent.seconds == seconds
+
+
+def test_a_slower_gpu_says_why_and_a_cpu_says_nothing() -> None:
     meter = Meter(CONFIG, CPU, 1)
     take_steps(meter, *[0.001] * 30)
-    for _ in range(30):
-        meter.begin_step()
-        time.sleep(0.01)
-        meter.end_step(3200, 32)
-    assert not meter.measure()["throttling"]
+    meter.measure()
+    take_steps(meter, *[0.01] * 30)
+    row = {"loss_nats": 2.0} | meter.measure()
+    assert "slower" not in describe_row(row)
+    assert "slower" not in describe_row(row | {"throttling": False})
+    assert describe_row(row | {"throttling": True}).endswith("· slower than before")
+    hot = {"throttling": True, "gpu_throttle_reasons": "power cap"}
+    assert describe_row(row | hot).endswith("· slower than before (power cap)")
 
 
 def test_names_of_throttle_reasons() -> None:

@@ -1,16 +1,118 @@
-"""How every app ends: one sentence for a person, one exit code for a launcher."""
+"""What the apps have in common: options of a run, a look before a long one, how each one ends."""
 
 from __future__ import annotations
 
+import argparse
+import json
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-__all__ = ["run_app"]
+from matilda_train.stop_signals import EXIT_PREEMPTED
+
+if TYPE_CHECKING:
+    from matilda_train.config import RunConfig
+    from matilda_train.loop import TrainResult
+
+__all__ = ["add_preflight_options", "add_run_options", "conclude", "look_before", "run_app"]
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
 EXIT_ENVIRONMENT = 4
+
+LONG_RUN_SECONDS = 3600.0
+
+
+def add_run_options(parser: argparse.ArgumentParser, *, run_dir_help: str, set_help: str) -> None:
+    """Options of every app that trains: where, on what data, overrides, and how long to save."""
+    parser.add_argument("--run-dir", type=Path, help=run_dir_help)
+    parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help=set_help
+    )
+    parser.add_argument(
+        "--grace-seconds",
+        type=float,
+        metavar="N",
+        help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after N s in any case",
+    )
+
+
+def add_preflight_options(parser: argparse.ArgumentParser) -> None:
+    """Options that `look_before` understands."""
+    parser.add_argument(
+        "--preflight",
+        action="store_true",
+        help="only look whether the run would work, how long it takes and what it costs: data, "
+        "memory (real steps), disk, time; exit 0 for yes, 2 for no; changes nothing",
+    )
+    parser.add_argument(
+        "--no-preflight", action="store_true", help="do not look before a long run either"
+    )
+    parser.add_argument("--deep", action="store_true", help="pre-flight: hash every byte of data")
+    parser.add_argument("--json", action="store_true", help="pre-flight: print it as JSON")
+    parser.add_argument(
+        "--dollars-per-hour", type=float, metavar="X", help="pre-flight: price of the machine"
+    )
+
+
+def look_before(
+    config: RunConfig, run_dir: Path, args: argparse.Namespace, *, dry_run: bool
+) -> int | None:
+    """Exit code of a pre-flight that was asked for or says no; None to go on and train.
+
+    Runs that should take over an hour are looked at unasked before they begin.
+    """
+    from matilda_train.preflight import estimate_seconds, run_preflight
+
+    if not args.preflight:
+        new = not dry_run and not (run_dir / "run.json").exists()
+        if args.no_preflight or not new or estimate_seconds(config) < LONG_RUN_SECONDS:
+            return None
+    report = run_preflight(
+        config,
+        run_dir=run_dir,
+        data_dir=args.data_dir,
+        dollars_per_hour=args.dollars_per_hour,
+        deep=args.deep,
+        world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        note=lambda text: print(text, file=sys.stderr) if _is_main() else None,
+    )
+    if _is_main():
+        print(json.dumps(report.to_dict(), indent=2) if args.json else report, flush=True)
+    if args.preflight or not report.ok:
+        return 0 if report.ok else EXIT_BAD_INPUT
+    return None
+
+
+def conclude(result: TrainResult, *, dry_run: bool = False) -> int:
+    """Say on the main process how a call of `train` ended; the exit code for it, on every rank."""
+    stopped = result.status == "preempted"
+    if _is_main():
+        print(_last_words(result, dry_run=dry_run))
+    return EXIT_PREEMPTED if stopped else 0
+
+
+def _last_words(result: TrainResult, *, dry_run: bool) -> str:
+    if result.status == "preempted":
+        return f"Stopped at step {result.step:,}; run the same command again to go on."
+    if dry_run:
+        return f"Dry run of {result.step:,} steps passed; nothing was kept."
+    following = f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '"
+    if result.status == "already_finished":
+        return f"This run is complete: {result.step:,} steps in {result.run_dir}\n{following}"
+    return (
+        f"\n{result.sample}\n\n"
+        f"Held-out bits per byte: {result.first_bits_per_byte:.4f} at first, "
+        f"{result.final_bits_per_byte:.4f} after {result.step:,} steps.\n"
+        f"Run: {result.run_dir}\n{following}"
+    )
+
+
+def _is_main() -> bool:
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def run_app(main: Callable[[], int]) -> None:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -139,15 +141,18 @@ class Nursery:
             process = _start(AFRESH_PROGRAM, stderr=output)
         assert process.stdin is not None
         assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
+        if process.stdout.readline() != "ready\n":
+            raise RuntimeError(f"A life could not begin; it said: {self.last_words()}")
         process.stdin.write(json.dumps(request) + "\n")
         process.stdin.flush()
         fault = request["fault"]
         if fault is not None and fault["phase"] == "importing":
             time.sleep(fault["delay_ms"] / 1e3)
             process.send_signal(getattr(signal, fault["signal"]))
-        process.communicate()
-        return process.returncode
+        code = process.wait()  # its input stays open until then: it ends with this process
+        process.stdin.close()
+        process.stdout.close()
+        return code
 
 
 def _start(program: str, stderr: Any = None) -> subprocess.Popen[str]:
@@ -187,14 +192,27 @@ def live(request: Mapping[str, Any], stop: StopRequest) -> None:
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        _end_with_parent()
         code = _train(request, stop)
     except ValueError as error:
         code = 2
         os.write(2, f"{error}\n".encode())
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
+    except BaseException:
+        os.write(2, traceback.format_exc().encode())
     finally:
         os._exit(code)
+
+
+def _end_with_parent() -> None:
+    """Have this process killed once nobody waits for it: it would be in its successor's way."""
+
+    def wait() -> None:
+        orders = select.poll()
+        orders.register(0, 0)  # the other end of standard input being closed is told unasked
+        orders.poll()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _train(request: Mapping[str, Any], stop: StopRequest) -> int:

@@ -58,6 +58,34 @@ class StepTimer:
             self._marks.append(event)
 
 
+class RollingMedian:
+    """The median duration of the last 50 steps of one shape, against the lowest it has been."""
+
+    def __init__(self) -> None:
+        self._shape = (0, 0)
+        self._recent: deque[float] = deque(maxlen=ROLLING_STEPS)
+        self._lowest = float("inf")
+
+    def add(self, shape: tuple[int, int], seconds: float) -> None:
+        """Add a step; another (tokens, length of a sequence) than before begins anew."""
+        if self._shape != shape:
+            self._shape, self._lowest = shape, float("inf")
+            self._recent.clear()
+        self._recent.append(seconds)
+        if len(self._recent) >= FEWEST_ROLLING_STEPS:
+            self._lowest = min(self._lowest, statistics.median(self._recent))
+
+    @property
+    def seconds(self) -> float | None:
+        """The median now; None before the first step."""
+        return statistics.median(self._recent) if self._recent else None
+
+    @property
+    def has_slowed(self) -> bool:
+        """Whether it stands 10 % above the lowest."""
+        return (self.seconds or 0.0) > THROTTLING_SLOWDOWN * self._lowest
+
+
 class Meter:
     """Sums up whole steps; evaluation, saving and abandoned steps are left out.
 
@@ -75,9 +103,7 @@ class Meter:
         self._data_wait = self._unmeasured_wait = 0.0
         self._first_step: float | None = None
         self._warm = False
-        self._shape = (0, 0)
-        self._recent: deque[float] = deque(maxlen=ROLLING_STEPS)
-        self._best_median = float("inf")
+        self._recent = RollingMedian()
 
     def begin_step(self) -> None:
         """A step begins; what happened since the last one ended is not measured."""
@@ -99,8 +125,9 @@ class Meter:
 
         The first step of a process compiles, captures and fills caches: speeds leave it out as
         soon as there is another, and what it took longer is `warm_up_seconds` in the row that
-        knows. `step_ms_median` looks back over 50 steps of one shape; `throttling` is true while
-        it stands 10 % above the lowest it has been in this process.
+        knows. `step_ms_median` looks back over 50 steps of one shape; `throttling`, of a GPU, is
+        true while it stands 10 % above the lowest it has been in this process. A CPU's steps vary
+        by more with whatever else it does.
         """
         seconds = [step.seconds() for step in self._steps]
         first = int(self._first_step is None)
@@ -110,12 +137,11 @@ class Meter:
         steady = slice(first if len(seconds) > first else 0, None)
         spent, mean = sum(seconds[steady]), statistics.fmean(seconds[steady])
         for step, duration in zip(self._steps[first:], seconds[first:], strict=True):
-            self._look_back(step, duration)
-        median = statistics.median(self._recent or seconds)
+            self._recent.add((step.tokens, step.seq_len), duration)
+        median = self._recent.seconds or statistics.median(seconds)
         row: dict[str, Any] = {
             "step_ms": 1e3 * mean,
             "step_ms_median": 1e3 * median,
-            "throttling": median > THROTTLING_SLOWDOWN * self._best_median,
             "tokens_per_second": sum(step.tokens for step in self._steps[steady]) / spent,
             "data_wait_ms": 1e3 * self._data_wait / len(seconds),
             "train_seconds": sum(seconds),
@@ -130,18 +156,10 @@ class Meter:
             )
             row[name] = flops / spent / self._peak if self._peak is not None else None
         if self._device.type == "cuda":
+            row["throttling"] = self._recent.has_slowed
             row["peak_memory_gib"] = torch.cuda.max_memory_allocated(self._device) / 2**30
         self._steps, self._data_wait = [], 0.0
         return row
-
-    def _look_back(self, step: StepTimer, duration: float) -> None:
-        """Add a step to the rolling window; another shape of batch begins a new one."""
-        if self._shape != (step.tokens, step.seq_len):
-            self._shape, self._best_median = (step.tokens, step.seq_len), float("inf")
-            self._recent.clear()
-        self._recent.append(duration)
-        if len(self._recent) >= FEWEST_ROLLING_STEPS:
-            self._best_median = min(self._best_median, statistics.median(self._recent))
 
 
 def describe_row(row: dict[str, Any]) -> str:
@@ -149,6 +167,7 @@ def describe_row(row: dict[str, Any]) -> str:
     parts = [f"loss {row['loss_nats']:.4f}", f"{row['tokens_per_second']:,.0f} tokens/s"]
     if row["mfu_palm"] is not None:
         parts.append(f"MFU {100 * row['mfu_palm']:.1f} %")
-    if row["throttling"]:
-        parts.append("slower than before")
+    if row.get("throttling"):
+        reasons = row.get("gpu_throttle_reasons")
+        parts.append(f"slower than before ({reasons})" if reasons else "slower than before")
     return " · ".join(parts)

@@ -56,11 +56,13 @@ class PhaseClock:
 
     @contextmanager
     def during(self, phase: str) -> Iterator[None]:
-        """Be in `phase` for a block, then in the phase before it again."""
+        """Be in `phase` for a block, then, also after an error, in the phase before it again."""
         before = self.current
         self.enter(phase)
-        yield
-        self.enter(before)
+        try:
+            yield
+        finally:
+            self.enter(before)
 
     def uptime(self) -> float:
         """Seconds since the clock was made."""

@@ -13,12 +13,18 @@ if TYPE_CHECKING:
 __all__ = ["as_json", "describe"]
 
 MOST_DIFFERENCES = 20
+ENVIRONMENT = ("device", "cuda", "python", "packages", "git_sha", "git_diff_sha256")
 
 
 def describe(report: ResumeReport) -> str:
     """A table of the lives ended by phase and signal, and what was found, in lines."""
     names = sorted({name for name, _ in report.kills})
-    lines = [f"{'while':16}" + "".join(f"{name:>9}" for name in names)]
+    environment = report.environment
+    packages = environment.get("packages", {})
+    lines = []
+    if environment:
+        lines.append(f"on {environment.get('device')}, torch {packages.get('torch')}")
+    lines.append(f"{'while':16}" + "".join(f"{name:>9}" for name in names))
     for phase in ("importing", *PHASES):
         counts = [report.kills[name, phase] for name in names]
         if any(counts):
@@ -41,8 +47,16 @@ def describe(report: ResumeReport) -> str:
         )
     if report.goodput is not None:
         lines.append(report.goodput.table())
+    if report.interruptions:
+        runs = ", ".join(f"{n} times at {run}" for run, n in report.interruptions.items())
+        idle = f"; the {report.idle_seconds:,.0f} s until then are not accounted for"
+        lines.append(
+            f"the proof was interrupted {runs}, and went on{idle if report.goodput else ''}"
+        )
     lines.append(f"{len(report.differences)} differences")
     lines += [f"  {difference}" for difference in report.differences[:MOST_DIFFERENCES]]
+    if not report.complete:
+        lines.append("Not done yet: run the same command again to go on.")
     return "\n".join(lines)
 
 
@@ -52,6 +66,7 @@ def as_json(report: ResumeReport) -> dict[str, Any]:
     for (name, phase), count in sorted(report.kills.items()):
         kills.setdefault(phase, {})[name] = count
     return {
+        "complete": report.complete,
         "bitwise": report.bitwise,
         "lives_ended": report.n_kills,
         "by_phase": kills,
@@ -60,5 +75,10 @@ def as_json(report: ResumeReport) -> dict[str, Any]:
         "differences": report.differences,
         "noise": asdict(report.noise) if report.noise else None,
         "goodput": report.goodput.fraction if report.goodput else None,
+        "wall_seconds": report.goodput.wall_seconds if report.goodput else None,
+        "restarts": report.goodput.restarts if report.goodput else None,
         "seconds": report.goodput.seconds if report.goodput else None,
+        "interruptions": dict(report.interruptions),
+        "idle_seconds": report.idle_seconds,
+        "environment": {k: report.environment.get(k) for k in ENVIRONMENT},
     }

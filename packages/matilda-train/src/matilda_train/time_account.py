@@ -10,7 +10,7 @@ calendar clock believed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -62,6 +62,15 @@ class Goodput:
     def fraction(self) -> float | None:
         """Productive seconds over wall-clock seconds; None for a run without either."""
         return self.seconds["productive"] / self.wall_seconds if self.wall_seconds > 0 else None
+
+    def without_idle(self, seconds: float) -> Goodput:
+        """The account as if the run had been started again that much sooner, in all.
+
+        For pauses that are nobody's fault; `life_begins` stays the calendar's.
+        """
+        idle = min(seconds, self.seconds["between lives"])
+        stopped = {"between lives": self.seconds["between lives"] - idle}
+        return replace(self, wall_seconds=self.wall_seconds - idle, seconds=self.seconds | stopped)
 
     def table(self) -> str:
         """The account as lines for a person, empty buckets left out."""

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import random
 import shutil
+import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from matilda_train.console import Display, SilentDisplay
 from matilda_train.kernel_noise import Noise, measure_noise
 from matilda_train.lives import Fault, Life, Nursery
 from matilda_train.metrics_log import MACHINE_FIELDS, EventLog, read_rows
+from matilda_train.run_dir import RunDir
 from matilda_train.stop_signals import EXIT_PREEMPTED
 from matilda_train.time_account import Goodput, goodput
 
@@ -62,7 +65,15 @@ class ResumeReport:
     noise: Noise | None = None
     """Where bits do not repeat: losses against what undisturbed runs differ by."""
     goodput: Goodput | None = None
-    """Where the time of the one long run went."""
+    """Where the time of the one long run went; the proof's own pauses are left out."""
+    interruptions: Counter[str] = field(default_factory=Counter)
+    """How often the proof itself was interrupted and went on, by the run that it was at."""
+    idle_seconds: float = 0.0
+    """How long the one long run lay still because nobody went on with the proof."""
+    complete: bool = True
+    """False when it paused: the same command goes on."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What the twin's `run.json` says of device, versions and code."""
 
     @property
     def n_kills(self) -> int:
@@ -79,6 +90,7 @@ def verify_resume(
     spread: tuple[int, int] | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    pause_after_seconds: float = math.inf,
     display: Display | None = None,
     nursery: Nursery | None = None,
 ) -> ResumeReport:
@@ -88,7 +100,8 @@ def verify_resume(
     be new or empty, or hold the same proof, interrupted: then it goes on. Compared are weights,
     optimizer, RNG, stream and batch hashes of the newest checkpoint, every metrics row except clock
     and memory figures, and the state in memory before each save and after each restore. Lives come
-    from `nursery`, or from one of its own.
+    from `nursery`, or from one of its own; none begins later than `pause_after_seconds`, and the
+    report is not `complete` then.
 
     Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
@@ -104,15 +117,22 @@ def verify_resume(
         {"kills": kills, "spread": list(spread) if spread else None, "seed": seed},
         display or SilentDisplay(),
         nursery,
+        time.monotonic() + pause_after_seconds,
     )
     try:
         if spread:
             proof.spread(*spread, seed)
         else:
             proof.soak(kills, seed)
+    except _PauseError:
+        proof.report.complete = False
     finally:
         proof.close()
     return proof.report
+
+
+class _PauseError(Exception):
+    """It is too late to begin another life."""
 
 
 class Proof:
@@ -133,15 +153,20 @@ class Proof:
         plan: Mapping[str, Any],
         display: Display,
         nursery: Nursery | None,
+        pause_at: float,
     ) -> None:
         self._config = config
         self._work_dir = work_dir
         self._request = request
         self._display = display
+        self._pause_at = pause_at
         _claim(work_dir, {**request, **plan})
         (work_dir / "lives").mkdir(exist_ok=True)
         self._record = work_dir / "record.jsonl"
-        self._lives = len(list((work_dir / "lives").iterdir()))
+        logs = sorted((work_dir / "lives").iterdir())
+        self._lives = len(logs)
+        self._newest_log = logs[-1] if logs else None
+        """Of the last life before this command, until one has begun."""
         on_cpu = config.train.device == "cpu" or not _sees_gpu()
         self.report = ResumeReport(bitwise=on_cpu or config.train.deterministic)
         for row in read_rows(self._record):
@@ -197,13 +222,14 @@ class Proof:
         else:
             self.report.noise = measure_noise(twin, second, victim)
             self._append(compared="victim-000", differences=self.report.noise.differences)
-        self.report.goodput = goodput(victim)
+        self.report.goodput = goodput(victim).without_idle(self.report.idle_seconds)
 
     def _undisturbed(self, name: str) -> Path:
         run_dir = self._work_dir / name
         if EventLog(run_dir / "events.jsonl").last("finish") is None:
             self._display.note(f"training undisturbed: {name}")
             self._live(name, None)
+        self.report.environment = RunDir.read(run_dir)
         return run_dir
 
     def _own_data(self, victim: str) -> Path | None:
@@ -215,6 +241,9 @@ class Proof:
         )
 
     def _live(self, run: str, fault: Fault | None, data: Path | None = None) -> Life:
+        if time.monotonic() > self._pause_at:
+            raise _PauseError
+        self._note_interruption(run)
         request = {**self._request, "run_dir": str(self._work_dir / run)}
         if data is not None:
             request["data_dir"] = str(data)
@@ -240,6 +269,15 @@ class Proof:
         self._append(run=run, life=ended)
         return life
 
+    def _note_interruption(self, run: str) -> None:
+        """Write down, once a command, that `run` lay still since the command before."""
+        last, self._newest_log = self._newest_log, None
+        if last is None or last.stem.partition("-")[2] != run:
+            return
+        traces = [last, self._record, *(self._work_dir / run).glob("*.jsonl")]
+        newest = max(trace.stat().st_mtime for trace in traces if trace.exists())
+        self._append(interrupted=run, idle_seconds=max(0.0, time.time() - newest))
+
     def _compare(
         self, victim: str, state: Mapping[str, str], rows: Sequence[Mapping[str, Any]]
     ) -> None:
@@ -260,6 +298,9 @@ class Proof:
             checked, differences = _resume_points(self._logs_of(row["compared"]), row["compared"])
             self.report.resume_points += checked
             self.report.differences += differences
+        elif "interrupted" in row:
+            self.report.interruptions[row["interrupted"]] += 1
+            self.report.idle_seconds += row["idle_seconds"] * (row["interrupted"] == "victim-000")
         elif row["life"]["signal"] is not None:
             self.report.kills[row["life"]["signal"], row["life"]["phase"]] += 1
 
@@ -349,24 +390,16 @@ def state_hashes(run_dir: Path) -> dict[str, str]:
     import torch
 
     from matilda_ckpt import Checkpointer
+    from matilda_train.state_digest import leaves
 
     hashes: dict[str, str] = {}
-
-    def walk(name: str, value: Any) -> None:
-        if isinstance(value, Mapping):
-            for key in value:
-                walk(f"{name}/{key}", value[key])
-        elif isinstance(value, list | tuple):
-            for index, item in enumerate(value):
-                walk(f"{name}/{index}", item)
-        elif isinstance(value, torch.Tensor):
+    for name, value in leaves(Checkpointer(run_dir / "checkpoints", read_only=True).load_state()):
+        if isinstance(value, torch.Tensor):
             head = f"{value.dtype} {tuple(value.shape)}".encode()
-            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-            hashes[name] = hashlib.sha256(head + raw).hexdigest()
+            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            hashes[name] = hashlib.sha256(head + raw.tobytes()).hexdigest()
         else:
             hashes[name] = hashlib.sha256(repr(value).encode()).hexdigest()
-
-    walk("", Checkpointer(run_dir / "checkpoints", read_only=True).load_state())
     return hashes
 
 
