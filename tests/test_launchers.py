@@ -1,0 +1,293 @@
+"""The launch files: read by their own tools, and run with what a cluster's programs would do."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from killable_runs import TrainServer
+from matilda_train.metrics_log import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+LAUNCHERS = ROOT / "launchers"
+SCRIPTS = ["train.sh", "slurm.sbatch", "vast.sh"]
+
+# Stands for Python: notes how it was called, then waits for a signal or ends as it is told to.
+INTERPRETER = """#!{python}
+import json, os, signal, sys, time
+code = int(os.environ["END_WITH"])
+note = open(f"{folder}/task-{{os.environ.get('RANK', 'alone')}}", "a")
+def end(number, frame):
+    note.write(json.dumps({{"signal": signal.Signals(number).name}}) + "\\n")
+    note.flush()
+    os._exit(code)
+for number in (signal.SIGTERM, signal.SIGUSR1):
+    signal.signal(number, end)
+names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+told = {{name: os.environ[name] for name in names if name in os.environ}}
+note.write(json.dumps({{"arguments": sys.argv[1:], "told": told}}) + "\\n")
+note.flush()
+while os.environ.get("WAIT"):
+    time.sleep(0.05)
+os._exit(code)
+"""
+
+# Slurm's: a task each, USR1 handed on, TERM answered by killing, the highest exit code.
+SRUN = """#!{python}
+import os, signal, subprocess, sys
+command = [a for a in sys.argv[1:]]
+while command[0].startswith("-"):
+    command.pop(0)
+tasks = [
+    subprocess.Popen(command, env=os.environ | {{"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}})
+    for n in range(int(os.environ["SLURM_NTASKS"]))
+]
+def every(number):
+    return lambda got, frame: [task.send_signal(number) for task in tasks]
+signal.signal(signal.SIGUSR1, every(signal.SIGUSR1))
+signal.signal(signal.SIGTERM, every(signal.SIGKILL))
+codes = [task.wait() for task in tasks]
+sys.exit(max(code if code >= 0 else 128 - code for code in codes))
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1" = show ]; then printf 'first\\nsecond\\n'; else echo "$@" >>{folder}/said-to-scontrol; fi
+"""
+
+
+def program(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.write_text(text.format(python=sys.executable, folder=folder))
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> dict[str, str]:
+    """The environment of a batch job of two tasks, with programs of its own."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    for name, text in (("python", INTERPRETER), ("srun", SRUN), ("scontrol", SCONTROL)):
+        program(folder, name, text)
+    return os.environ | {
+        "PATH": f"{folder}:{os.environ['PATH']}",
+        "PYTHON": str(folder / "python"),
+        "SLURM_SUBMIT_DIR": str(ROOT),
+        "SLURM_JOB_ID": "4711",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_NTASKS": "2",
+        "END_WITH": "0",
+    }
+
+
+def notes(cluster: dict[str, str], name: str) -> list[dict[str, object]]:
+    file = Path(cluster["PYTHON"]).parent / name
+    lines = file.read_text().splitlines() if file.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+def launch(name: str, cluster: dict[str, str], *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        ["bash", str(LAUNCHERS / name), *arguments],
+        env=cluster,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def wait_for_notes(cluster: dict[str, str], *names: str) -> None:
+    deadline = time.monotonic() + 60
+    while not all(notes(cluster, name) for name in names):
+        assert time.monotonic() < deadline, "the tasks never began"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_bash_and_shellcheck_find_nothing(name: str) -> None:
+    subprocess.run(["bash", "-n", str(LAUNCHERS / name)], check=True)
+    if shutil.which("shellcheck") is None:
+        pytest.skip("no shellcheck on PATH")
+    done = subprocess.run(["shellcheck", str(LAUNCHERS / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
+    if shutil.which("hadolint") is None:
+        pytest.skip("no hadolint on PATH")
+    file = str(LAUNCHERS / "Dockerfile")
+    done = subprocess.run(["hadolint", file], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_dockerfile_copies_every_package_before_it_installs() -> None:
+    text = (LAUNCHERS / "Dockerfile").read_text()
+    for package in sorted((ROOT / "packages").iterdir()):
+        assert f"COPY packages/{package.name}/pyproject.toml packages/{package.name}/\n" in text
+
+
+@pytest.mark.parametrize("code", [0, 2, 4])
+def test_slurm_ends_with_the_code_of_the_run(cluster: dict[str, str], code: int) -> None:
+    cluster["END_WITH"] = str(code)
+    job = launch("slurm.sbatch", cluster, "--config", "a b.json")
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == code, said
+    for rank in range(2):
+        (called,) = notes(cluster, f"task-{rank}")
+        arguments = ["apps/train.py", "--grace-seconds", "100", "--config", "a b.json"]
+        assert called["arguments"] == arguments
+        assert called["told"] == {
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "MASTER_ADDR": "first",
+            "MASTER_PORT": str(20000 + 4711),
+        }
+    assert not (Path(cluster["PYTHON"]).parent / "said-to-scontrol").exists()
+
+
+@pytest.mark.parametrize("code", [75, 5])
+def test_slurm_requeues_a_run_that_should_go_on(cluster: dict[str, str], code: int) -> None:
+    cluster["END_WITH"] = str(code)
+    job = launch("slurm.sbatch", cluster)
+    job.communicate(timeout=60)
+    assert job.returncode == code
+    assert (Path(cluster["PYTHON"]).parent / "said-to-scontrol").read_text() == "requeue 4711\n"
+
+
+def test_slurms_notice_reaches_python_as_a_request(cluster: dict[str, str]) -> None:
+    cluster |= {"END_WITH": "75", "WAIT": "1"}
+    job = launch("slurm.sbatch", cluster)
+    wait_for_notes(cluster, "task-0", "task-1")
+    job.send_signal(signal.SIGTERM)
+    said, _ = job.communicate(timeout=60)
+    assert job.returncode == 75, said
+    for rank in range(2):
+        assert notes(cluster, f"task-{rank}")[1:] == [{"signal": "SIGUSR1"}]
+    assert (Path(cluster["PYTHON"]).parent / "said-to-scontrol").read_text() == "requeue 4711\n"
+
+
+def test_one_gpu_becomes_the_app_itself(cluster: dict[str, str]) -> None:
+    cluster |= {"END_WITH": "75", "WAIT": "1", "GPUS": "1"}
+    run = launch("train.sh", cluster, "--config", "a b.json")
+    wait_for_notes(cluster, "task-alone")
+    run.send_signal(signal.SIGTERM)  # to the shell's own process: nothing stands between
+    run.communicate(timeout=60)
+    assert run.returncode == 75
+    called, signalled = notes(cluster, "task-alone")
+    assert called["arguments"] == ["apps/train.py", "--config", "a b.json"]
+    assert signalled == {"signal": "SIGTERM"}
+
+
+def test_a_torchrun_that_was_signalled_ends_with_75(cluster: dict[str, str]) -> None:
+    cluster |= {"END_WITH": "1", "WAIT": "1", "GPUS": "2", "NNODES": "2", "HEAD": "first:29500"}
+    run = launch("train.sh", cluster)
+    wait_for_notes(cluster, "task-alone")
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 75
+    called, signalled = notes(cluster, "task-alone")
+    assert signalled == {"signal": "SIGTERM"}
+    arguments = called["arguments"]
+    assert isinstance(arguments, list)
+    assert arguments[:4] == ["-m", "torch.distributed.run", "--nnodes", "2"]
+    assert arguments[arguments.index("--rdzv-endpoint") + 1] == "first:29500"
+
+
+def test_a_torchrun_that_failed_by_itself_keeps_its_code(cluster: dict[str, str]) -> None:
+    run = launch("train.sh", cluster | {"END_WITH": "1", "GPUS": "2"})
+    run.communicate(timeout=60)
+    assert run.returncode == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_train_sh_stops_and_goes_on_with_a_real_torchrun(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path, nodes: int
+) -> None:
+    longer = ["train.total_steps=150", "ckpt.every_steps=10", "eval.every_steps=1000"]
+    assert server.run(tiny_config, tmp_path / "twin", corpus, set=longer) == 0
+    run_dir = tmp_path / "run"
+    environment = os.environ | {
+        "PYTHON": sys.executable,
+        "GPUS": str(2 // nodes),
+        "NNODES": str(nodes),
+        "HEAD": "127.0.0.1:29571",
+        "OMP_NUM_THREADS": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+    }
+    arguments = ["--config", str(tiny_config), "--data-dir", str(corpus)]
+    arguments += ["--run-dir", str(run_dir), "--set", *longer]
+
+    def start() -> list[subprocess.Popen[str]]:
+        return [launch("train.sh", environment, *arguments) for _ in range(nodes)]
+
+    machines = start()
+    while not list(run_dir.glob("checkpoints/step-*")):
+        ended = [machine for machine in machines if machine.poll() is not None]
+        assert not ended, ended[0].communicate()[0]
+        time.sleep(0.01)
+    for machine in machines:
+        machine.send_signal(signal.SIGTERM)
+    said = [machine.communicate(timeout=100)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [75] * nodes, said
+    machines = start()
+    said = [machine.communicate(timeout=200)[0] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0] * nodes, said
+    events = [row["event"] for row in read_rows(run_dir / "events.jsonl")]
+    kept = [event for event in events if event not in ("save", "spike")]
+    assert kept == ["start", "preempted", "resume", "finish"]
+    one, two = (
+        {row["step"]: row["batch_sha256"] for row in read_rows(at / "metrics.jsonl")}
+        for at in (tmp_path / "twin", run_dir)
+    )
+    assert two == one
+
+
+def test_vast_asks_their_client_and_sends_this_checkout(tmp_path: Path) -> None:
+    calls = tmp_path / "calls"
+    call = '#!/bin/sh\nprintf "%s " {name} "$@" | tr "\\n" " " >>{calls}; echo >>{calls}\n'
+    for name, rest in (("vastai", "echo ssh://root@host:22"), ("ssh", "cat >/dev/null")):
+        path = tmp_path / name
+        path.write_text(call.format(name=name, calls=calls) + rest + "\n")
+        path.chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+
+    def vast(*arguments: str) -> str:
+        calls.write_text("")
+        done = subprocess.run(
+            ["bash", str(LAUNCHERS / "vast.sh"), *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+        assert done.returncode == 0, done.stderr
+        return calls.read_text()
+
+    assert "search offers" in vast("offers")
+    assert "create instance 12 " in vast("rent", "12")
+    assert "--bid_price 1.5" in vast("rent", "12", "1.5")
+    sent = vast("train", "12", "--config", "configs/quickstart.json")
+    assert sent.count("ssh -o") == 4
+    assert "tar -x -C /root/matilda" in sent
+    assert "launchers/vast.sh rent" in subprocess.check_output(
+        ["bash", str(LAUNCHERS / "vast.sh"), "--help"], text=True
+    )
+
+
+def test_the_sky_task_has_a_command_that_train_sh_takes() -> None:
+    yaml = pytest.importorskip("yaml", reason="needs PyYAML")
+    task = yaml.safe_load((LAUNCHERS / "skypilot.yaml").read_text())
+    assert task["resources"]["use_spot"] is True
+    assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == {5, 75}
+    assert (ROOT / task["envs"]["CONFIG"]).is_file()
+    assert "exec launchers/train.sh --config" in task["run"]
+    for text in (task["setup"], task["run"]):
+        subprocess.run(["bash", "-n"], input=text, text=True, check=True)
