@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from matilda_train.duration import Duration
     from matilda_train.errors import TrainingDivergedError
     from matilda_train.evaluation import Evaluation, evaluate
-    from matilda_train.loop import TrainResult, train
+    from matilda_train.loop import train
+    from matilda_train.loop_state import TrainResult
     from matilda_train.preflight import PreflightReport, estimate_seconds, run_preflight
     from matilda_train.report import write_report
     from matilda_train.run_dir import RunDir
@@ -84,7 +85,8 @@ _HOME = {
     "duration": ("Duration",),
     "errors": ("TrainingDivergedError",),
     "evaluation": ("Evaluation", "evaluate"),
-    "loop": ("TrainResult", "train"),
+    "loop": ("train",),
+    "loop_state": ("TrainResult",),
     "preflight": ("PreflightReport", "estimate_seconds", "run_preflight"),
     "report": ("write_report",),
     "run_dir": ("RunDir",),

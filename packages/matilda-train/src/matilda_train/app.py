@@ -14,7 +14,7 @@ from matilda_train.stop_signals import EXIT_PREEMPTED
 
 if TYPE_CHECKING:
     from matilda_train.config import RunConfig
-    from matilda_train.loop import TrainResult
+    from matilda_train.loop_state import TrainResult
 
 __all__ = ["add_preflight_options", "add_run_options", "conclude", "look_before", "run_app"]
 

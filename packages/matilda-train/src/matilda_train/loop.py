@@ -6,9 +6,9 @@ import gc
 import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -30,12 +30,14 @@ from matilda_train.config import RunConfig
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
+from matilda_train.dry_run import shorten
 from matilda_train.errors import TrainingDivergedError
 from matilda_train.evaluation import evaluate
 from matilda_train.gpu_health import GpuHealth
 from matilda_train.group_rms import GroupRms
 from matilda_train.guards import StepGuard, clip_gradients
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
+from matilda_train.loop_state import LoopState, TrainResult
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
 from matilda_train.micro_batch import settle_micro_batch
@@ -51,37 +53,7 @@ from matilda_train.time_account import GoodputLedger, describe_lost_work
 from matilda_train.wandb_log import WandbMirror, require_wandb
 from matilda_train.watchdog import Watchdog
 
-__all__ = ["TrainResult", "train"]
-
-DRY_RUN_STEPS = 20
-DRY_RUN_CPU_SEQ_LEN = 256
-
-
-@dataclass(frozen=True)
-class TrainResult:
-    """How a call of `train` ended."""
-
-    status: Literal["finished", "already_finished", "preempted"]
-    run_dir: Path
-    step: int
-    first_bits_per_byte: float | None = None
-    final_bits_per_byte: float | None = None
-    sample: str | None = None
-
-
-@dataclass
-class LoopState:
-    """What the loop carries from step to step besides weights, optimizer and stream."""
-
-    step: int = 0
-    batch_hash: str = "0" * 64
-
-    def state_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        for field in fields(self):
-            setattr(self, field.name, state[field.name])
+__all__ = ["train"]
 
 
 def train(
@@ -434,40 +406,3 @@ def train(
             final_bits_per_byte=metrics.evaluations[-1]["val_bits_per_byte"],
             sample=sample,
         )
-
-
-def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
-    """The same run in at most 20 steps of two micro-steps; on a CPU, of one short sequence.
-
-    Ramps of batch and sequence length are left out, and warm-ups end with the run at the latest.
-    """
-    on_cpu = device.type == "cpu"
-    steps = min(config.train.total_steps, DRY_RUN_STEPS)
-    seq_len = min(config.seq_len, DRY_RUN_CPU_SEQ_LEN) if on_cpu else config.seq_len
-    micro_batch_size = 1 if on_cpu else config.micro_batch_size
-    micro_step_tokens = seq_len * micro_batch_size * world_size
-    most_tokens = micro_step_tokens * (1 if on_cpu else 2)
-    warmup_steps = min(
-        config.optim.warmup_steps, steps - round(config.optim.decay_fraction * steps)
-    )
-    return replace(
-        config,
-        optim=replace(
-            config.optim,
-            warmup_steps=warmup_steps,
-            momentum_warmup_steps=min(config.optim.momentum_warmup_steps, steps // 2),
-            momentum_cooldown_steps=min(config.optim.momentum_cooldown_steps, steps // 2),
-        ),
-        data=replace(config.data, mix=()),
-        train=replace(
-            config.train,
-            spike_policy="warn",
-            total_steps=steps,
-            seq_len=seq_len,
-            micro_batch_size=micro_batch_size,
-            tokens_per_step=min(config.train.tokens_per_step, most_tokens),
-            batch_ramp=(),
-            seq_len_ramp=(),
-        ),
-        eval=replace(config.eval, tokens=micro_step_tokens),
-    )
