@@ -27,7 +27,7 @@ def find_chromium() -> str | None:
 class Page:
     """One page in a browser of its own; what it logs and asks of any network is written down."""
 
-    def __init__(self, program: str, profile: Path) -> None:
+    def __init__(self, program: str, profile: Path, *, offline: bool = True) -> None:
         self.errors: list[str] = []
         """Uncaught exceptions and what was written to the console as an error."""
         self.requests: list[str] = []
@@ -56,13 +56,14 @@ class Page:
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
-        self.ask(
-            "Network.emulateNetworkConditions",
-            offline=True,
-            latency=0,
-            downloadThroughput=-1,
-            uploadThroughput=-1,
-        )
+        if offline:
+            self.ask(
+                "Network.emulateNetworkConditions",
+                offline=True,
+                latency=0,
+                downloadThroughput=-1,
+                uploadThroughput=-1,
+            )
 
     def __enter__(self) -> Page:
         return self
@@ -78,8 +79,8 @@ class Page:
         os.close(self._read)
         os.close(self._write)
 
-    def open(self, file: Path, *, width: int = 1400, height: int = 900, scheme: str) -> None:
-        """Load a file and wait until its script has set `data-ready`."""
+    def open(self, at: Path | str, *, width: int = 1400, height: int = 900, scheme: str) -> None:
+        """Load a file or an address and wait until its script has set `data-ready`."""
         self.ask(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -88,11 +89,15 @@ class Page:
             mobile=False,
         )
         self.set_scheme(scheme)
-        self.ask("Page.navigate", url=file.resolve().as_uri())
+        self.ask("Page.navigate", url=at if isinstance(at, str) else at.resolve().as_uri())
+        self.wait_until("document.documentElement?.dataset.ready === 'true'")
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until a JavaScript expression is true."""
         deadline = time.monotonic() + SECONDS
-        while not self.evaluate("document.documentElement?.dataset.ready === 'true'"):
+        while not self.evaluate(condition):
             assert not self.errors, self.errors
-            assert time.monotonic() < deadline, "the page did not become ready"
+            assert time.monotonic() < deadline, f"it never became true that {condition}"
             time.sleep(0.05)
 
     def set_scheme(self, scheme: str) -> None:

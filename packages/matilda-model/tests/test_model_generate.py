@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
 
-from matilda_model import KVCache, ModelConfig, Transformer, generate, sample, stream_tokens
+from matilda_model import (
+    KVCache,
+    ModelConfig,
+    Transformer,
+    generate,
+    sample,
+    stream_choices,
+    stream_tokens,
+)
 
 CONFIG = ModelConfig(vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=48)
 
@@ -113,6 +122,23 @@ def test_streaming_yields_the_same_tokens_and_keeps_grad_mode() -> None:
         assert torch.is_grad_enabled()
         got.append(token)
     assert got == expected
+
+
+def test_choices_are_generates_tokens_with_the_full_forwards_probabilities() -> None:
+    net = model()
+    draw: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0.7, "top_k": 9, "vocab_limit": 60}
+    ids = generate(net, [3, 8], generator=torch.Generator().manual_seed(1), **draw)
+    seeded = torch.Generator().manual_seed(1)
+    choices = list(stream_choices(net, [3, 8], candidates=4, generator=seeded, **draw))
+    assert [choice.token for choice in choices] == ids
+    for place, choice in enumerate(choices):
+        logits = net(torch.tensor([[3, 8, *ids[:place]]]))[0, -1, :60]
+        expected = logits.detach().float().softmax(dim=-1)
+        assert choice.probability == pytest.approx(float(expected[choice.token]), rel=1e-4)
+        assert [i for i, _ in choice.candidates] == expected.topk(4).indices.tolist()
+        assert dict(choice.candidates) == {
+            i: pytest.approx(float(expected[i]), rel=1e-4) for i, _ in choice.candidates
+        }
 
 
 def test_top_k_and_top_p_restrict_the_draw() -> None:

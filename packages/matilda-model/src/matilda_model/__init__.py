@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from matilda_model.errors import KernelMismatchError
     from matilda_model.export import export_transformers
     from matilda_model.flops import count_matmul_params, count_params, flops_per_token
-    from matilda_model.generation import generate, sample, stream_tokens
+    from matilda_model.generation import Choice, generate, sample, stream_choices, stream_tokens
     from matilda_model.loss import LossOutput, linear_cross_entropy
     from matilda_model.model import Block, Transformer
     from matilda_model.pretrained import load_pretrained, save_pretrained
 
 __all__ = [
     "Block",
+    "Choice",
     "KVCache",
     "KernelCheck",
     "KernelMismatchError",
@@ -38,6 +39,7 @@ __all__ = [
     "sample",
     "save_pretrained",
     "self_check",
+    "stream_choices",
     "stream_tokens",
 ]
 
@@ -48,7 +50,7 @@ _HOME = {
     "errors": ("KernelMismatchError",),
     "export": ("export_transformers",),
     "flops": ("count_matmul_params", "count_params", "flops_per_token"),
-    "generation": ("generate", "sample", "stream_tokens"),
+    "generation": ("Choice", "generate", "sample", "stream_choices", "stream_tokens"),
     "loss": ("LossOutput", "linear_cross_entropy"),
     "model": ("Block", "Transformer"),
     "pretrained": ("load_pretrained", "save_pretrained"),

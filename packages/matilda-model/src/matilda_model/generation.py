@@ -6,6 +6,7 @@ Shape suffixes: B batch, T sequence, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from typing import cast, overload
 
 import torch
@@ -70,7 +71,7 @@ def generate(
     """
     prompts, single = _as_prompts(prompt_ids)
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in _steps(
+    for step, _ in _steps(
         model,
         prompts,
         max_new_tokens=max_new_tokens,
@@ -100,12 +101,9 @@ def stream_tokens(
     vocab_limit: int | None = None,
 ) -> Iterator[int]:
     """As `generate` for one prompt, yielding each id as soon as it is drawn."""
-    prompts, single = _as_prompts(prompt_ids)
-    if not single:
-        raise ValueError("`prompt_ids` must be one prompt to stream: use `generate` for several")
-    for step in _steps(
+    for step, _ in _steps(
         model,
-        prompts,
+        [_one_prompt(prompt_ids)],
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_k=top_k,
@@ -116,6 +114,59 @@ def stream_tokens(
     ):
         if step[0] is not None:
             yield step[0]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A drawn token beside what else it might have been."""
+
+    token: int
+    probability: float
+    """The model's own: of softmax(logits), whatever temperature and restrictions the draw had."""
+    candidates: tuple[tuple[int, float], ...]
+    """The likeliest ids and their probabilities, likeliest first."""
+
+
+def stream_choices(
+    model: Transformer,
+    prompt_ids: Sequence[int],
+    *,
+    max_new_tokens: int,
+    candidates: int = 10,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    generator: torch.Generator | None = None,
+    vocab_limit: int | None = None,
+) -> Iterator[Choice]:
+    """As `stream_tokens`, with the probabilities of the `candidates` likeliest ids at a place."""
+    if candidates < 0:
+        raise ValueError(f"`candidates` must be at least 0, not {candidates!r}")
+    for step, logits_BV in _steps(
+        model,
+        [_one_prompt(prompt_ids)],
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        stop_ids=stop_ids,
+        generator=generator,
+        vocab_limit=vocab_limit,
+    ):
+        token = step[0]
+        if token is not None:
+            probs_V = logits_BV[0].float().softmax(dim=-1)
+            top = probs_V.topk(min(candidates, len(probs_V)))
+            likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            yield Choice(token, float(probs_V[token]), tuple(likeliest))
+
+
+def _one_prompt(prompt_ids: Sequence[int]) -> list[int]:
+    prompts, single = _as_prompts(prompt_ids)
+    if not single:
+        raise ValueError("`prompt_ids` must be one prompt to stream: use `generate` for several")
+    return prompts[0]
 
 
 def _as_prompts(
@@ -140,8 +191,8 @@ def _steps(
     stop_ids: Collection[int],
     generator: torch.Generator | None,
     vocab_limit: int | None,
-) -> Iterator[list[int | None]]:
-    """Each step's new token per row; None for a row that has stopped."""
+) -> Iterator[tuple[list[int | None], Tensor]]:
+    """Each step's new token per row, None for a row that has stopped; and its logits [B, V]."""
     config = model.config
     limit = config.vocab_size if vocab_limit is None else vocab_limit
     longest = max(len(prompt) for prompt in prompts)
@@ -170,8 +221,9 @@ def _steps(
             else:
                 cache.advance(1)
                 logits_BV = logits_BTV[:, -1]
+            logits_BV = logits_BV[:, :limit]
             tokens_B = sample(
-                logits_BV[:, :limit],
+                logits_BV,
                 temperature=temperature,
                 top_k=top_k,
                 top_p=top_p,
@@ -184,7 +236,7 @@ def _steps(
             step.append(token if alive[row] else None)
         if not any(alive):
             return
-        yield step
+        yield step, logits_BV
 
 
 def sample(
