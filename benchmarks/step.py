@@ -73,6 +73,12 @@ CASES = [
         64,
         {"attention": "fa4", "matmul": "quack_residual"},
     ),
+    Case(
+        "hero fa4 quack_residual fp8 head",
+        "base_152m_v2",
+        64,
+        {"attention": "fa4", "matmul": "quack_residual", "loss": "fused_fp8"},
+    ),
     Case("hero norm=plain", "base_152m_v2", 32, {"norm": "plain"}),
     Case("v1", "base_124m", 64, optimizer="adamw"),
     Case("350m", "base_350m", 16),
@@ -93,6 +99,7 @@ def main() -> int:
     parser.add_argument(
         "--tokens-per-step", type=int, default=0, help="accumulate up to so many (default: no)"
     )
+    parser.add_argument("--blocks", action="store_true", help="compile each block by itself")
     parser.add_argument("--jobs", type=int, default=8, help="cases that compile at once")
     parser.add_argument("--limit", type=float, default=1e9, help="stop starting cases after s")
     parser.add_argument("--profile", action="store_true", help="add each case's kernel times")
@@ -196,6 +203,7 @@ def _spawn(case: Case, args: argparse.Namespace, work: Path) -> subprocess.Popen
     command += ["--steps", str(args.steps), "--batch", str(case.batch)]
     command += ["--tokens-per-step", str(args.tokens_per_step)]
     command += ["--quick"] * args.quick + ["--profile"] * args.profile
+    command += ["--blocks"] * args.blocks
     if args.peer_dir is not None:
         command += ["--peer-dir", str(args.peer_dir.resolve())]
     return subprocess.Popen(
@@ -357,7 +365,11 @@ def _matilda(
     run: Any = model
     if cuda:
         model.compute_dtype = torch.bfloat16
-        run = torch.compile(model, fullgraph=shape.loss != "liger", dynamic=False)
+        if args.blocks:
+            for block in model.blocks:
+                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
+        else:
+            run = torch.compile(model, fullgraph=shape.loss != "liger", dynamic=False)
 
     def step(inputs: Any, targets: Any) -> Any:
         for _ in range(accumulate):

@@ -104,3 +104,5 @@ def test_an_unknown_or_unusable_back_end_is_refused() -> None:
         linear_cross_entropy(h, w, targets, backend="fast")
     with pytest.raises(ValueError, match="CUDA only"):
         linear_cross_entropy(h, w, targets, backend="liger")
+    with pytest.raises(ValueError, match="needs a Hopper or later GPU"):
+        linear_cross_entropy(h, w, targets, backend="fused_fp8")

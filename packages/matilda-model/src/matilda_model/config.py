@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "flex", "math")
-LOSS_BACKENDS = ("auto", "fused", "plain", "chunked", "liger")
+LOSS_BACKENDS = ("auto", "fused", "fused_fp8", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
@@ -107,8 +107,8 @@ class ModelConfig:
     and `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
-    """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"plain"`,
-    `"chunked"`, `"liger"`. See `linear_cross_entropy`."""
+    """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"fused_fp8"`,
+    `"plain"`, `"chunked"`, `"liger"`. See `linear_cross_entropy`."""
 
     matmul: str = "auto"
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,

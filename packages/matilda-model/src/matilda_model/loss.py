@@ -9,13 +9,14 @@ Shape suffixes: N tokens (batch times sequence), D model, V vocabulary.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from matilda_model.device import has_triton
+from matilda_model.device import has_hopper_triton, has_triton
 
 IGNORE = -1
 _CHUNK_TOKENS = 8192
@@ -56,13 +57,17 @@ def linear_cross_entropy(
     - `"liger"`: Liger's fused kernel, float32 accumulation, outside the compiled graph (it is
       wrong inside one); needs the `liger` extra and CUDA.
     - `"fused"`: as chunked, with soft-cap, loss and gradient in one Triton kernel; CUDA.
+    - `"fused_fp8"`: as fused, the head's product and its gradient for `h_ND` in 8 bits: not exact,
+      see docs/RESULTS.md for losses beside bf16's; Hopper or later, bf16, sizes divisible by 16.
     - `"auto"`: fused on CUDA where triton is, else chunked.
     """
     if backend == "auto":
         backend = "fused" if h_ND.device.type == "cuda" and has_triton() else "chunked"
     if backend == "plain":
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
-    if backend in ("chunked", "fused"):
+    if backend == "fused_fp8":
+        _check_fp8(h_ND, weight_VD)
+    if backend in ("chunked", "fused", "fused_fp8"):
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
         loss, ce, zl = _SweepLoss.apply(
             h_ND, weight_VD, targets_N, softcap, z_loss, with_grad, backend
@@ -73,7 +78,9 @@ def linear_cross_entropy(
 
         out: LossOutput = liger_linear_cross_entropy(h_ND, weight_VD, targets_N, softcap, z_loss)
         return out
-    raise ValueError(f"`backend` must be auto, fused, plain, chunked or liger, not {backend!r}")
+    raise ValueError(
+        f"`backend` must be auto, fused, fused_fp8, plain, chunked or liger, not {backend!r}"
+    )
 
 
 def _plain(
@@ -90,6 +97,19 @@ def _plain(
     ce = ((lse_N - target_N) * valid_N).sum() / count
     zl = z_loss * (lse_N.square() * valid_N).sum() / count
     return LossOutput(ce + zl, ce.detach(), zl.detach())
+
+
+def _check_fp8(h_ND: Tensor, weight_VD: Tensor) -> None:
+    if h_ND.device.type != "cuda" or h_ND.dtype != torch.bfloat16 or not has_hopper_triton():
+        raise ValueError(
+            '`loss` "fused_fp8" needs a Hopper or later GPU, triton and bf16, not '
+            f'{h_ND.dtype} on {h_ND.device.type}; set it to "auto"'
+        )
+    if weight_VD.shape[0] % 16 or weight_VD.shape[1] % 16:
+        raise ValueError(
+            '`loss` "fused_fp8" needs `vocab_size` and `d_model` divisible by 16, not '
+            f'{weight_VD.shape[0]} and {weight_VD.shape[1]}; set it to "auto"'
+        )
 
 
 class _SweepLoss(torch.autograd.Function):
@@ -111,10 +131,10 @@ class _SweepLoss(torch.autograd.Function):
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
         sweep: Any = _chunked_sweep
-        if backend == "fused":
+        if backend != "chunked":
             from matilda_model.triton_loss import linear_cross_entropy_op
 
-            sweep = linear_cross_entropy_op
+            sweep = partial(linear_cross_entropy_op, fp8=backend == "fused_fp8")
         w_VD = weight_VD.to(h_ND.dtype)
         ce, zl, dh_ND, dw_VD = sweep(h_ND, w_VD, targets_N, softcap, z_loss, with_grad)
         count = (targets_N != IGNORE).sum().clamp_min(1).float()

@@ -4,6 +4,12 @@ The head's matmul stays cuBLAS. Rows go through it in chunks, each chunk's logit
 memory once and overwritten by their gradient, and the gradient's two matmuls follow at once, so
 neither float32 logits nor all logits ever exist. Importing this module needs triton.
 
+With `fp8` the head's product and its gradient for `h` multiply in 8 bits (Hopper or later). Hidden
+states and weights are e4m3 with one scale a tensor. Of the logits' gradient the probabilities are
+e5m2, whose range they need, and the target's entry, nearly -1 in every row, is kept out and added
+in bf16: rounded to 8 bits it would be off in the same direction in all of them. The weights'
+gradient stays bf16.
+
 Shape suffixes: N tokens, D model, V vocabulary.
 """
 
@@ -17,8 +23,10 @@ from torch import Tensor
 _CHUNK_ROWS = 16384  # 1.6 GB of bf16 logits at 50304; the matmuls are no faster with more rows
 _BLOCK = 4096
 _WARPS = 32
-_SHARED = 1  # logits that share a reciprocal
+_SHARED = 4  # logits that share a reciprocal
 _LOG2E = tl.constexpr(1.4426950408889634)
+_E4M3_MAX = 448.0
+_E5M2_SCALE = tl.constexpr(2.0**12)  # the largest gradients, about 1, leave room for a z-loss
 _BOUND = 64.0  # exp(±64) * vocabulary fits float32, so a smaller soft-cap needs no running maximum
 
 
@@ -78,6 +86,8 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     targets_ptr,  # int64 [n_rows]; negative: ignored
     ce_ptr,  # f32 [n_rows]
     z_ptr,  # f32 [n_rows]
+    grad8_ptr,  # e5m2 [n_rows, n_cols]: the gradient but the target's, scaled, when GRAD8
+    target_grad_ptr,  # f32 [n_rows], the target's, when GRAD8
     n_cols,
     stride_row,
     softcap,
@@ -85,12 +95,14 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     HAS_CAP: tl.constexpr,
     BOUNDED: tl.constexpr,
     WITH_GRAD: tl.constexpr,
+    GRAD8: tl.constexpr,
     FAST: tl.constexpr,
     BLOCK: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * stride_row
+    grad8_ptr += row * n_cols
     target = tl.load(targets_ptr + row)
     cols = tl.arange(0, BLOCK)
     kind = logits_ptr.dtype.element_ty
@@ -101,6 +113,12 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             for start in range(0, n_cols, BLOCK):
                 zero = tl.zeros([BLOCK], dtype=kind)
                 tl.store(logits_ptr + start + cols, zero, mask=start + cols < n_cols)
+                if GRAD8:
+                    tl.store(
+                        grad8_ptr + start + cols, zero.to(tl.float8e5), mask=start + cols < n_cols
+                    )
+        if GRAD8:
+            tl.store(target_grad_ptr + row, 0.0)
         return
 
     # all in base 2; tanh(x / cap) = 1 - t with t = 2 / (1 + 2 ** (x * slope))
@@ -154,6 +172,9 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             else:
                 grad = _exp2(x * _LOG2E - lse, FAST) * weight_p
             tl.store(logits_ptr + start + cols, grad.to(kind), mask=inside)
+            if GRAD8:
+                grad = tl.where(start + cols == target, 0.0, grad * _E5M2_SCALE)
+                tl.store(grad8_ptr + start + cols, grad.to(tl.float8e5), mask=inside)
         # the target's column, apart, costs the loop nothing; the barrier orders it after the loop
         p_target = tl.exp2(z_target - lse)
         grad_target = p_target * weight_p - 1.0
@@ -161,6 +182,8 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             grad_target *= t_target * (2.0 - t_target)
         tl.debug_barrier()
         tl.store(logits_ptr + target, grad_target.to(kind))
+        if GRAD8:
+            tl.store(target_grad_ptr + row, grad_target)
 
 
 def cross_entropy_(
@@ -170,6 +193,7 @@ def cross_entropy_(
     softcap: float | None,
     z_loss: float,
     with_grad: bool,
+    grad8: tuple[Tensor, Tensor] | None = None,
     block: int = _BLOCK,
     warps: int = _WARPS,
     shared: int = _SHARED,
@@ -179,7 +203,11 @@ def cross_entropy_(
     The gradient is that of the sum of both, not of their mean: a target's -1 is exact in bf16,
     where -1 / count is not, and would be off by the same 0.2 % in every row. Rows with a negative
     target cost and contribute nothing.
+
+    `grad8`, e5m2 [N, V] and float32 [N], takes the gradient a second time: scaled, with 0 for the
+    target, and the target's own entry.
     """
+    grad8_NV, target_grad_N = (logits_NV, logits_NV) if grad8 is None else grad8
     n_rows, n_cols = logits_NV.shape
     ce_N = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)
     z_N = torch.empty_like(ce_N)
@@ -188,6 +216,8 @@ def cross_entropy_(
         targets_N,
         ce_N,
         z_N,
+        grad8_NV,
+        target_grad_N,
         n_cols,
         logits_NV.stride(0),
         1.0 if softcap is None else softcap,
@@ -195,6 +225,7 @@ def cross_entropy_(
         HAS_CAP=softcap is not None,
         BOUNDED=softcap is not None and softcap <= _BOUND,
         WITH_GRAD=with_grad,
+        GRAD8=grad8 is not None and with_grad,
         FAST=logits_NV.device.type == "cuda",
         BLOCK=block,
         SHARED=shared,
@@ -211,28 +242,104 @@ def linear_cross_entropy_op(
     softcap: float | None,
     z_loss: float,
     with_grad: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Summed cross-entropy, summed z-loss, their gradients for `h` (its dtype) and `w` (float32).
 
-    The gradients are empty without `with_grad`. `w_VD` has the dtype of `h_ND`.
+    The gradients are empty without `with_grad`. `w_VD` has the dtype of `h_ND`: bf16 for `fp8`.
     """
     dh_ND = torch.empty_like(h_ND) if with_grad else h_ND.new_empty(0)
     dw_VD = w_VD.new_empty(w_VD.shape if with_grad else (0,), dtype=torch.float32)
+    head: _Head = _Fp8Head(h_ND, w_VD, with_grad) if fp8 else _Head(h_ND, w_VD)
     ce, zl = [], []
     for start in range(0, h_ND.shape[0], _CHUNK_ROWS):
         rows = slice(start, start + _CHUNK_ROWS)
-        h = h_ND[rows]
-        logits = h @ w_VD.T
+        logits = head.logits(rows)
+        targets = targets_N[rows]
+        grad8 = head.gradient_buffers(logits) if with_grad else None
         ce_N, z_N = cross_entropy_(
-            logits, targets_N[rows], softcap=softcap, z_loss=z_loss, with_grad=with_grad
+            logits, targets, softcap=softcap, z_loss=z_loss, with_grad=with_grad, grad8=grad8
         )
         ce.append(ce_N)
         zl.append(z_N)
         if with_grad:
-            torch.mm(logits, w_VD, out=dh_ND[rows])
-            _add_weight_gradient(dw_VD, logits, h, first=start == 0)
-        del logits  # the next chunk takes its memory
+            head.hidden_gradient_(dh_ND[rows], logits, grad8, targets)
+            _add_weight_gradient(dw_VD, logits, h_ND[rows], first=start == 0)
+        del logits, grad8  # the next chunk takes their memory
     return torch.cat(ce).sum(), torch.cat(zl).sum(), dh_ND, dw_VD
+
+
+Grad8 = tuple[Tensor, Tensor]
+
+
+class _Head:
+    """The two products around the loss: logits, and the gradient for the hidden states."""
+
+    def __init__(self, h_ND: Tensor, w_VD: Tensor) -> None:
+        self.h_ND, self.w_VD = h_ND, w_VD
+
+    def logits(self, rows: slice) -> Tensor:
+        return self.h_ND[rows] @ self.w_VD.T
+
+    def gradient_buffers(self, logits: Tensor) -> Grad8 | None:
+        return None
+
+    def hidden_gradient_(
+        self, dh_ND: Tensor, dlogits: Tensor, grad8: Grad8 | None, targets_N: Tensor
+    ) -> None:
+        torch.mm(dlogits, self.w_VD, out=dh_ND)
+
+
+class _Fp8Head(_Head):
+    """The same in 8 bits; see the top of this file."""
+
+    def __init__(self, h_ND: Tensor, w_VD: Tensor, with_grad: bool) -> None:
+        super().__init__(h_ND, w_VD)
+        self.h8_ND, self.h_scale = _to_e4m3(h_ND)
+        self.w8_VD, self.w_scale = _to_e4m3(w_VD)
+        # 8-bit products want the summed dimension contiguous in both operands
+        self.w8_DV = self.w8_VD.T.contiguous() if with_grad else self.w8_VD
+        self.grad_scale = torch.full((), 1.0 / _E5M2_SCALE.value, device=h_ND.device)
+
+    def logits(self, rows: slice) -> Tensor:
+        return torch._scaled_mm(
+            self.h8_ND[rows],
+            self.w8_VD.T,
+            scale_a=self.h_scale,
+            scale_b=self.w_scale,
+            out_dtype=self.h_ND.dtype,
+            use_fast_accum=True,
+        )
+
+    def gradient_buffers(self, logits: Tensor) -> Grad8:
+        n_rows = logits.shape[0]
+        return (
+            torch.empty_like(logits, dtype=torch.float8_e5m2),
+            torch.empty(n_rows, dtype=torch.float32, device=logits.device),
+        )
+
+    def hidden_gradient_(
+        self, dh_ND: Tensor, dlogits: Tensor, grad8: Grad8 | None, targets_N: Tensor
+    ) -> None:
+        assert grad8 is not None
+        others_NV, target_N = grad8
+        others_ND = torch._scaled_mm(
+            others_NV,
+            self.w8_DV.T,
+            scale_a=self.grad_scale,
+            scale_b=self.w_scale,
+            out_dtype=dh_ND.dtype,
+            use_fast_accum=False,  # a sum over the vocabulary needs its float32
+        )
+        rows_ND = self.w_VD[targets_N.clamp_min(0)]
+        torch.addcmul(others_ND, rows_ND, target_N[:, None].to(rows_ND.dtype), out=dh_ND)
+
+
+def _to_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
+    """`x` in e4m3 with its largest element at the end of the range, and the scale to undo it."""
+    largest = torch.linalg.vector_norm(x, ord=float("inf"), dtype=torch.float32)
+    scale = largest.clamp_min(1e-12) / _E4M3_MAX
+    return (x * (1.0 / scale)).clamp(-_E4M3_MAX, _E4M3_MAX).to(torch.float8_e4m3fn), scale
 
 
 def _add_weight_gradient(dw_VD: Tensor, dlogits: Tensor, h: Tensor, *, first: bool) -> None:
@@ -254,6 +361,7 @@ def _(
     softcap: float | None,
     z_loss: float,
     with_grad: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     scalar = h_ND.new_empty((), dtype=torch.float32)
     dh_ND = torch.empty_like(h_ND) if with_grad else h_ND.new_empty(0)
