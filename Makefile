@@ -1,5 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help install format lint types test test-slow test-slow-ckpt test-slow-data verify-resume isolation \
+	api check-resolutions \
 	check ci quickstart bench bench-powercut bench-scaling
 
 help: ## Print what every target does
@@ -45,8 +46,15 @@ bench-powercut: ## Crash images of a simulated power cut, beside peers (needs ro
 bench-scaling: ## One node's GPUs by number and strategy, elastic resume, a killed rank (needs CUDA)
 	uv run benchmarks/scaling.py --data-dir data/corpus --work-dir runs/scaling
 
+api: ## List the public names of every package anew, in docs/api
+	uv run python .ci/public_api.py --write
+
 isolation: ## Build all packages; test each wheel alone with only what it declares
 	.ci/isolation
+
+check-resolutions: ## Each package alone with the lowest and the highest versions it declares
+	RESOLUTION=lowest-direct .ci/isolation
+	RESOLUTION=highest .ci/isolation
 
 check: lint types test ## What to run before a commit
 

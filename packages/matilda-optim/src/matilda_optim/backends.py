@@ -12,7 +12,7 @@ from torch import Tensor
 from matilda_optim.blocks import block_regions, block_spec
 from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
-from matilda_optim.orthogonalize import NS_DTYPES
+from matilda_optim.newton_schulz import NS_DTYPES
 from matilda_optim.reference import Work, reference_step
 from matilda_optim.sharing import Sharing
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from matilda_optim.blocks import block_spec, blocks_of
 from matilda_optim.learning_rate import lr_ratio
-from matilda_optim.orthogonalize import orthogonalize
+from matilda_optim.newton_schulz import orthogonalize
 
 
 @torch.no_grad()

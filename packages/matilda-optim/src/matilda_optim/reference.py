@@ -12,7 +12,7 @@ from matilda_optim.blocks import ClassKey, block_spec, blocks_of, class_key
 from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
 from matilda_optim.normuon import normalize_neurons
-from matilda_optim.orthogonalize import (
+from matilda_optim.newton_schulz import (
     NS_DTYPES,
     default_ns_dtype,
     newton_schulz,

@@ -13,7 +13,7 @@ from matilda_optim import triton_kernels as kernels
 from matilda_optim.blocks import block_regions, block_spec
 from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
-from matilda_optim.orthogonalize import NS_DTYPES
+from matilda_optim.newton_schulz import NS_DTYPES
 from matilda_optim.triton_backend import KernelClass, KernelKey, Matrix, on_device
 
 _BLOCK = 4096
