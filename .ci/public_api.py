@@ -1,6 +1,6 @@
-"""The public names of every package, as pages under docs/api: read from the source, nothing imported.
+"""The public names of every package, as pages under docs/api, read from the source.
 
-    python .ci/public_api.py            say what differs from docs/api; exit code 1 when anything does
+    python .ci/public_api.py            say what differs from docs/api; exit code 1 if anything
     python .ci/public_api.py --write    write docs/api anew
 
 A changed page in a commit is a changed interface: see to the changelog of its package.
@@ -67,11 +67,7 @@ def definition(module: str, name: str) -> Definition:
     tree = parsed(module)
     found: Definition | None = None
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
-            found = node if node.name == name else found
-        elif isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
-            found = node
-        elif isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == name:
+        if isinstance(node, Definition) and name in defined_by(node):
             found = node
     if found is not None:
         return found
@@ -79,6 +75,13 @@ def definition(module: str, name: str) -> Definition:
     if name not in homes:
         raise SystemExit(f"error: `{name}` is in `__all__` but not defined in {module}")
     return definition(*homes[name])
+
+
+def defined_by(node: Definition) -> list[str]:
+    """The names that a statement gives a value."""
+    if isinstance(node, ast.Assign):
+        return [ast.unparse(target) for target in node.targets]
+    return [ast.unparse(node.target) if isinstance(node, ast.AnnAssign) else node.name]
 
 
 def described(name: str, node: Definition) -> Iterator[str]:

@@ -15,8 +15,8 @@ from matilda_optim.blocks import block_spec, check_blocks
 from matilda_optim.coefficients import KELLER, resolve_coefficients
 from matilda_optim.learning_rate import check_adjust_lr_fn
 from matilda_optim.metrics import matrix_metrics
-from matilda_optim.normuon import init_normuon_state
 from matilda_optim.newton_schulz import NS_DTYPES
+from matilda_optim.normuon import init_normuon_state
 from matilda_optim.sharing import Sharing
 from matilda_optim.state import align_state_dict, restore_in_place
 

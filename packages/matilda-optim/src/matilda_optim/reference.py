@@ -11,7 +11,6 @@ from torch import Tensor
 from matilda_optim.blocks import ClassKey, block_spec, blocks_of, class_key
 from matilda_optim.coefficients import resolve_coefficients
 from matilda_optim.learning_rate import lr_ratio
-from matilda_optim.normuon import normalize_neurons
 from matilda_optim.newton_schulz import (
     NS_DTYPES,
     default_ns_dtype,
@@ -19,6 +18,7 @@ from matilda_optim.newton_schulz import (
     normalize_,
     workspace,
 )
+from matilda_optim.normuon import normalize_neurons
 
 Work = list[tuple[dict[str, Any], list[Tensor]]]
 """Groups, each with those of its parameters that have a gradient."""
