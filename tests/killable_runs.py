@@ -52,7 +52,7 @@ class TrainServer:
         return code
 
     def run_program(
-        self, program: Path, arguments: Sequence[str], cwd: Path
+        self, program: Path, arguments: Sequence[str], cwd: Path, **fault: Any
     ) -> subprocess.CompletedProcess[str]:
         """What `python program arguments…` in `cwd` does, without the seconds of loading torch."""
         with TemporaryDirectory() as folder:
@@ -64,6 +64,7 @@ class TrainServer:
                     "cwd": str(cwd),
                     "stdout": str(out),
                     "log": str(err),
+                    **fault,
                 }
             )
             return subprocess.CompletedProcess(

@@ -299,6 +299,7 @@ def run_program(request: dict[str, Any]) -> int:
     """Run a Python file as a command would, but with torch here already."""
     os.dup2(os.open(request["stdout"], os.O_WRONLY | os.O_CREAT), 1)
     os.chdir(request["cwd"])
+    arm(request)
     sys.argv = [request["program"], *request["arguments"]]
     try:
         runpy.run_path(request["program"], run_name="__main__")

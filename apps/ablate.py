@@ -1,0 +1,119 @@
+"""Compare changes to a config, one a row, over paired seeds; or find its best rates on a grid."""
+
+from __future__ import annotations
+
+from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+
+STOP = StopRequest().install()  # in the first line: what follows takes time
+
+import argparse
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+from matilda_train.app import EXIT_ENVIRONMENT, run_app
+
+EXAMPLES = """examples:
+  uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
+      --variants no_qk_norm,mha,mqa,adamw --seeds 3 --write docs/ABLATIONS.md
+  uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
+      --variants no_qk_norm adamw:optim.lr=0.002 cap50:model.logit_softcap=50 --gpus 2
+  uv run apps/ablate.py --config configs/base_152m_v2.json --data-dir data/mix --out runs/rates \\
+      --grid optim.lr=0.005,0.01,0.02 optim.weight_decay=0.01,0.1 --halving 2 \\
+      --set train.total_steps=200 optim.warmup_steps=20
+
+The baseline is always a row. Seed k of every row has the same seed of the weights and the same
+batches. The same command goes on where it was stopped or killed; more rows or seeds are added.
+Exit codes: 0 every run has ended, diverged ones too; 2 bad input; 4 a run failed; 75 stopped, run
+it again.
+
+rows:
+"""
+
+
+def parse_arguments() -> argparse.Namespace:
+    from matilda_train.ablation import VARIANTS
+
+    rows = "\n".join(f"  {name:18}{variant.reason}" for name, variant in VARIANTS.items())
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES + rows,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--config", required=True, type=Path, help="JSON config of the baseline")
+    add("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="overrides of it")
+    add("--data-dir", type=Path, help="prepared data set (default: data.dir)")
+    add("--out", required=True, type=Path, help="directory of the study")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--variants", nargs="+", metavar="ROW", help="names, NAME:field=value,…")
+    what.add_argument("--grid", nargs="+", metavar="a.b=X,Y", help="every combination a row")
+    add("--halving", type=int, default=1, metavar="R", help="rounds of a grid: the better half of")
+    add("--seeds", type=int, default=3, help="runs a row (%(default)s)")
+    add("--gpus", type=int, help="GPUs to use (default: the one that torch takes)")
+    add("--jobs-per-gpu", type=int, default=1, help="runs at once on each (%(default)s)")
+    add("--in-process", action="store_true", help="one run after another, in this process")
+    add("--stop-after", type=float, metavar="S", help="save and stop after S seconds")
+    add("--discard-checkpoints", action="store_true", help="of finished runs; their metrics stay")
+    add("--report", action="store_true", help="train nothing, only read what there is")
+    add("--write", type=Path, metavar="PAGE", help="put the table into this Markdown page")
+    add("--name", help="of the page's section (default: the last part of --out)")
+    add("--json", action="store_true", help="print the result as JSON")
+    return parser.parse_args()
+
+
+def main() -> int:
+    args = parse_arguments()
+    from matilda_train import ablation, load_config
+
+    config = load_config(args.config, args.set)
+    where = ablation.places(args.gpus, args.jobs_per_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    rows = (
+        ablation.grid_rows(config, args.grid)
+        if args.grid
+        else ablation.resolve_rows(config, args.variants)
+    )
+    STOP.begin()
+    with ablation.StudyTerminal() as display:
+
+        def run(study: ablation.Study) -> ablation.Ending:
+            return ablation.run_study(
+                study,
+                data_dir=args.data_dir,
+                where=() if args.report else where,
+                in_process=args.in_process,
+                keep_checkpoints=not args.discard_checkpoints,
+                stop=lambda: bool(STOP),
+                stop_after=args.stop_after,
+                display=display,
+            )
+
+        rounds = args.halving if args.grid else 1
+        study, ending = ablation.run_halving(
+            rows, seeds=args.seeds, out=args.out, rounds=rounds, run=run
+        )
+    code = {"complete": 0, "stopped": EXIT_PREEMPTED, "failed": EXIT_ENVIRONMENT}[ending]
+    try:
+        result = ablation.rank_grid(study) if args.grid else ablation.read_study(study)
+    except ValueError as nothing_yet:
+        print(nothing_yet, file=sys.stderr)
+        return code
+    described = ablation.describe_grid if args.grid else ablation.describe_study
+    as_json = json.dumps(result.to_dict(), indent=1) + "\n"
+    study.out.joinpath("ablation.json").write_text(as_json, encoding="utf-8")
+    print(as_json if args.json else described(result))
+    if args.write:
+        write = ablation.write_grid if args.grid else ablation.write_document
+        name, command = (
+            args.name or args.out.name,
+            "uv run apps/ablate.py " + shlex.join(sys.argv[1:]),
+        )
+        write(result, args.write, name=name, command=command)
+        print(f"Written: {args.write}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    run_app(main)

@@ -1,0 +1,198 @@
+"""A study for people: a table on the terminal, and a page of Markdown with a plot."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from matilda_train.ablation.forest import draw_forest
+from matilda_train.ablation.results import RowResult, StudyResult, stable_tokens
+from matilda_train.report.section import replace_section
+
+__all__ = ["describe_provenance", "describe_study", "write_document"]
+
+HEAD = (
+    ("row", ""),
+    ("loss, nats", "loss"),
+    ("difference", "difference"),
+    ("95 % interval", "interval"),
+    ("verdict", "verdict"),
+    ("tokens saved", "saved"),
+    ("parameters", "params"),
+    ("MFLOP/token", "flops"),
+    ("tokens/s", "speed"),
+    ("GiB", "memory"),
+)
+
+
+def describe_study(result: StudyResult) -> str:
+    """The table and what to know about it, in lines of plain text."""
+    cells = [[title for title, _ in HEAD], *(_cells(result, row) for row in result.rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i in (0, 4) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in cells
+    ]
+    lines += ["", *_noise_lines(result)]
+    if result.missing:
+        lines.append(f"{len(result.missing)} runs have not ended yet; run the same command again.")
+    return "\n".join(lines)
+
+
+def write_document(result: StudyResult, page: str | Path, *, name: str, command: str) -> None:
+    """Write the section `ablation: NAME` of a Markdown page, and its plot as `PAGE-NAME.svg`."""
+    page = Path(page)
+    plot = page.with_name(f"{page.stem.lower()}-{name}.svg")
+    page.parent.mkdir(parents=True, exist_ok=True)
+    plot.write_text(draw_forest(result), encoding="utf-8")
+    text = markdown(result, command=command, plot=plot.name)
+    replace_section(page, f"ablation: {name}", f"## {name}\n\n{text}", title="Ablations")
+
+
+def markdown(result: StudyResult, *, command: str, plot: str) -> str:
+    """The section of a page."""
+    config = result.config
+    tokens = config.plan.tokens(config.train.total_steps)
+    model = config.model
+    lines = [
+        f"{_amount(model.n_params)} parameters ({model.n_layers} layers × {model.d_model}, "
+        f"{model.n_heads} heads, {model.n_kv_heads} for keys and values, T={config.seq_len}), "
+        f"{_amount(tokens)} tokens a run in {config.train.total_steps:,} steps of "
+        f"{config.train.tokens_per_step:,}, {_count(result.seeds, 'seed')} a row, "
+        f"{config.optim.schedule} schedule.",
+        "",
+        f"![Differences from the baseline]({plot})",
+        "",
+        f"| {' | '.join(title for title, _ in HEAD)} |",
+        f"|{'|'.join('---' if i in (0, 4) else '---:' for i in range(len(HEAD)))}|",
+        *(f"| {' | '.join(_cells(result, row))} |" for row in result.rows),
+        "",
+        *(f"- {line}" for line in _noise_lines(result)),
+        *(f"- {line}" for line in _reading_lines(result)),
+        "",
+        "| row | asks | sets |",
+        "|---|---|---|",
+        *(
+            f"| {row.name} | {row.reason} | "
+            f"{', '.join(f'`{k}={json.dumps(v)}`' for k, v in row.fields.items()) or '–'} |"
+            for row in result.rows
+        ),
+        "",
+        "Made by",
+        "",
+        "```sh",
+        command,
+        "```",
+        "",
+        f"with {describe_provenance(result.provenance)}.",
+    ]
+    if result.missing:
+        runs = ", ".join(f"{row} seed {seed}" for row, seed in result.missing)
+        lines += ["", f"Not ended when this was written: {runs}."]
+    return "\n".join(lines)
+
+
+def describe_provenance(provenance: dict[str, list[Any]]) -> str:
+    """Commit, hardware, versions and data in one sentence's end."""
+    known = {
+        name: ", ".join(str(value) for value in values if value is not None) or "unknown"
+        for name, values in provenance.items()
+    }
+    changed = " and uncommitted changes" if True in provenance.get("uncommitted", []) else ""
+    cuda = f", CUDA {known['cuda']}" if known.get("cuda") != "unknown" else ""
+    return (
+        f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
+        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}"
+    )
+
+
+def _cells(result: StudyResult, row: RowResult) -> list[str]:
+    loss = row.mean("loss_nats")
+    diverged = sum(run.outcome == "diverged" for run in row.runs)
+    found = row.comparison
+    saved = row.steps_saved
+    speed, memory = row.mean("tokens_per_second"), row.mean("peak_memory_gib")
+    texts = {
+        "": row.name,
+        "loss": f"{loss:.4f}" if loss is not None else "–",
+        "difference": f"{found.difference:+.4f}" if found else "–",
+        "interval": f"± {found.half_width:.4f}" if found and found.half_width is not None else "–",
+        "verdict": found.verdict if found else "",
+        "saved": f"{100 * saved.fraction:+.0f} %" if saved else "–",
+        "params": _amount(row.n_params),
+        "flops": f"{row.flops_per_token / 1e6:,.1f}",
+        "speed": f"{speed:,.0f}" if speed is not None else "–",
+        "memory": f"{memory:.1f}" if memory is not None else "–",
+    }
+    if saved and saved.bound:
+        texts["saved"] = ("≥ " if saved.fraction > 0 else "≤ ") + texts["saved"]
+    if found and found.own_noise and found.half_width is not None:
+        texts["interval"] += " (own)"
+    if diverged:
+        texts["verdict"] = f"{_count(diverged, 'seed')} diverged {texts['verdict']}".strip()
+    if not row.same_batches:
+        texts["verdict"] += " (other batches)"
+    return [texts[key] for _, key in HEAD]
+
+
+def _noise_lines(result: StudyResult) -> list[str]:
+    noise = result.noise
+    lines = []
+    if noise.baseline is None:
+        lines.append("One seed: there is no measure of noise, and no difference is claimed.")
+        return lines
+    lines.append(
+        f"σ of the baseline's final loss over its seeds: {noise.baseline:.4f} nats."
+        + (
+            f" σ of a run once row and seed are taken out: {noise.paired:.4f} "
+            f"({noise.df} degrees of freedom, {_count(len(noise.rows), 'row')})."
+            if noise.paired is not None
+            else ""
+        )
+    )
+    compared = sum(row.comparison is not None for row in result.rows)
+    if compared > 1:
+        lines.append(
+            f"Verdicts hold for all {compared} comparisons together at 5 % (Holm); each interval "
+            "is for its row alone."
+        )
+    if any(row.comparison and row.comparison.own_noise for row in result.rows):
+        lines.append(
+            "(own): from the row's own paired differences, because its noise is not the others' "
+            "or because seeds are missing."
+        )
+    return lines
+
+
+def _reading_lines(result: StudyResult) -> list[str]:
+    lines = [
+        "Differences are of the held-out loss at the end, row minus baseline, paired: a seed "
+        "gives every row the same windows in the same order, by hash.",
+        "tokens/s is the median of a run's logged steps where it had the device to itself; – where "
+        "runs shared it.",
+    ]
+    if stable_tokens(result.config):
+        at = _amount(stable_tokens(result.config))
+        lines.append(
+            "tokens saved compares the two curves, mean of the seeds, where the learning rate is "
+            f"still at its peak (to {at} tokens): how much earlier the better one meets the "
+            "other's last loss there. It is not the same as the difference at the end, after the "
+            "decay, which can even have the other sign."
+        )
+    else:
+        lines.append(
+            "tokens saved needs a phase of constant learning rate; this schedule has none."
+        )
+    return lines
+
+
+def _amount(number: int) -> str:
+    return f"{number / 1e6:,.2f}M" if number >= 1_000_000 else f"{number:,}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"

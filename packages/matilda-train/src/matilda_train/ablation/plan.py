@@ -1,0 +1,108 @@
+"""What a study consists of: every row with every seed, each an ordinary run directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matilda_train.ablation.variants import Row
+from matilda_train.config import RunConfig
+from matilda_train.config_load import config_to_dict
+from matilda_train.metrics_log import read_rows
+from matilda_train.run_dir import check_run_dir
+
+__all__ = ["Job", "Study", "outcome_of"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study."""
+
+    row: str
+    seed: int
+    """Number of the seed, from 0."""
+    config: RunConfig
+    run_dir: Path
+
+    @property
+    def key(self) -> tuple[str, int]:
+        return self.row, self.seed
+
+    def request(self, *, data_dir: Path | None, keep_checkpoints: bool) -> dict[str, Any]:
+        """What a worker is told, as JSON."""
+        return {
+            "row": self.row,
+            "seed": self.seed,
+            "config": config_to_dict(self.config),
+            "run_dir": str(self.run_dir),
+            "data_dir": str(data_dir) if data_dir else None,
+            "keep_checkpoints": keep_checkpoints,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """Rows × seeds in one directory.
+
+    Seed k adds k to `train.seed` (initial weights) and `data.seed` (order of the windows) of every
+    row alike, so that the runs of a seed see the same batches.
+    """
+
+    rows: Sequence[Row]
+    seeds: int
+    out: Path
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1:
+            raise ValueError(f"`--seeds` is {self.seeds}, but must be 1 or more.")
+
+    @property
+    def ledger(self) -> Path:
+        """One line a job that was started or ended, over all calls."""
+        return self.out / "jobs.jsonl"
+
+    def run_dir(self, row: str, seed: int) -> Path:
+        """Where a run lives."""
+        return self.out / "runs" / row / f"seed-{seed}"
+
+    def jobs(self) -> list[Job]:
+        """Every run, a whole seed of all rows before the next: cut short, rows stay comparable.
+
+        Raises `ValueError` where the directory holds a run of another config.
+        """
+        jobs = []
+        for seed in range(self.seeds):
+            for row in self.rows:
+                config = seeded(row.config, seed)
+                run_dir = self.run_dir(row.name, seed)
+                check_run_dir(run_dir, config, data_id=None)
+                jobs.append(Job(row.name, seed, config, run_dir))
+        return jobs
+
+
+def seeded(config: RunConfig, seed: int) -> RunConfig:
+    """The config with its `seed`-th seeds; kernels are checked in the first run of a row alone."""
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(
+            config.train,
+            seed=config.train.seed + seed,
+            check_kernels=config.train.check_kernels and seed == 0,
+        ),
+        data=dataclasses.replace(config.data, seed=config.data.seed + seed),
+    )
+
+
+def outcome_of(run_dir: Path) -> str | None:
+    """`finished` or `diverged` as the run's own events tell; None while it is neither."""
+    for event in reversed(read_rows(run_dir / "events.jsonl")):
+        if event.get("event") == "finish":
+            return "finished"
+        if event.get("event") == "diverged":
+            return "diverged"
+        if event.get("event") in ("start", "resume"):
+            return None
+    return None

@@ -1,0 +1,238 @@
+"""What the runs of a study say: read from their directories, compared, and as JSON."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from matilda_model import flops_per_token
+from matilda_train.ablation.plan import Study, outcome_of
+from matilda_train.ablation.significance import (
+    Comparison,
+    Noise,
+    StepsSaved,
+    compare_rows,
+    steps_saved,
+)
+from matilda_train.ablation.variants import BASELINE, Row
+from matilda_train.config import RunConfig
+from matilda_train.config_load import config_to_dict
+from matilda_train.metrics_log import read_rows
+from matilda_train.run_dir import RunDir
+
+__all__ = ["RowResult", "RunResult", "StudyResult", "read_study"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunResult:
+    """One run that has ended."""
+
+    seed: int
+    outcome: str
+    """`finished` or `diverged`."""
+    loss_nats: float | None
+    """Held-out loss at the end, nats a token; None where the run diverged."""
+    bits_per_byte: float | None
+    curve: list[tuple[int, float]]
+    """(tokens trained on, held-out loss) of every evaluation."""
+    batches: dict[int, str]
+    """Hash of all batches so far, by tokens."""
+    tokens_per_second: float | None
+    """Median of the logged steps; None where other runs shared the device."""
+    peak_memory_gib: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowResult:
+    """A row of the table."""
+
+    name: str
+    reason: str
+    fields: dict[str, Any]
+    n_params: int
+    flops_per_token: int
+    """Forward and backward, attention as its causal half."""
+    runs: list[RunResult]
+    comparison: Comparison | None
+    """None for the baseline and for rows without a finished run that the baseline has too."""
+    steps_saved: StepsSaved | None
+    """None where a schedule has no stable phase in common with the baseline's."""
+    same_batches: bool
+    """Whether the hashes of its batches are the baseline's, seed by seed."""
+
+    def mean(self, name: str) -> float | None:
+        """Mean of a figure over the runs that have it."""
+        values = [v for v in (getattr(run, name) for run in self.runs) if v is not None]
+        return statistics.fmean(values) if values else None
+
+    @property
+    def losses(self) -> dict[int, float]:
+        return {run.seed: run.loss_nats for run in self.runs if run.loss_nats is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyResult:
+    """A whole study, as far as it has come."""
+
+    config: RunConfig
+    seeds: int
+    rows: list[RowResult]
+    noise: Noise
+    provenance: dict[str, list[Any]]
+    """Every value found over the runs: `git_sha`, `device`, `torch`, `python`, `data_id`."""
+    missing: list[tuple[str, int]]
+    """Runs, as (row, seed), that have not ended."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON."""
+        return {
+            "format": "matilda-ablation/1",
+            "config": config_to_dict(self.config),
+            "seeds": self.seeds,
+            "noise": asdict(self.noise),
+            "provenance": self.provenance,
+            "missing": self.missing,
+            "rows": [asdict(row) for row in self.rows],
+        }
+
+
+def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
+    """Everything that has ended so far, each row beside the one named `baseline`.
+
+    Raises `ValueError` while that one has no finished run.
+    """
+    config = next(row.config for row in study.rows if row.name == baseline)
+    shared = _shared(study.ledger)
+    runs: dict[str, list[RunResult]] = {}
+    missing = []
+    for job in study.jobs():
+        outcome = outcome_of(job.run_dir)
+        if outcome is None:
+            missing.append(job.key)
+        else:
+            alone = job.key not in shared
+            found = _read_run(job.run_dir, job.seed, job.config, outcome, alone=alone)
+            runs.setdefault(job.row, []).append(found)
+    losses = {
+        row.name: {r.seed: r.loss_nats for r in runs.get(row.name, []) if r.loss_nats is not None}
+        for row in study.rows
+    }
+    if not losses[baseline]:
+        raise ValueError(
+            f"No run of {baseline!r} in {str(study.out)!r} has finished yet; run the same command "
+            "again."
+        )
+    noise, comparisons = compare_rows({k: v for k, v in losses.items() if v}, baseline)
+    rows = [
+        _row(row, runs.get(row.name, []), runs[baseline], config, comparisons.get(row.name))
+        for row in study.rows
+    ]
+    return StudyResult(
+        config=config,
+        seeds=study.seeds,
+        rows=rows,
+        noise=noise,
+        provenance=_provenance(study),
+        missing=missing,
+    )
+
+
+def _row(
+    row: Row,
+    runs: list[RunResult],
+    baseline: list[RunResult],
+    config: RunConfig,
+    comparison: Comparison | None,
+) -> RowResult:
+    base = {run.seed: run for run in baseline}
+    same = row.config.train.tokens_per_step == config.train.tokens_per_step
+    return RowResult(
+        name=row.name,
+        reason=row.reason,
+        fields=row.fields,
+        n_params=row.config.model.n_params,
+        flops_per_token=flops_per_token(row.config.model, row.config.seq_len, causal=True),
+        runs=runs,
+        comparison=comparison,
+        steps_saved=_saved(row.config, runs, config, baseline) if comparison else None,
+        same_batches=not same
+        or all(
+            run.batches[at] == base[run.seed].batches[at]
+            for run in runs
+            if run.seed in base
+            for at in run.batches.keys() & base[run.seed].batches.keys()
+        ),
+    )
+
+
+def stable_tokens(config: RunConfig) -> int:
+    """Tokens until which the learning rate is at its peak; 0 for schedules without such a phase."""
+    optim, total = config.optim, config.train.total_steps
+    if optim.schedule == "wsd":
+        return config.plan.tokens(total - round(optim.decay_fraction * total))
+    return config.plan.tokens(total) if optim.schedule == "constant" else 0
+
+
+def _saved(
+    config: RunConfig, runs: Sequence[RunResult], base: RunConfig, baseline: Sequence[RunResult]
+) -> StepsSaved | None:
+    seeds = {r.seed for r in runs if r.loss_nats} & {r.seed for r in baseline if r.loss_nats}
+    end = min(stable_tokens(config), stable_tokens(base))
+    curves = [_mean_curve([r for r in side if r.seed in seeds], end) for side in (baseline, runs)]
+    return steps_saved(*curves) if all(curves) else None
+
+
+def _mean_curve(runs: Sequence[RunResult], end: int) -> list[tuple[int, float]]:
+    """Mean loss at the evaluations that all runs have, from the first step to `end` tokens."""
+    tables = [dict(run.curve) for run in runs]
+    if not tables:
+        return []
+    common = sorted(set.intersection(*(set(table) for table in tables)))
+    return [
+        (tokens, statistics.fmean(table[tokens] for table in tables))
+        for tokens in common
+        if 0 < tokens <= end
+    ]
+
+
+def _read_run(
+    run_dir: Path, seed: int, config: RunConfig, outcome: str, *, alone: bool
+) -> RunResult:
+    rows = read_rows(run_dir / "metrics.jsonl")
+    evaluations = [row for row in rows if row.get("val_loss_nats") is not None]
+    steps = [row for row in rows if "batch_sha256" in row]
+    finished = outcome == "finished" and bool(evaluations)
+    speeds = [row["tokens_per_second"] for row in steps[1:]]
+    memory = [row["peak_memory_gib"] for row in steps if row.get("peak_memory_gib") is not None]
+    return RunResult(
+        seed=seed,
+        outcome=outcome,
+        loss_nats=evaluations[-1]["val_loss_nats"] if finished else None,
+        bits_per_byte=evaluations[-1]["val_bits_per_byte"] if finished else None,
+        curve=[(config.plan.tokens(row["step"]), row["val_loss_nats"]) for row in evaluations],
+        batches={config.plan.tokens(row["step"]): row["batch_sha256"] for row in steps},
+        tokens_per_second=statistics.median(speeds) if speeds and alone else None,
+        peak_memory_gib=max(memory, default=None),
+    )
+
+
+def _shared(ledger: Path) -> set[tuple[str, int]]:
+    """Runs that any call trained beside others on one device."""
+    return {(row["row"], row["seed"]) for row in read_rows(ledger) if row.get("shared")}
+
+
+def _provenance(study: Study) -> dict[str, list[Any]]:
+    found: dict[str, set[Any]] = {}
+    for job in study.jobs():
+        if outcome_of(job.run_dir) is None:
+            continue
+        run: Mapping[str, Any] = RunDir.read(job.run_dir)
+        packages = run.get("packages") or {}
+        for name in ("git_sha", "device", "cuda", "python", "data_id"):
+            found.setdefault(name, set()).add(run.get(name))
+        found.setdefault("torch", set()).add(packages.get("torch"))
+        found.setdefault("uncommitted", set()).add(bool(run.get("git_diff_sha256")))
+    return {name: sorted(values, key=str) for name, values in sorted(found.items())}

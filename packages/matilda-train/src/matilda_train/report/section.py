@@ -1,0 +1,33 @@
+"""Sections of a Markdown page that programs write, each between two marks, the rest by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+__all__ = ["replace_section"]
+
+
+def replace_section(page: str | Path, name: str, text: str, *, title: str = "") -> Path:
+    """Put `text` between the marks `<!-- name -->` and `<!-- /name -->` of a page, whole or not.
+
+    A page without the marks gets the section at its end; one that does not exist is made, with
+    `title` as its heading. Raises `ValueError` where only one of the marks is there.
+    """
+    page = Path(page)
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before = page.read_text(encoding="utf-8") if page.is_file() else f"# {title or page.stem}\n"
+    section = f"{begin}\n{text.strip()}\n{end}"
+    if begin in before and end in before.partition(begin)[2]:
+        head, _, rest = before.partition(begin)
+        after = head + section + rest.partition(end)[2]
+    elif begin in before or end in before:
+        raise ValueError(
+            f"{str(page)!r} has only one of the marks {begin} and {end}; put the other back, or "
+            "take both out."
+        )
+    else:
+        after = f"{before.rstrip()}\n\n{section}\n"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    temporary = page.with_name(f".{page.name}.tmp")
+    temporary.write_text(after, encoding="utf-8")
+    return temporary.replace(page)

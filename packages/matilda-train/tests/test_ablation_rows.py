@@ -1,0 +1,159 @@
+"""Named changes, rows of one's own, grids, and the pages they end in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from matilda_train.ablation import VARIANTS, Study, grid_rows, places, resolve_rows
+from matilda_train.config import RunConfig
+from matilda_train.config_load import config_from_dict, load_config
+from matilda_train.report.section import replace_section
+
+CONFIGS = Path(__file__).parents[3] / "configs"
+
+
+def load(name: str, *overrides: str) -> RunConfig:
+    if not CONFIGS.is_dir():
+        pytest.skip("the configs are not part of the installed package")
+    return load_config(CONFIGS / f"{name}.json", overrides)
+
+
+@pytest.mark.parametrize("name", ["base_152m_v2", "base_124m", "base_350m", "ablation_48m"])
+def test_every_named_row_fits_every_config_or_says_why_not(name: str) -> None:
+    config = load(name)
+    fitted, refusals = [], []
+    for row in VARIANTS:
+        try:
+            fitted += resolve_rows(config, [row])[1:]
+        except ValueError as refusal:
+            refusals.append(str(refusal))
+    assert all(row.config != config for row in fitted)
+    assert all("leave" in refusal for refusal in refusals)
+    assert len(fitted) >= 14
+
+
+@pytest.mark.parametrize(
+    ("name", "row"),
+    [
+        ("base_152m_v2", "swiglu"),
+        ("base_152m_v2", "depth_12"),
+        ("base_152m_v2", "head_dim_128"),
+        ("base_124m", "relu2"),
+        ("base_124m", "depth_18"),
+        ("base_124m", "head_dim_128"),
+        ("base_350m", "depth_18"),
+        ("ablation_48m", "swiglu"),
+        ("ablation_48m", "depth_12"),
+        ("ablation_48m", "head_dim_128"),
+    ],
+)
+def test_compensated_rows_have_the_parameters_of_the_baseline(name: str, row: str) -> None:
+    config = load(name)
+    changed = resolve_rows(config, [row])[1].config
+    assert changed.model.n_params == pytest.approx(config.model.n_params, rel=0.005)
+    assert changed.model.d_model <= 4 * changed.model.resolved_d_ff
+    if row.startswith("depth"):
+        assert changed.model.n_layers == int(row.removeprefix("depth_"))
+        assert changed.model.resolved_head_dim == config.model.resolved_head_dim
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ("no_qknorm", "Did you mean 'no_qk_norm'?"),
+        ("relu2", "'relu2' equals the baseline of this config (`model.mlp` = \"relu2\")"),
+        ("mine:model.qk_norm=true", "equals the baseline"),
+        ("mine:eval.tokens=5", "equals the baseline"),
+        ("mine:model.qknorm=true", "Did you mean `model.qk_norm`?"),
+        ("mine:data.seed=5", "could not be paired"),
+        ("mine:train.seq_len=512", "could not be paired"),
+        ("mine:train.total_steps=5000", "could not be paired"),
+        ("m/ne:model.qk_norm=false", "no name of a row"),
+        ("baseline:model.qk_norm=false", "no row 'baseline'"),
+        ("mha,mha", "given twice"),
+    ],
+)
+def test_rows_that_make_no_sense_are_refused_in_a_sentence(row: str, says: str) -> None:
+    with pytest.raises(ValueError) as refusal:
+        resolve_rows(load("base_152m_v2"), [row])
+    assert says in str(refusal.value)
+
+
+def test_a_row_of_ones_own_may_add_to_a_named_one_and_hold_lists() -> None:
+    config = load("base_152m_v2")
+    rows = resolve_rows(
+        config, ["mha,adamw:optim.lr=0.002,optim.betas=[0.9,0.99]", "baseline", "x:model.z_loss=0"]
+    )
+    assert [row.name for row in rows] == ["baseline", "mha", "adamw", "x"]
+    adamw = rows[2].config.optim
+    assert (adamw.algorithm, adamw.lr, adamw.betas) == ("adamw", 0.002, (0.9, 0.99))
+
+
+def test_another_batch_is_the_same_tokens_in_more_steps() -> None:
+    config = load("base_152m_v2")
+    row = resolve_rows(config, ["half:train.tokens_per_step=262144"])[1].config
+    assert row.train.total_steps == 2 * config.train.total_steps
+    assert row.optim.warmup_steps == 2 * config.optim.warmup_steps
+    assert row.eval.every_steps == 2 * config.eval.every_steps
+
+
+def test_seeds_move_weights_and_order_of_every_row_alike(tmp_path: Path) -> None:
+    config = load("base_152m_v2")
+    study = Study(rows=resolve_rows(config, ["mha", "mqa"]), seeds=2, out=tmp_path)
+    jobs = study.jobs()
+    assert [job.seed for job in jobs] == [0, 0, 0, 1, 1, 1]
+    for job in jobs:
+        assert job.config.train.seed == config.train.seed + job.seed
+        assert job.config.data.seed == config.data.seed + job.seed
+    assert len({job.run_dir for job in jobs}) == 6
+
+
+def test_a_grid_is_every_combination() -> None:
+    config = load("base_152m_v2")
+    rows = grid_rows(config, ["optim.lr=0.005,0.01", "optim.weight_decay=0,0.1"])
+    assert [row.name for row in rows] == [
+        "lr=0.005,weight_decay=0",
+        "lr=0.005,weight_decay=0.1",
+        "lr=0.01,weight_decay=0",
+        "lr=0.01,weight_decay=0.1",
+    ]
+    assert rows[1].config.optim.weight_decay == 0.1
+    with pytest.raises(ValueError, match="names a value twice"):
+        grid_rows(config, ["optim.lr=0.1,0.1"])
+    with pytest.raises(ValueError, match="must be positive"):
+        grid_rows(config, ["optim.lr=-1"])
+
+
+def test_places_take_the_visible_gpus_in_turn() -> None:
+    assert places(None, 2) == [None, None]
+    assert places(2, 2) == ["0", "1", "0", "1"]
+    assert places(1, 1, "3,5") == ["3"]
+    with pytest.raises(ValueError, match="names 2"):
+        places(3, 1, "3,5")
+
+
+def test_a_section_is_made_replaced_and_never_half(tmp_path: Path) -> None:
+    page = tmp_path / "docs" / "PAGE.md"
+    replace_section(page, "a", "first", title="Page")
+    replace_section(page, "b", "other")
+    page.write_text(page.read_text() + "\nby hand\n")
+    replace_section(page, "a", "second")
+    text = page.read_text()
+    assert text.startswith("# Page\n\n<!-- a -->\nsecond\n<!-- /a -->\n\n<!-- b -->\nother\n")
+    assert "first" not in text
+    assert text.endswith("by hand\n")
+    page.write_text(text.replace("<!-- /a -->", ""))
+    with pytest.raises(ValueError, match="only one of the marks"):
+        replace_section(page, "a", "third")
+
+
+def test_depths_of_a_model_too_small_for_them_are_refused() -> None:
+    tiny: dict[str, Any] = {"vocab_size": 320, "d_model": 32, "n_layers": 2, "n_heads": 2}
+    config = config_from_dict({"model": tiny | {"n_kv_heads": 1}, "data": {"tokenizer": "byte"}})
+    with pytest.raises(ValueError, match="leave the row out"):
+        resolve_rows(config, ["depth_18"])
+    with pytest.raises(ValueError, match="leave head_dim_128 out"):
+        resolve_rows(config, ["head_dim_128"])

@@ -1,0 +1,153 @@
+"""A study over real runs: killed, stopped, gone on with, and by workers, it says the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from killable_runs import TrainServer
+from matilda_train.metrics_log import read_rows
+
+ROOT = Path(__file__).resolve().parent.parent
+ROWS = ["no_qk_norm", "again:train.micro_batch_size=2"]
+SHORT = ["train.total_steps=9", "eval.every_steps=3", "eval.sample_tokens=0"]
+
+
+def arguments(config: Path, corpus: Path, out: Path, *more: str) -> list[str]:
+    return [
+        *("--config", str(config), "--data-dir", str(corpus), "--out", str(out), "--seeds", "2"),
+        *("--set", *SHORT, "--variants", *ROWS, "--json", *more),
+    ]
+
+
+def without_clocks(result: dict[str, Any]) -> dict[str, Any]:
+    for row in result["rows"]:
+        for run in row["runs"]:
+            run["tokens_per_second"] = None
+    return result
+
+
+def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    def study(out: Path, *more: str, **fault: Any) -> subprocess.CompletedProcess[str]:
+        given = arguments(tiny_config, corpus, out, *more)
+        return server.run_program(ROOT / "apps/ablate.py", given, tmp_path, **fault)
+
+    disturbed = tmp_path / "disturbed"
+    assert study(disturbed, "--in-process", at_step=14).returncode == -signal.SIGKILL
+    first = disturbed / "runs" / "baseline" / "seed-0" / "metrics.jsonl"
+    finished = first.read_bytes(), first.stat().st_mtime_ns
+    stopped = study(disturbed, "--in-process", at_step=20, signal="SIGTERM")
+    assert stopped.returncode == 75, stopped.stderr
+    assert len(json.loads(stopped.stdout)["missing"]) == 3
+    ended = study(disturbed, "--in-process", "--discard-checkpoints")
+    assert ended.returncode == 0, ended.stderr
+    assert (first.read_bytes(), first.stat().st_mtime_ns) == finished
+    assert (first.parent / "checkpoints").is_dir()
+    assert not (disturbed / "runs" / "again" / "seed-1" / "checkpoints").exists()
+
+    page = tmp_path / "docs" / "ABLATIONS.md"
+    by_worker = study(tmp_path / "quiet", "--write", str(page))
+    assert by_worker.returncode == 0, by_worker.stderr
+    result = json.loads(by_worker.stdout)
+    assert without_clocks(json.loads(ended.stdout)) == without_clocks(result)
+
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["missing"] == []
+    assert all(row["same_batches"] for row in rows.values())
+    assert len(set(map(str, (run["batches"] for run in rows["baseline"]["runs"])))) == 2
+    assert rows["no_qk_norm"]["n_params"] == rows["baseline"]["n_params"] - 2 * 2 * 16
+    same = rows["again"]["comparison"]  # other micro-batches: equal but for rounding
+    assert abs(same["difference"]) < 1e-3 < abs(rows["no_qk_norm"]["comparison"]["difference"])
+    assert rows["again"]["steps_saved"]["at_step"] == 6 * 256
+    text = page.read_text()
+    assert "| no_qk_norm |" in text
+    assert "`model.qk_norm=false`" in text
+    assert result["provenance"]["data_id"][0][:12] in text
+    assert "σ of the baseline" in text
+    assert (page.parent / "ablations-quiet.svg").read_text().endswith("</svg>\n")
+
+    other = study(disturbed, "--set", "optim.lr=0.01")
+    assert other.returncode == 2
+    assert "holds a run of another config" in other.stderr
+
+
+def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    def grid(*more: str, **fault: Any) -> subprocess.CompletedProcess[str]:
+        given = [
+            *("--config", str(tiny_config), "--data-dir", str(corpus), "--out", "rates"),
+            *("--seeds", "1", "--set", *SHORT, "train.max_consecutive_skips=1"),
+            *("--grid", "optim.lr=0.001,0.02,0.03", "--in-process", *more),
+        ]
+        return server.run_program(ROOT / "apps/ablate.py", given, tmp_path, **fault)
+
+    done = grid("--write", "CALIBRATION.md", nan_at_steps=[20])
+    assert done.returncode == 0, done.stderr
+    assert "lr=0.03, seed 0: diverged" in done.stderr
+    assert "Best: optim.lr=0.02" in done.stdout
+    assert "One seed" in done.stdout
+    page = (tmp_path / "CALIBRATION.md").read_text()
+    assert page.index("`lr=0.02`") < page.index("`lr=0.001`") < page.index("`lr=0.03`")
+    assert "| diverged |" in page
+    halved = grid("--halving", "2", "--json")
+    assert halved.returncode == 0, halved.stderr
+    assert [row["name"] for row in json.loads(halved.stdout)["rows"]] == ["lr=0.03", "lr=0.02"]
+    assert len(list((tmp_path / "rates" / "round-1" / "runs").iterdir())) == 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", ["study", "worker"])
+def test_workers_whose_study_dies_save_and_a_dead_worker_is_replaced(
+    victim: str, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    command = [
+        *(sys.executable, str(ROOT / "apps/ablate.py"), "--jobs-per-gpu", "2"),
+        *arguments(tiny_config, corpus, tmp_path / "out"),
+        *("--set", "train.total_steps=150", "ckpt.every_steps=150", "eval.every_steps=75"),
+    ]
+    pids = tmp_path / "pids"
+    spy = (
+        "import os, pathlib, sys\n"
+        f"with open({str(pids)!r}, 'a') as file: file.write(f'{{os.getpid()}}\\n')\n"
+    )
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(
+        "import sys\nif 'matilda_train.ablation.worker' in ' '.join(sys.orig_argv):\n"
+        + "".join(f"    {line}\n" for line in spy.splitlines())
+    )
+    path = os.pathsep.join([str(tmp_path / "site"), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    study = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+    runs = tmp_path / "out" / "runs"
+    while sum(bool(read_rows(p)) for p in runs.glob("*/seed-0/metrics.jsonl")) < 2:
+        assert study.poll() is None
+        time.sleep(0.05)
+    if victim == "study":
+        study.kill()
+        study.communicate()
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        events = read_rows(runs / "baseline" / "seed-0" / "events.jsonl")
+        assert [e["event"] for e in events if e["event"] in ("preempted", "resume", "finish")] == [
+            "preempted",
+            "resume",
+            "finish",
+        ]
+        assert json.loads(done.stdout)["missing"] == []
+    else:
+        os.kill(int(pids.read_text().split()[0]), signal.SIGKILL)
+        said, _ = study.communicate()
+        assert study.returncode == 0
+        assert json.loads(said)["missing"] == []
+        assert "lost" in {row["outcome"] for row in read_rows(tmp_path / "out" / "jobs.jsonl")}
