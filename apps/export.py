@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run --extra export apps/export.py --run runs/hero --out exports/hero
@@ -17,9 +18,7 @@ Nothing is written unless transformers' tokenizer and model agree with the run's
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run directory")
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/generate.py --run runs/quickstart --prompt 'def '
@@ -14,9 +15,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run directory")
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
     parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")

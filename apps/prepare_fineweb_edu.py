@@ -1,4 +1,4 @@
-"""Prepare FineWeb-Edu as token shards: `prepare_fineweb_edu.py --out-dir data/fineweb_edu`.
+"""Prepare FineWeb-Edu as token shards.
 
 Reads files of a pinned revision from the Hugging Face hub, checks each against the hub's SHA-256,
 and writes verified shards. Run the same command again after any interruption: it continues.
@@ -10,17 +10,26 @@ from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line, until `run_preparation` handles them
 
-import argparse
 import sys
 
 from matilda_data import HubSource, add_preparation_options, prepare_hub, run_preparation
+from matilda_train.arguments import TeachingParser
 
 DATASET = "HuggingFaceFW/fineweb-edu"
 REVISION = "87f09149ef4734204d70ed1d046ddc9ca3f2b8f9"
 
+EXAMPLES = """examples:
+  uv run apps/prepare_fineweb_edu.py --out-dir data/fineweb_edu
+  uv run apps/prepare_fineweb_edu.py --out-dir data/sample --target-tokens 50000000
+  uv run apps/train.py --config configs/base_124m.json --data-dir data/fineweb_edu
+
+Needs the network, and outside a checkout `pip install 'matilda-data[hub]'`. Exit codes: 0 done, 2
+bad input, 4 disk or network failed, 75 stopped by a signal; after 4 and 75 the same command goes on.
+"""
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--target-tokens", type=int, default=3_000_000_000, help="training tokens")
     parser.add_argument("--config", default="sample-10BT", help="configuration on the hub")
     parser.add_argument("--dataset", default=DATASET, help="repository on the hub")

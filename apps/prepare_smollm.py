@@ -1,4 +1,4 @@
-"""Prepare the SmolLM corpus as token shards: `prepare_smollm.py --out-dir data/smollm_mix`.
+"""Prepare the SmolLM corpus as token shards.
 
 Reads files of a pinned revision from the Hugging Face hub, checks each against the hub's SHA-256,
 and writes verified shards. Run the same command again after any interruption: it continues. The
@@ -11,7 +11,6 @@ from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line, until `run_preparation` handles them
 
-import argparse
 import sys
 
 from matilda_data import (
@@ -23,6 +22,7 @@ from matilda_data import (
     prepare_hub,
     run_preparation,
 )
+from matilda_train.arguments import TeachingParser
 
 DATASET = "HuggingFaceTB/smollm-corpus"
 REVISION = "3ba9d605774198c5868892d7a8deda78031a781f"
@@ -31,9 +31,18 @@ MIXES = {
     "75/15/10": "fineweb-edu-dedup=75,cosmopedia-v2=15,python-edu=10",
 }
 
+EXAMPLES = """examples:
+  uv run apps/prepare_smollm.py --out-dir data/smollm_mix
+  uv run apps/prepare_smollm.py --out-dir data/with_code --mix 75/15/10 --target-tokens 1000000000
+  uv run apps/train.py --config configs/base_152m_v2.json --data-dir data/smollm_mix
+
+Needs the network, and outside a checkout `pip install 'matilda-data[hub]'`. Exit codes: 0 done, 2
+bad input, 4 disk or network failed, 75 stopped by a signal; after 4 and 75 the same command goes on.
+"""
+
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--target-tokens", type=int, default=15_000_000_000, help="training tokens")
     parser.add_argument("--mix", default="83/17", help="83/17, 75/15/10 or NAME=WEIGHT,…")
     parser.add_argument("--dataset", default=DATASET, help="repository on the hub")

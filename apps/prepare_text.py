@@ -6,7 +6,6 @@ from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line, until `run_preparation` handles them
 
-import argparse
 import sys
 
 from matilda_data import (
@@ -17,6 +16,7 @@ from matilda_data import (
     prepare_text,
     run_preparation,
 )
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/prepare_text.py --input 'books/**/*.txt' --out-dir data/books --tokenizer gpt2
@@ -31,9 +31,7 @@ Input: .txt and .py (a document a file), .jsonl, .jsonl.zst (a document a line, 
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--input", nargs="+", metavar="GLOB", help="text to read")
     what.add_argument(

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/replay.py runs/hero/autopsies/step-00018211-nonfinite
@@ -18,9 +19,7 @@ Exit codes: 0 the same, or nothing to compare with; 1 a difference; 2 bad input;
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("bundle", nargs="?", type=Path, help="autopsy bundle to replay")
     parser.add_argument("--run", type=Path, help="run directory (default: the bundle's)")
     parser.add_argument("--step", type=int, help="step, counted from 1 (default: the bundle's)")

@@ -11,6 +11,7 @@ import signal
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/serve.py --run runs/quickstart
@@ -23,9 +24,7 @@ checkpoint, or the port is taken.
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run directory")
     parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")
     parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (8000)")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/trace.py --run runs/hero --step 18211
@@ -17,9 +18,7 @@ EXAMPLES = """examples:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run directory")
     parser.add_argument("--step", required=True, type=int, help="step, counted from 1")
     parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")

@@ -8,6 +8,7 @@ import math
 from pathlib import Path
 
 from matilda_train.app import run_app
+from matilda_train.arguments import TeachingParser
 from matilda_train.resume_report import as_json, describe
 from matilda_train.stop_signals import EXIT_PREEMPTED
 
@@ -30,9 +31,7 @@ Exit codes: 0 no difference; 1 a difference, listed; 2 bad input; 75 paused.
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, type=Path, help="JSON config of the run")
     parser.add_argument("--kills", type=int, default=20, help="lives of short runs to end (20)")
     parser.add_argument("--sigkills", type=int, default=0, help="SIGKILLs of one long run")

@@ -47,7 +47,7 @@ train)
     shift
     git archive HEAD | remote "$id" "mkdir -p $place && tar -x -C $place"
     remote "$id" "cd $place && apt-get update -q && apt-get install -q -y python3-pip gcc libc6-dev &&
-        python3 -m pip install --quiet uv && python3 -m uv sync --all-packages --locked --no-dev"
+        python3 -m pip install --quiet uv && python3 -m uv sync --all-packages --locked --no-dev --extra hub --extra nvml"
     printf '#!/usr/bin/env bash\nlaunchers/train.sh %s\necho "exit code $?"\n' "${*@Q}" |
         remote "$id" "cat >$place/train.command && chmod +x $place/train.command"
     remote "$id" "$start"

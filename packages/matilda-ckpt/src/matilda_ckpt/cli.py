@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from matilda_ckpt.arguments import TeachingParser
 from matilda_ckpt.catalog import CheckpointInfo, parse_name
 from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.errors import CheckpointError
@@ -20,6 +21,14 @@ from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME
 from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import verify
 from matilda_ckpt.retention import Keep, victims
+
+EXAMPLES = """examples:
+  matilda-ckpt ls runs/hero                      every checkpoint, newest first
+  matilda-ckpt verify runs/hero && echo intact   every byte of every one
+  matilda-ckpt diff runs/a runs/b                the newest of each
+  matilda-ckpt gc runs/hero --last 3 --best val_loss_nats:2:min --dry-run
+  matilda-ckpt ls runs/hero --json | jq '.[0].step'
+"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="matilda-ckpt", description=__doc__)
+    parser = TeachingParser(prog="matilda-ckpt", description=__doc__, epilog=EXAMPLES)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     def add(

@@ -1,0 +1,67 @@
+"""Every program explains itself by examples, and answers a slip of the keys by the right name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+import matilda_ckpt.cli
+import matilda_data.cli
+from killable_runs import TrainServer
+
+ROOT = Path(__file__).resolve().parent.parent
+APPS = sorted(path.stem for path in (ROOT / "apps").glob("*.py"))
+COMMANDS = {"matilda-data": matilda_data.cli.main, "matilda-ckpt": matilda_ckpt.cli.main}
+
+
+@pytest.mark.parametrize("name", APPS)
+def test_an_app_explains_itself_and_mends_slips(
+    name: str, server: TrainServer, tmp_path: Path
+) -> None:
+    app = ROOT / "apps" / f"{name}.py"
+    helped = server.run_program(app, ["--help"], tmp_path)
+    assert helped.returncode == 0, helped.stderr
+    examples = helped.stdout.partition("\nexamples:\n")[2]
+    assert f"  uv run apps/{name}.py " in examples
+    used = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", examples.split("\n\n")[0]))
+    known = set(re.findall(r"(?<=[\s\[])--[a-z][a-z-]+", helped.stdout.partition("examples:")[0]))
+    assert used - {"--extra", "--config", "--data-dir", "--run-dir"} <= known
+
+    option = max(known - {"--help"}, key=len)
+    slip = option[:-1] + ("q" if option[-1] != "q" else "x")
+    slipped = server.run_program(app, [slip, "1"], tmp_path)
+    assert slipped.returncode == 2
+    assert slipped.stderr == f"error: there is no option `{slip}`; did you mean `{option}`?\n"
+    assert slipped.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_a_command_explains_itself_and_mends_slips(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: str) -> tuple[object, str, str]:
+        with pytest.raises(SystemExit) as ended:
+            COMMANDS[name](list(arguments))
+        out, err = capsys.readouterr()
+        return ended.value.code, out, err
+
+    code, out, _ = said("--help")
+    assert code == 0
+    assert f"\nexamples:\n  {name} " in out
+    subcommands = re.findall(r"^    ([a-z-]+)(?=\s|$)", out, re.M)
+    assert "verify" in subcommands
+    for subcommand in subcommands:
+        assert said(subcommand, "--help")[0] == 0
+    assert said("verfy", ".") == (2, "", "error: 'verfy' is no command; did you mean `verify`?\n")
+    code, _, err = said("verify", "--jsom", ".")
+    assert (code, err) == (2, "error: there is no option `--jsom`; did you mean `--json`?\n")
+    assert said()[0] == 2
+
+
+def test_the_parser_is_the_same_in_the_packages_that_have_it() -> None:
+    files = sorted((ROOT / "packages").glob("*/src/*/arguments.py"))
+    assert len(files) == 3
+    assert len({file.read_text() for file in files}) == 1
