@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from matilda_train.app import add_run_options, conclude, run_app
+from matilda_train.arguments import TeachingParser
 from matilda_train.duration import parse_count
 
 EXAMPLES = """examples:
@@ -26,9 +27,7 @@ phase that later ones would replace are kept by `ckpt.keep_every`. Exit codes as
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--run", required=True, type=Path, help="run directory of the parent")
     parser.add_argument(
         "--from-step", required=True, type=int, metavar="S", help="step of one of its checkpoints"

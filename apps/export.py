@@ -11,7 +11,7 @@ from matilda_train.arguments import TeachingParser
 EXAMPLES = """examples:
   uv run --extra export apps/export.py --run runs/hero --out exports/hero
   uv run --extra export apps/export.py --run runs/hero --step 20000 --out exports/hero-20k \\
-      --check-text docs/GPU.md
+      --check-text docs/DATA.md
 
 Nothing is written unless transformers' tokenizer and model agree with the run's own on real text.
 """

@@ -37,7 +37,8 @@ EXAMPLES = """examples:
   uv run apps/train.py --config configs/base_152m_v2.json --data-dir data/smollm_mix
 
 Needs the network, and outside a checkout `pip install 'matilda-data[hub]'`. Exit codes: 0 done, 2
-bad input, 4 disk or network failed, 75 stopped by a signal; after 4 and 75 the same command goes on.
+bad input, 4 disk or network failed, 75 stopped by a signal. After 4 and 75 give the same command
+again: it goes on.
 """
 
 

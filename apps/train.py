@@ -16,6 +16,7 @@ from matilda_train.app import (
     look_before,
     run_app,
 )
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/train.py --config configs/quickstart.json
@@ -35,9 +36,7 @@ again after 5 and 75).
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     parser.add_argument("--config", required=True, type=Path, help="JSON config of the run")
     add_run_options(
         parser,

@@ -24,7 +24,7 @@ def test_an_app_explains_itself_and_mends_slips(
     helped = server.run_program(app, ["--help"], tmp_path)
     assert helped.returncode == 0, helped.stderr
     examples = helped.stdout.partition("\nexamples:\n")[2]
-    assert f"  uv run apps/{name}.py " in examples
+    assert re.search(rf"^  uv run (--extra \w+ )?apps/{name}.py ", examples, re.M)
     used = set(re.findall(r"(?<=\s)--[a-z][a-z-]+", examples.split("\n\n")[0]))
     known = set(re.findall(r"(?<=[\s\[])--[a-z][a-z-]+", helped.stdout.partition("examples:")[0]))
     assert used - {"--extra", "--config", "--data-dir", "--run-dir"} <= known
