@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from matilda_train.app import EXIT_ENVIRONMENT, run_app
+from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
@@ -37,11 +38,7 @@ def parse_arguments() -> argparse.Namespace:
     from matilda_train.ablation import VARIANTS
 
     rows = "\n".join(f"  {name:18}{variant.reason}" for name, variant in VARIANTS.items())
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        epilog=EXAMPLES + rows,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = TeachingParser(description=__doc__, epilog=EXAMPLES + rows)
     add = parser.add_argument
     add("--config", required=True, type=Path, help="JSON config of the baseline")
     add("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="overrides of it")
