@@ -61,6 +61,8 @@ def arm(request: dict[str, Any]) -> None:
     """Plant the fault that the request asks for."""
     import matilda_train.loop as loop
 
+    if "poisoned_samples" in request:
+        poison_samples(*request["poisoned_samples"])  # the data of every rank
     rank = int(os.environ.get("RANK", "0"))
     if request.get("only_rank", rank) != rank:
         return
@@ -88,8 +90,6 @@ def arm(request: dict[str, Any]) -> None:
         plant_nan(loop, step)
     if "at_event" in request:
         signal_at_event(loop, number, **request["at_event"])
-    if "poisoned_samples" in request:
-        poison_samples(*request["poisoned_samples"])
     if "nan_in_forward" in request:
         plant_nan_in_forward(loop, **request["nan_in_forward"])
     if "nan_in_backward" in request:

@@ -8,6 +8,7 @@ const AXES = { step: "step", tokens: "tokens", seconds: "time since the first st
 const LINES = { kill: "dash", stop: "dot", skip: "dot", spike: "dot", rollback: "solid", diverged: "solid" };
 const MEANINGS = { kill: "✕ killed, resumed", stop: "■ stopped, resumed", skip: "▼ step refused", spike: "▲ spike", rollback: "◀ rolled back", diverged: "★ diverged" };
 const SYMBOLS = { kill: "x", stop: "square", skip: "triangle-down", spike: "triangle-up", rollback: "triangle-left", diverged: "star" };
+const MOST_MARKERS = 60;
 let axis = "step";
 let smoothing = 0.4;
 
@@ -15,9 +16,9 @@ let smoothing = 0.4;
 const groups = [...new Set(runs.flatMap(run => Object.keys(run.steps)))]
   .filter(name => name.startsWith("update_rms_")).map(name => name.slice("update_rms_".length)).sort();
 const CHARTS = [
-  { id: "loss", title: "Training loss", about: "nats per token", wide: true, smooth: true, events: true,
+  { id: "loss", title: "Training loss", about: "nats per token", wide: true, smooth: true, events: true, focus: true,
     curves: [["loss_nats", ""]] },
-  { id: "bpb", title: "Held-out bits per byte", about: "lower is better", source: "evaluations", points: true,
+  { id: "bpb", title: "Held-out bits per byte", about: "lower is better", source: "evaluations", points: true, focus: true,
     curves: [["val_bits_per_byte", ""]] },
   { id: "lr", title: "Learning rate", curves: [["lr_muon", "Muon"], ["lr_adamw", "AdamW"], ["lr", "all"]] },
   { id: "grad", title: "Gradient norm", about: "before clipping", smooth: true, log: true, curves: [["grad_norm", ""]] },
@@ -34,12 +35,34 @@ const CHARTS = [
     curves: groups.map(name => ["update_rms_" + name, name]), over: name => name.replace("update_rms_", "param_rms_") },
   { id: "goodput", title: "Goodput", about: "productive share of the time so far", zero: true, percent: true, curves: [["goodput", ""]] },
   { id: "memory", title: "Peak GPU memory", about: "GiB", zero: true, curves: [["peak_memory_gib", ""]] },
-  { id: "power", title: "GPU power", about: "watts", zero: true, curves: [["gpu_power_watts", ""]] },
-  { id: "temperature", title: "GPU temperature", about: "°C", curves: [["gpu_temperature_celsius", ""]] },
-  { id: "clock", title: "GPU clock", about: "MHz", curves: [["gpu_sm_clock_mhz", ""]] },
+  { id: "power", title: "GPU power", about: "watts", zero: true, smooth: true, curves: [["gpu_power_watts", ""]] },
+  { id: "temperature", title: "GPU temperature", about: "°C", smooth: true, curves: [["gpu_temperature_celsius", ""]] },
+  { id: "clock", title: "GPU clock", about: "MHz", smooth: true, curves: [["gpu_sm_clock_mhz", ""]] },
   { id: "batch", title: "Batch", about: "tokens per step", zero: true, curves: [["batch_tokens", ""]], large: true, varying: true },
 ];
 
+// Whatever else evaluations tell of, such as `evals/TASK` or `evals/TASK/METRIC`: a chart for each
+// metric, with a curve for each task.
+const TOLD = ["step", "tokens", "seconds", "restarts", "uptime_seconds", "eval_seconds", "val_tokens", "val_loss_nats", "val_bits_per_byte"];
+const further = new Map();
+for (const field of [...new Set(runs.flatMap(run => Object.keys(run.evaluations)))].sort()) {
+  if (TOLD.includes(field)) continue;
+  const parts = field.split("/");
+  const metric = parts.length > 2 ? parts.at(-1) : parts[0];
+  const curve = parts.length > 2 ? parts.slice(1, -1) : parts.slice(1);
+  if (!further.has(metric)) further.set(metric, []);
+  further.get(metric).push([field, curve.join(" ").replaceAll("_", " ")]);
+}
+CHARTS.splice(2, 0, ...[...further].map(([metric, curves], i) => ({
+  id: "eval-" + i, title: titleOf(metric, curves), source: "evaluations", points: true,
+  percent: curves.every(([field]) => /acc/.test(field)), curves,
+})));
+
+function titleOf(metric, curves) {
+  const words = metric.replaceAll("_", " ").replace(/\bacc\b/, "accuracy");
+  if (!curves[0][1]) return words.charAt(0).toUpperCase() + words.slice(1);
+  return metric === "evals" ? "Tasks" : "Tasks: " + words;
+}
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = index => css("--run-" + index % 8);
 const known = value => value !== null && value !== undefined;
@@ -98,7 +121,7 @@ function tracesOf(chart) {
       const x = abscissa(table);
       const line = { color: ink, width: 1.8, dash };
       const sparse = values.filter(known).length < 2;
-      const mode = chart.points ? "lines+markers" : sparse ? "markers" : "lines";
+      const mode = chart.points && values.length <= MOST_MARKERS ? "lines+markers" : sparse ? "markers" : "lines";
       if (chart.smooth && smoothing > 0 && !sparse) {
         traces.push({ x, y: values, mode: "lines", hoverinfo: "skip", line: { color: ink, width: 1 }, opacity: 0.38, connectgaps: true });
         traces.push({ x, y: smoothed(values), mode, name: label, line, connectgaps: true });
@@ -108,6 +131,21 @@ function tracesOf(chart) {
     });
   });
   return traces;
+}
+
+// The first steps, from chance, would press all the rest of a curve flat: a long one begins at the
+// upper edge, until a double click.
+function focusOf(chart, traces) {
+  if (!chart.focus) return undefined;
+  const curves = traces.filter(trace => trace.yaxis !== "y2").map(trace => trace.y.filter(known));
+  const counts = curves.map(y => y.length);
+  const skipped = Math.max(0, ...counts) >= 200 ? 0.04 : Math.max(0, ...counts) >= 10 ? 0.1 : 0;
+  const rest = curves.flatMap(y => y.slice(Math.ceil(skipped * y.length)));
+  if (!skipped || !rest.length) return undefined;
+  let [low, high] = rest.reduce(([a, b], y) => [Math.min(a, y), Math.max(b, y)], [Infinity, -Infinity]);
+  if (chart.log && low > 0) [low, high] = [Math.log10(low), Math.log10(high)];
+  const room = 0.06 * (high - low) || 0.1;
+  return [low - room, high + room];
 }
 
 function marksOf(chart, traces) {
@@ -141,7 +179,7 @@ function layoutOf(chart, shapes) {
     hoverlabel: { bgcolor: css("--card"), bordercolor: grid, font: { color: css("--ink"), size: 12 } },
     xaxis: { ...common, title: { text: axis === "seconds" ? unit[0] + " since the first start" : AXES[axis], font: { color: ink, size: 11.5 }, standoff: 6 }, exponentformat: "B", hoverformat: axis === "step" ? "d" : ".4s" },
     yaxis: { ...common, type: chart.log ? "log" : "linear", rangemode: chart.zero && !chart.log ? "tozero" : "normal",
-      tickformat: chart.percent ? ".1~%" : "", hoverformat: chart.percent ? ".2%" : ".4g",
+      tickformat: chart.percent ? ".2~%" : "", hoverformat: chart.percent ? ".2%" : ".4g",
       nticks: chart.log ? 5 : 6, exponentformat: chart.large ? "B" : "power" },
     yaxis2: { overlaying: "y", range: [0, 1], visible: false, fixedrange: true },
   };
@@ -163,7 +201,7 @@ function keyOf(chart) {
 function addCard(parent, chart) {
   const card = document.createElement("article");
   card.className = "card" + (chart.wide ? " wide" : "");
-  card.innerHTML = `<div class="head"><h3>${chart.title}</h3><span class="about">${chart.about || ""}${keyOf(chart)}</span></div>` +
+  card.innerHTML = `<div class="head"><h3>${escapeHtml(chart.title)}</h3><span class="about">${chart.about || ""}${keyOf(chart)}</span></div>` +
     `<div class="plot" id="plot-${chart.id}" data-chart="${chart.id}"></div>`;
   parent.append(card);
   if (chart.curves) {
@@ -180,7 +218,9 @@ function addCard(parent, chart) {
 function draw(chart) {
   const traces = tracesOf(chart);
   const shapes = marksOf(chart, traces);
-  Plotly.react(chart.node, traces, layoutOf(chart, shapes), CONFIG);
+  const layout = layoutOf(chart, shapes), range = focusOf(chart, traces);
+  if (range) layout.yaxis.range = range;
+  Plotly.react(chart.node, traces, layout, CONFIG);
 }
 
 // Zooming into one chart zooms all; a double click shows everything again.

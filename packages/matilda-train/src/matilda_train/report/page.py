@@ -145,14 +145,14 @@ def _with_values(columns: Iterable[tuple[Cell, ...]]) -> list[tuple[Cell, ...]]:
 
 def _account(records: Sequence[RunRecord]) -> str:
     """Where the time of each run went."""
-    used = [name for name in BUCKETS if any(r.goodput.seconds[name] > 0 for r in records)]
+    used = [name for name in BUCKETS if any(r.goodput.seconds[name] >= 0.05 for r in records)]
     body = []
     for name in used:
         cells = [f"<i class='key bucket-{list(BUCKETS).index(name)}'></i>{escape(name)}"]
         for record in records:
             seconds, wall = record.goodput.seconds[name], record.goodput.wall_seconds
             share = f" <b>{seconds / wall:.1%}</b>" if wall > 0 else ""
-            cells.append(f"{format_seconds(seconds)}{share}")
+            cells.append(f"{format_seconds(seconds)}{share}" if seconds >= 0.05 else "–")
         body.append([*cells, escape(BUCKETS[name])])
     if not body:
         return "<p class=quiet>No time is accounted for yet.</p>"

@@ -64,7 +64,7 @@ class RunRecord:
         return _columns(thin(self.steps))
 
     def evaluation_columns(self) -> dict[str, list[Any]]:
-        """The evaluation rows likewise."""
+        """The evaluation rows likewise; every number in them is drawn."""
         return _columns(self.evaluations)
 
 
@@ -84,9 +84,9 @@ def read_run(path: Path, name: str) -> RunRecord:
     events = read_rows(path / "events.jsonl")
     rows = [row for row in read_rows(path / "metrics.jsonl") if _is_step(row.get("step"))]
     account = account_time(events, rows)
-    steps = [dict(row) for row in rows if "val_loss_nats" not in row]
+    steps = [dict(row) for row in rows if not _is_evaluation(row)]
     _fill_in(steps, rows, account)
-    evaluations = [dict(row) for row in rows if "val_loss_nats" in row]
+    evaluations = [_flat(row) for row in rows if _is_evaluation(row)]
     for row in evaluations:
         row["tokens"] = tokens_at(row["step"], steps)
         row["seconds"] = _seconds(row, account, at(row["step"], steps, "seconds"))
@@ -227,6 +227,22 @@ def _status(events: Sequence[Row]) -> str:
         "preempted": "stopped by a signal",
         "diverged": "diverged",
     }.get(last, "running, or killed")
+
+
+def _is_evaluation(row: Row) -> bool:
+    """Rows of held-out data, and of tasks: whatever is not of a training step."""
+    return "val_loss_nats" in row or not {"loss_nats", "step_ms"} & row.keys()
+
+
+def _flat(row: Row, above: str = "") -> dict[str, Any]:
+    """A row whose objects are spread: `{"evals": {"piqa": 0.6}}` has the field `evals/piqa`."""
+    flat: dict[str, Any] = {}
+    for name, value in row.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{above}{name}/")
+        else:
+            flat[above + name] = value
+    return flat
 
 
 def _is_number(value: Any) -> bool:
