@@ -38,7 +38,7 @@ verify-resume: ## 500 kills of a small run, compared bit for bit with its twin
 		--run-dir runs/verify-resume
 
 bench: ## Every benchmark in its quick form
-	for program in ckpt data muon step; do uv run benchmarks/$$program.py --quick || exit 1; done
+	for program in ckpt data muon step time_to_loss; do uv run benchmarks/$$program.py --quick || exit 1; done
 
 bench-powercut: ## Crash images of a simulated power cut, beside peers (needs root, FUSE and loop)
 	uv run benchmarks/ckpt_powercut.py --quick

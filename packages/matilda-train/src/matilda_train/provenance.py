@@ -33,14 +33,15 @@ PACKAGES = (
 def collect_provenance(device: torch.device) -> dict[str, Any]:
     """Git commit and a hash of the uncommitted diff, lock-file hash, versions, and hardware.
 
-    Values that cannot be had (no git, no lock file) are None, never guessed.
+    Values that cannot be had (no git, no lock file) are None, never guessed. Where the code is no
+    checkout, as on a machine that it was copied to, `MATILDA_COMMIT` may name its commit.
     """
     source = Path(__file__).resolve().parent
     root = _git(source, "rev-parse", "--show-toplevel")
     diff = _git(source, "diff", "HEAD") if root else None
     lock = Path(root) / "uv.lock" if root else None
     return {
-        "git_sha": _git(source, "rev-parse", "HEAD"),
+        "git_sha": _git(source, "rev-parse", "HEAD") or os.environ.get("MATILDA_COMMIT"),
         "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()
         if lock and lock.is_file()

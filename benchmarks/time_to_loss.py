@@ -1,0 +1,432 @@
+"""Minutes of training to a held-out loss, beside nanoGPT's and nanochat's own code.
+
+    python benchmarks/time_to_loss.py --data-dir DIR --out DIR --peer-dir DIR --minutes 8
+    python benchmarks/time_to_loss.py --data-dir DIR --out DIR --systems hero:4 frontier:2.7
+    python benchmarks/time_to_loss.py --out DIR --table [--write docs/RESULTS.md]
+    python benchmarks/time_to_loss.py --quick [--peer-dir DIR]     # toy shapes, a CPU, a minute
+
+Each system trains from scratch for its minutes (`NAME:MINUTES`, else `--minutes`), its schedule as
+long as they are, at the speed that its first steps show; so the time to a loss is asked of runs of
+several lengths. All read the same windows of the same shards in the same order and are evaluated on
+the same held-out windows by one function. The clock runs while training, with everything that the
+system's loop does, and stands still while it is evaluated; what comes before, compiling above all,
+is counted apart. Peers use their recipe for this size, at the sequence length of the others:
+`time_to_loss_peers.py` says what that is. "hero" and "frontier" are `apps/train.py`'s loop with
+`configs/base_152m_v2.json` and `configs/frontier_152m.json` and the overrides of `--set`.
+
+Every system is a process of its own and leaves `OUT/NAME-MINUTES.json`; those that are there are
+not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {"hero": "base_152m_v2", "frontier": "frontier_152m"}
+STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
+EVALUATED = 256  # held-out windows
+REFERENCE = "nanogpt"
+
+Curve = list[dict[str, float]]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", type=Path, help="prepared data set")
+    parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--systems", nargs="+", default=["nanogpt", "nanochat", "hero"])
+    parser.add_argument("--minutes", type=float, default=8.0, help="of training (%(default)s)")
+    parser.add_argument("--evaluate-every", type=float, default=20.0, metavar="S")
+    parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="for our configs")
+    parser.add_argument("--peer-dir", type=Path, help="folder of public peer checkouts")
+    parser.add_argument("--quick", action="store_true", help="toy shapes; under a minute")
+    parser.add_argument("--json", type=Path, help="also write all results here")
+    parser.add_argument("--table", action="store_true", help="only print what is there")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the table into this page")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick and not args.child:
+            args.out = args.out or Path(folder) / "out"
+            args.data_dir = args.data_dir or quick_data(Path(folder))
+            args.minutes, args.evaluate_every = 0.05, 0.5
+            args.systems = ["hero", *(["nanogpt", "nanochat"] if args.peer_dir else [])]
+        if args.out is None or (args.data_dir is None and not args.table):
+            parser.error("give --data-dir and --out, or --quick, or --out and --table")
+        args.out.mkdir(parents=True, exist_ok=True)
+        if args.child:
+            return child(args)
+        failed = [] if args.table else run_all(args)
+        results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
+        text = describe(results)
+        print(text)
+        if args.json:
+            args.json.write_text(json.dumps(results, indent=1) + "\n")
+        if args.write:
+            from matilda_train.report.section import replace_section
+
+            title = "## Time to a held-out loss"
+            replace_section(args.write, "time to loss", f"{title}\n\n{text}", title="Results")
+        for name in failed:
+            print(f"time_to_loss.py: {name} failed", file=sys.stderr)
+        return 1 if failed else 0
+
+
+def run_all(args: argparse.Namespace) -> list[str]:
+    """Run what is missing, each in its own process; the names of those that failed."""
+    failed = []
+    for system in args.systems:
+        name, _, minutes = system.partition(":")
+        wanted = f"{name}:{float(minutes or args.minutes):g}"
+        if result_path(args.out, wanted).exists():
+            continue
+        environment = dict(os.environ)
+        if not cuda():
+            environment["TORCHDYNAMO_DISABLE"] = "1"  # nanochat compiles its optimizer anywhere
+        command = [sys.executable, __file__, "--child", wanted, "--out", str(args.out)]
+        command += ["--data-dir", str(args.data_dir), *["--quick"] * args.quick]
+        command += ["--evaluate-every", str(args.evaluate_every)]
+        command += ["--peer-dir", str(args.peer_dir)] if args.peer_dir else []
+        command += ["--set", *args.set] if args.set else []
+        if subprocess.run(command, env=environment, check=False).returncode:
+            failed.append(wanted)
+    return failed
+
+
+def result_path(out: Path, system: str) -> Path:
+    return out / f"{system.replace(':', '-')}.json"
+
+
+def cuda() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def child(args: argparse.Namespace) -> int:
+    """Train one system and write its curve."""
+    from matilda_train.provenance import collect_provenance
+
+    name, _, minutes = args.child.partition(":")
+    seconds = 60 * float(minutes)
+    run = run_peer if name in ("nanogpt", "nanochat") else run_ours
+    result = {"system": name, "minutes": float(minutes)} | run(name, seconds, args)
+    import torch
+
+    found = collect_provenance(torch.device("cuda" if cuda() else "cpu"))
+    kept = ("git_sha", "device", "cuda", "python")
+    result["environment"] = {key: found[key] for key in kept} | {"torch": torch.__version__}
+    given = ["--systems" if word == "--child" else word for word in sys.argv[1:]]
+    result["command"] = "python benchmarks/time_to_loss.py " + shlex.join(given)
+    path = result_path(args.out, args.child)
+    path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
+    path.with_suffix(".tmp").rename(path)
+    return 0
+
+
+def our_config(name: str, args: argparse.Namespace, **fields: Any) -> Any:
+    from matilda_train.config_load import load_config
+
+    path = ROOT / "configs" / f"{CONFIGS.get(name, name)}.json"
+    quick = []
+    if args.quick:
+        quick = ["model.vocab_size=320", "model.d_model=32", "model.n_layers=2", "model.n_heads=2"]
+        quick += ["model.n_kv_heads=1", "model.head_dim=16", "model.max_seq_len=32"]
+        quick += ["data.tokenizer=byte", "train.tokens_per_step=128", "train.micro_batch_size=4"]
+        quick += ["train.compile=false", "train.device=cpu", "train.threads=1"]
+    given = [f"{key}={json.dumps(value)}" for key, value in fields.items()]
+    return load_config(path, ["train.total_steps=100000", *quick, *args.set, *given])
+
+
+def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
+    """`matilda_train.train` twice: a few steps for their speed, then the run itself."""
+    from matilda_train import SilentDisplay, train
+    from matilda_train.config_load import config_to_dict
+    from matilda_train.metrics_log import read_rows
+
+    work = args.out / "runs" / args.child.replace(":", "-")
+    shutil.rmtree(work, ignore_errors=True)
+    base = our_config(name, args)
+    tokens = held_out_tokens(args.data_dir, base)
+    common: dict[str, Any] = {"eval.tokens": tokens, "eval.sample_tokens": 0}
+    common |= {"ckpt.every_steps": 1_000_000, "train.spike_warmup_steps": 100}
+    trial_steps = 12
+    trial = {"train.total_steps": trial_steps, "optim.warmup_steps": 1, "log.every_steps": 1}
+    trial |= {"eval.every_steps": 1_000_000}
+    began = time.monotonic()
+    config = our_config(name, args, **common, **trial)
+    train(config, run_dir=work / "trial", data_dir=args.data_dir, display=SilentDisplay())
+    cold = time.monotonic() - began
+    rows = [r for r in read_rows(work / "trial" / "metrics.jsonl") if "step_ms" in r]
+    step_seconds = statistics.median(row["step_ms"] for row in rows[2:]) / 1e3
+    steps = max(20, int(STEADY * seconds / step_seconds))
+    fields = {
+        "train.total_steps": steps,
+        "optim.warmup_steps": min(base.optim.warmup_steps, max(1, steps // 20)),
+        "eval.every": f"{args.evaluate_every} s",
+        "log.every_steps": 5,
+    }
+    config = our_config(name, args, **common, **fields)
+    train(config, run_dir=work / "run", data_dir=args.data_dir, display=SilentDisplay())
+    start, curve = our_clock(read_rows(work / "run" / "metrics.jsonl"), config.plan.tokens)
+    shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
+    return {
+        "recipe": f"configs/{CONFIGS.get(name, name)}.json"
+        + (f" with {' '.join(args.set)}" if args.set else "")
+        + f", warm-up {config.optim.warmup_steps} steps",
+        "config": config_to_dict(config),
+        "n_params": config.model.n_params,
+        "seq_len": config.seq_len,
+        "tokens_per_step": config.train.tokens_per_step,
+        "steps": steps,
+        "start_seconds": cold - (trial_steps - 1) * step_seconds,
+        "warm_start_seconds": start,
+        "curve": curve,
+        "data_id": data_identity(args.data_dir),
+    }
+
+
+def our_clock(rows: Sequence[dict[str, Any]], tokens_at: Any) -> tuple[float, Curve]:
+    """Seconds before the first step, and the curve against the seconds of training since then.
+
+    The clock is the process's own: it counts whatever the loop does between two evaluations.
+    """
+    steps = [row for row in rows if "step_ms" in row]
+    evaluations = [row for row in rows if "eval_seconds" in row]
+    first = steps[0]
+    usual = statistics.median(row["step_ms"] for row in steps) / 1e3
+    within = sum(e["eval_seconds"] for e in evaluations if 0 < e["step"] < first["step"])
+    zero = first["uptime_seconds"] - first["step"] * usual - within
+    curve, stood_still = [], 0.0
+    for row in evaluations:
+        if row["step"] == 0:
+            seconds = 0.0
+        else:
+            stood_still += row["eval_seconds"]
+            seconds = row["uptime_seconds"] - zero - stood_still
+        curve.append(point(seconds, row["step"], tokens_at(row["step"]), row))
+    return zero, curve
+
+
+def point(seconds: float, step: int, tokens: int, evaluation: dict[str, Any]) -> dict[str, float]:
+    return {
+        "seconds": round(seconds, 3),
+        "step": step,
+        "tokens": tokens,
+        "val_loss_nats": evaluation["val_loss_nats"],
+        "val_bits_per_byte": evaluation["val_bits_per_byte"],
+    }
+
+
+def held_out_tokens(data_dir: Path, config: Any) -> int:
+    """Tokens of held-out windows that every micro-batch divides, so that all see the same ones."""
+    from matilda_train.data_source import open_streams
+
+    windows = min(EVALUATED, open_streams(config, data_dir)[1].n_windows)
+    whole = windows // 64 * 64 or 1 << (windows.bit_length() - 1)
+    return int(whole * config.seq_len)
+
+
+def data_identity(data_dir: Path) -> str:
+    from matilda_data import open_dataset
+
+    return str(open_dataset(data_dir, split="train").data_id)
+
+
+def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
+    """A peer's model, optimizer and schedule in its loop, on our windows."""
+    import torch
+    from time_to_loss_peers import FOLDERS, PEERS, Shape
+
+    from matilda_train.batches import BatchReader
+    from matilda_train.build import token_byte_lengths
+    from matilda_train.data_source import open_streams
+    from matilda_train.distributed import Ranks
+    from matilda_train.evaluation import evaluate
+
+    if args.peer_dir is None or not (args.peer_dir / FOLDERS[name]).is_dir():
+        raise SystemExit(f"error: --peer-dir has no checkout {FOLDERS[name]!r}")
+    began = time.monotonic()
+    config = our_config("hero", args)
+    device = torch.device("cuda" if cuda() else "cpu")
+    torch.manual_seed(1337)
+    torch.set_float32_matmul_precision("high")
+    torch.set_num_threads(1 if args.quick else torch.get_num_threads())
+    shape = Shape(vocab_size=config.model.vocab_size, seq_len=config.seq_len, quick=args.quick)
+    peer = PEERS[name](args.peer_dir, shape, device)
+    stream, held_out = open_streams(config, args.data_dir)
+    sequences = peer.tokens_per_step // config.seq_len
+    reader = BatchReader(stream.windows, batch_size=sequences, pin_memory=device.type == "cuda")
+    tokens = held_out_tokens(args.data_dir, config)
+    lengths = token_byte_lengths(config)
+
+    def step(number: int) -> None:
+        batch = reader.read(number * sequences)
+        peer.step(number, batch.micro_batches(peer.micro_batch, device))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def look(clock: float, number: int) -> dict[str, float]:
+        found = evaluate(
+            peer.evaluated(),
+            held_out,
+            max_tokens=tokens,
+            seq_len=config.seq_len,
+            micro_batch_size=peer.micro_batch,
+            token_bytes=lengths,
+            device=device,
+            ranks=Ranks(),
+        )
+        assert found is not None
+        return point(clock, number, number * peer.tokens_per_step, vars(found))
+
+    initial = {key: value.clone() for key, value in peer.model.state_dict().items()}
+    peer.start(1000)
+    step(0)
+    start_seconds = time.monotonic() - began
+    durations = [timed(step, number) for number in range(1, 9)]
+    steps = max(20, int(STEADY * seconds / statistics.median(durations[2:])))
+    peer.model.load_state_dict(initial)
+    peer.start(steps)
+    curve, clock, due = [look(0.0, 0)], 0.0, args.evaluate_every
+    for number in range(steps):
+        clock += timed(step, number)
+        if clock >= due or number == steps - 1:
+            curve.append(look(clock, number + 1))
+            due += args.evaluate_every * math.ceil((clock - due + 1e-9) / args.evaluate_every)
+    reader.close()
+    return {
+        "recipe": peer.recipe,
+        "commit": commit_of(args.peer_dir / FOLDERS[name]),
+        "n_params": sum(p.numel() for p in peer.model.parameters()),
+        "seq_len": config.seq_len,
+        "tokens_per_step": peer.tokens_per_step,
+        "steps": steps,
+        "start_seconds": start_seconds,
+        "curve": curve,
+        "data_id": stream.data_id,
+    }
+
+
+def timed(step: Any, number: int) -> float:
+    began = time.perf_counter()
+    step(number)
+    return time.perf_counter() - began
+
+
+def commit_of(folder: Path) -> str | None:
+    """The checkout's commit: of git, or from a file COMMIT beside an archive's files."""
+    if (folder / "COMMIT").is_file():
+        return (folder / "COMMIT").read_text().strip()
+    done = subprocess.run(
+        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+    )
+    return done.stdout.strip() or None
+
+
+def seconds_to(curve: Curve, target: float) -> float | None:
+    """Seconds at which a curve first meets a loss, between points by the logarithm of the time."""
+    before: dict[str, float] | None = None
+    for now in curve:
+        if now["val_loss_nats"] <= target:
+            if before is None or before["seconds"] <= 0:
+                return now["seconds"]
+            share = (before["val_loss_nats"] - target) / (
+                before["val_loss_nats"] - now["val_loss_nats"]
+            )
+            return float(before["seconds"] * (now["seconds"] / before["seconds"]) ** share)
+        before = now
+    return None
+
+
+def describe(results: Sequence[dict[str, Any]]) -> str:
+    """The table as Markdown, with the target: nanoGPT's last loss, of its longest run."""
+    references = [r for r in results if r["system"] == REFERENCE]
+    if not references:
+        return "No run of nanoGPT yet, whose loss is the target.\n" + "\n".join(
+            f"{r['system']}, {r['minutes']:g} min: {r['curve'][-1]['val_loss_nats']:.4f} nats"
+            for r in results
+        )
+    reference = max(references, key=lambda r: float(r["minutes"]))
+    target, minutes = reference["curve"][-1]["val_loss_nats"], reference["minutes"]
+    lines = [
+        f"Target: the held-out loss that nanoGPT has after {minutes:g} minutes of training, "
+        f"{target:.4f} nats a token, T={reference['seq_len']}.",
+        "",
+        "| system, minutes | parameters | tokens/s | tokens | last loss | minutes to the target | "
+        "of nanoGPT's | with its start |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for result in sorted(results, key=lambda r: (r["system"] != REFERENCE, r["system"])):
+        lines.append(_row(result, reference, target))
+    environments = {json.dumps(r["environment"], sort_keys=True) for r in results}
+    lines += ["", *_notes(results, environments)]
+    return "\n".join(lines)
+
+
+def _row(result: dict[str, Any], reference: dict[str, Any], target: float) -> str:
+    last = result["curve"][-1]
+    met = seconds_to(result["curve"], target)
+    cells = ["–"] * 3
+    if met is not None:
+        whole = reference["curve"][-1]["seconds"]
+        started = (met + result["start_seconds"]) / (whole + reference["start_seconds"])
+        cells = [f"{met / 60:.2f}", f"{100 * met / whole:.0f} %", f"{100 * started:.0f} %"]
+    return (
+        f"| {result['system']}, {result['minutes']:g} | {result['n_params'] / 1e6:.1f}M | "
+        f"{last['tokens'] / max(last['seconds'], 1e-9):,.0f} | {last['tokens'] / 1e6:,.1f}M | "
+        f"{last['val_loss_nats']:.4f} | {' | '.join(cells)} |"
+    )
+
+
+def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterator[str]:
+    yield (
+        "The clock stands still while a system is evaluated, every system on the same held-out "
+        "windows. Its start (loading, compiling, the first step, cold) is counted in the last "
+        "column alone. A run's learning rate falls to its end, so a loss is met late in it: "
+        "shorter runs show how little time is enough. One run each: no noise is measured."
+    )
+    for result in results:
+        commit = f", commit {result['commit'][:12]}" if result.get("commit") else ""
+        yield (
+            f"- {result['system']}, {result['minutes']:g} min: {result['recipe']}; "
+            f"{result['tokens_per_step']:,} tokens a step, {result['steps']:,} steps, start "
+            f"{result['start_seconds']:.0f} s{commit}. `{result['command']}`"
+        )
+    for text in sorted(environments):
+        found = json.loads(text)
+        yield (
+            f"- {found['device']}, torch {found['torch']}, CUDA {found['cuda']}, Python "
+            f"{found['python']}, our commit {(found['git_sha'] or 'unknown')[:12]}; data set "
+            f"{', '.join(sorted({r['data_id'][:12] for r in results}))}."
+        )
+
+
+def quick_data(folder: Path) -> Path:
+    """Bytes of this file, forty times."""
+    from matilda_data import prepare_text
+
+    source = folder / "text"
+    source.mkdir()
+    for i in range(40):
+        (source / f"{i}.txt").write_text(Path(__file__).read_text()[i:])
+    prepare_text(source, folder / "data", tokenizer="byte", val_fraction=0.1, workers=1)
+    return folder / "data"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,235 @@
+"""nanoGPT and nanochat as `time_to_loss.py` trains them: their model, optimizer and schedule code.
+
+Model and optimizer are imported from the peers' checkouts; learning rates, decay and momentum over
+the steps come from the functions in their training scripts, compiled from the source as it stands
+there. What is written here is what their loops do with them, and the recipe's constants, which are
+those scripts' defaults.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import math
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PEERS", "Peer", "functions_of"]
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What all systems share."""
+
+    vocab_size: int
+    seq_len: int
+    quick: bool
+
+
+class Peer:
+    """One system: built for `steps` steps, then stepped with micro-batches of windows."""
+
+    recipe: str
+    tokens_per_step: int
+    micro_batch: int
+    """Sequences of a micro-batch."""
+    model: nn.Module
+
+    def start(self, steps: int) -> None:
+        """A new optimizer and the schedules of a run of that many steps."""
+        raise NotImplementedError
+
+    def step(self, number: int, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        """One optimizer step on all of the micro-batches."""
+        raise NotImplementedError
+
+    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross-entropy in nats."""
+        raise NotImplementedError
+
+    def evaluated(self) -> nn.Module:
+        """The model as `matilda_train.evaluate` calls it."""
+        return _Evaluated(self)
+
+
+class _Evaluated(nn.Module):
+    def __init__(self, peer: Peer) -> None:
+        super().__init__()
+        self._peer = [peer]
+        self.model = peer.model
+
+    def forward(self, ids: Tensor, targets: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(ce=self._peer[0].ce(ids.contiguous(), targets.contiguous()))
+
+
+class NanoGPT(Peer):
+    """karpathy/nanoGPT: `config/train_gpt2.py`, GPT-2 124M, with the sequences of the others."""
+
+    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device) -> None:
+        folder = peer_dir / "nanoGPT"
+        with _import_path(folder):
+            import model as nanogpt  # type: ignore[import-not-found]
+        size = {"n_layer": 12, "n_head": 12, "n_embd": 768}
+        if shape.quick:
+            size = {"n_layer": 2, "n_head": 2, "n_embd": 32}
+        gpt_config = nanogpt.GPTConfig(
+            block_size=shape.seq_len, vocab_size=shape.vocab_size, dropout=0.0, bias=False, **size
+        )
+        self.model = nanogpt.GPT(gpt_config).to(device)
+        self._device = device
+        self._compiled = torch.compile(self.model) if device.type == "cuda" else self.model
+        self._functions = (folder / "train.py", ("get_lr",))
+        sequences = 4 if shape.quick else 491_520 // shape.seq_len  # 12 × 40 of 1024 there
+        self.tokens_per_step = sequences * shape.seq_len
+        self.micro_batch = 4 if shape.quick else 16
+        self.recipe = (
+            "config/train_gpt2.py: 12 layers × 768, GPT-2's learned positions, GELU, AdamW 6e-4, "
+            "decay 0.1, clip 1.0, cosine to 6e-5 over the run, warm-up 5 % of it"
+        )
+
+    def start(self, steps: int) -> None:
+        self._optimizer = self.model.configure_optimizers(  # type: ignore[operator]
+            1e-1, 6e-4, (0.9, 0.95), self._device.type
+        )
+        constants = {
+            "learning_rate": 6e-4,
+            "min_lr": 6e-5,
+            "warmup_iters": min(2000, steps // 20),
+            "lr_decay_iters": steps,
+        }
+        self._get_lr = functions_of(*self._functions, constants)["get_lr"]
+
+    def step(self, number: int, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = self._get_lr(number)
+        accumulation = self.tokens_per_step // (self.micro_batch * self._seq_len())
+        for ids, targets in micro_batches:
+            with self._autocast():
+                _, loss = self._compiled(ids.contiguous(), targets.contiguous())
+                loss = loss / accumulation
+            loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
+        with self._autocast():
+            loss: Tensor = self._compiled(ids, targets)[1]
+        return loss
+
+    def _seq_len(self) -> int:
+        return int(self.model.config.block_size)  # type: ignore[union-attr, arg-type]
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        if self._device.type != "cuda":
+            return contextlib.nullcontext()
+        return torch.autocast("cuda", torch.bfloat16)
+
+
+class NanoChat(Peer):
+    """karpathy/nanochat: `scripts/base_train.py --depth=12 --window-pattern=L`."""
+
+    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device) -> None:
+        folder = peer_dir / "nanochat"
+        with _import_path(folder):
+            from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
+        size = {"n_layer": 12, "n_head": 6, "n_kv_head": 6, "n_embd": 768}
+        if shape.quick:
+            size = {"n_layer": 2, "n_head": 2, "n_kv_head": 2, "n_embd": 64}
+        with torch.device("meta"):
+            self.model = GPT(
+                GPTConfig(
+                    sequence_len=shape.seq_len,
+                    vocab_size=shape.vocab_size,
+                    window_pattern="L",
+                    **size,
+                )
+            )
+        self.model.to_empty(device=device)
+        self.model.init_weights()  # type: ignore[operator]
+        on_gpu = device.type == "cuda"
+        self._compiled = torch.compile(self.model, dynamic=False) if on_gpu else self.model
+        self._script = folder / "scripts" / "base_train.py"
+        sequences = 4 if shape.quick else 524_288 // shape.seq_len
+        self.tokens_per_step = sequences * shape.seq_len
+        self.micro_batch = 4 if shape.quick else 32
+        self.recipe = (
+            "scripts/base_train.py --depth=12 --window-pattern=L (as it advises without "
+            "FlashAttention 3): its Muon and AdamW rates, decay 0.28, 40 steps of warm-up, the "
+            "last 65 % falling to 5 %, momentum and decay scheduled"
+        )
+
+    def start(self, steps: int) -> None:
+        # Its batch of 524,288 and depth 12 are the reference of its scaling laws: factors are 1.
+        self._optimizer = self.model.setup_optimizer(  # type: ignore[operator]
+            unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
+        )
+        constants = {
+            "args": Namespace(warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05),
+            "num_iterations": steps,
+            "weight_decay_scaled": 0.28,
+        }
+        names = ("get_lr_multiplier", "get_muon_momentum", "get_weight_decay")
+        self._schedule = functions_of(self._script, names, constants)
+
+    def step(self, number: int, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
+        accumulation = self.tokens_per_step // (self.micro_batch * self._seq_len())
+        for ids, targets in micro_batches:
+            loss = self._compiled(ids.contiguous(), targets.contiguous()) / accumulation
+            loss.backward()
+        multiplier = self._schedule["get_lr_multiplier"](number)
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * multiplier
+            if group["kind"] == "muon":
+                group["momentum"] = self._schedule["get_muon_momentum"](number)
+                group["weight_decay"] = self._schedule["get_weight_decay"](number)
+        self._optimizer.step()
+        self.model.zero_grad(set_to_none=True)
+
+    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
+        loss: Tensor = self._compiled(ids, targets)
+        return loss
+
+    def _seq_len(self) -> int:
+        return int(self.model.config.sequence_len)  # type: ignore[union-attr, arg-type]
+
+
+PEERS: dict[str, Callable[[Path, Shape, torch.device], Peer]] = {
+    "nanogpt": NanoGPT,
+    "nanochat": NanoChat,
+}
+FOLDERS = {"nanogpt": "nanoGPT", "nanochat": "nanochat"}
+
+
+def functions_of(
+    script: Path, names: tuple[str, ...], constants: Mapping[str, Any]
+) -> dict[str, Callable[..., float]]:
+    """Functions of a training script as they stand there, without running the script.
+
+    `constants` are the script's globals that they read. Raises `ValueError` naming what is missing.
+    """
+    tree = ast.parse(script.read_text(encoding="utf-8"))
+    found = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name in names]
+    missing = set(names) - {node.name for node in found}
+    if missing:
+        raise ValueError(f"{script} has no function {', '.join(sorted(missing))}; use its release.")
+    namespace: dict[str, Any] = {"math": math, **constants}
+    exec(compile(ast.Module(found, type_ignores=[]), str(script), "exec"), namespace)
+    return {name: namespace[name] for name in names}
+
+
+@contextlib.contextmanager
+def _import_path(folder: Path) -> Iterator[None]:
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))

@@ -1,0 +1,92 @@
+"""The benchmark of time to a loss: its clock, its interpolation, schedules as peers wrote them."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import os
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SCRIPT = """
+import a_package_that_is_not_there
+raise SystemExit("the script is never run")
+def get_lr(it):
+    # as somebody wrote it
+    return min_lr + 0.5 * (1.0 + math.cos(math.pi * it / lr_decay_iters)) * args.peak
+def other():
+    return 1
+"""
+
+
+@pytest.fixture
+def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    return importlib.import_module("time_to_loss")
+
+
+def test_a_loss_is_met_between_two_points_by_the_logarithm_of_the_time(benchmark: Any) -> None:
+    curve = [{"seconds": s, "val_loss_nats": 8 - math.log(max(s, 1))} for s in (0, 10, 40, 160)]
+    assert benchmark.seconds_to(curve, 8 - math.log(20)) == pytest.approx(20)
+    assert benchmark.seconds_to(curve, 8 - math.log(160)) == pytest.approx(160)
+    assert benchmark.seconds_to(curve, 1.0) is None
+
+
+def test_the_clock_counts_what_lies_between_steps_but_no_evaluation(benchmark: Any) -> None:
+    def step(number: int, uptime: float) -> dict[str, float]:
+        return {"step": number, "step_ms": 1000.0, "uptime_seconds": uptime}
+
+    def evaluation(number: int, uptime: float, seconds: float) -> dict[str, float]:
+        losses = {"val_loss_nats": 5.0, "val_bits_per_byte": 2.0}
+        return {"step": number, "uptime_seconds": uptime, "eval_seconds": seconds} | losses
+
+    rows = [
+        evaluation(0, 30.0, 7.0),
+        step(5, 45.0),  # the fifth second of training: what was before it began at 40
+        evaluation(8, 51.0, 3.0),
+        step(10, 53.5),  # half a second of something else
+        evaluation(12, 56.0, 0.5),
+    ]
+    start, curve = benchmark.our_clock(rows, lambda step: 100 * step)
+    assert start == 40.0
+    assert [(p["seconds"], p["tokens"]) for p in curve] == [(0, 0), (8.0, 800), (12.5, 1200)]
+
+
+def test_schedules_are_taken_from_the_script_without_running_it(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers = importlib.import_module("time_to_loss_peers")
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    constants = {"min_lr": 0.1, "lr_decay_iters": 10, "args": Namespace(peak=2.0)}
+    get_lr = peers.functions_of(script, ("get_lr",), constants)["get_lr"]
+    assert [get_lr(it) for it in (0, 5, 10)] == pytest.approx([2.1, 1.1, 0.1])
+    with pytest.raises(ValueError, match="no function get_momentum"):
+        peers.functions_of(script, ("get_lr", "get_momentum"), constants)
+
+
+@pytest.mark.slow
+def test_the_quick_form_trains_every_system_there_is(tmp_path: Path) -> None:
+    peers = os.environ.get("MATILDA_PEER_DIR")  # checkouts of nanoGPT and nanochat
+    command = [sys.executable, str(ROOT / "benchmarks/time_to_loss.py"), "--quick", "--json"]
+    command += [str(tmp_path / "all.json"), *(["--peer-dir", peers] if peers else [])]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "all.json").read_text())
+    assert {r["system"] for r in results} == {"hero"} | (
+        {"nanogpt", "nanochat"} if peers else set()
+    )
+    for result in results:
+        first, last = result["curve"][0], result["curve"][-1]
+        assert first["seconds"] == 0
+        assert last["step"] == result["steps"]
+        assert last["val_loss_nats"] < first["val_loss_nats"] - 1
