@@ -20,9 +20,9 @@ from matilda_train.kernel_noise import measure_noise
 from matilda_train.lives import Fault, Life, Nursery
 from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES, PhaseClock
-from matilda_train.resume_report import as_json, describe
+from matilda_train.resume_report import ResumeReport, as_json, describe
 from matilda_train.state_digest import digest
-from matilda_train.verify_resume import ResumeReport, compare, verify_resume
+from matilda_train.verify_resume import compare, verify_resume
 
 
 @pytest.fixture
@@ -114,6 +114,7 @@ def test_kills_spread_over_one_run_are_accounted_for(
     assert "goodput" in said
     assert "interrupted 1 times at victim-000" in said
     assert as_json(report)["environment"]["device"] == "cpu"
+    assert as_json(prove(ServedNursery(server, output))) == as_json(report)
 
 
 @pytest.mark.slow

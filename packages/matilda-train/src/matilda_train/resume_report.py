@@ -2,18 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
+from matilda_train.kernel_noise import Noise
 from matilda_train.phases import PHASES
+from matilda_train.time_account import Goodput
 
-if TYPE_CHECKING:
-    from matilda_train.verify_resume import ResumeReport
-
-__all__ = ["as_json", "describe"]
+__all__ = ["ResumeReport", "as_json", "describe"]
 
 MOST_DIFFERENCES = 20
 ENVIRONMENT = ("device", "cuda", "python", "packages", "git_sha", "git_diff_sha256")
+
+
+@dataclass
+class ResumeReport:
+    """What was done to the victims, and how they differ from the twin: not at all, or failed."""
+
+    bitwise: bool = True
+    """Whether equal bits are expected of whole runs, not of resume points alone."""
+    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
+    """Lives ended by (signal, what they were doing)."""
+    runs: int = 0
+    """Victim runs brought to their end."""
+    resume_points: int = 0
+    """Restored states compared, in memory, with the state that was saved."""
+    differences: list[str] = field(default_factory=list)
+    """One sentence for each value that is not as it must be."""
+    noise: Noise | None = None
+    """Where bits do not repeat: losses against what undisturbed runs differ by."""
+    goodput: Goodput | None = None
+    """Where the time of the one long run went; the proof's own pauses are left out."""
+    interruptions: Counter[str] = field(default_factory=Counter)
+    """How often the proof itself was interrupted and went on, by the run that it was at."""
+    idle_seconds: float = 0.0
+    """How long the one long run lay still because nobody went on with the proof."""
+    complete: bool = True
+    """False when it paused: the same command goes on."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """What the twin's `run.json` says of device, versions and code."""
+
+    @property
+    def n_kills(self) -> int:
+        """Lives ended in all."""
+        return sum(self.kills.values())
 
 
 def describe(report: ResumeReport) -> str:

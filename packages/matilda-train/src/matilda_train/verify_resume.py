@@ -17,23 +17,22 @@ import math
 import random
 import shutil
 import time
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from matilda_train.config import RunConfig
 from matilda_train.config_load import load_config
 from matilda_train.console import Display, SilentDisplay
-from matilda_train.kernel_noise import Noise, measure_noise
+from matilda_train.kernel_noise import measure_noise
 from matilda_train.lives import Fault, Life, Nursery
 from matilda_train.metrics_log import MACHINE_FIELDS, EventLog, read_rows
+from matilda_train.resume_report import ResumeReport
 from matilda_train.run_dir import RunDir
 from matilda_train.stop_signals import EXIT_PREEMPTED
-from matilda_train.time_account import Goodput, goodput
+from matilda_train.time_account import goodput
 
-__all__ = ["ResumeReport", "state_hashes", "untimed_rows", "verify_resume"]
+__all__ = ["state_hashes", "untimed_rows", "verify_resume"]
 
 CODE_OF = {"SIGKILL": -9, "SIGTERM": EXIT_PREEMPTED}
 SOAK_PHASES = (
@@ -46,39 +45,6 @@ SPREAD_PHASES = (
 )
 # Real preparations and imports take seconds: a few of them are killed too.
 RARE_EVERY = 25
-
-
-@dataclass
-class ResumeReport:
-    """What was done to the victims, and how they differ from the twin: not at all, or failed."""
-
-    bitwise: bool = True
-    """Whether equal bits are expected of whole runs, not of resume points alone."""
-    kills: Counter[tuple[str, str]] = field(default_factory=Counter)
-    """Lives ended by (signal, what they were doing)."""
-    runs: int = 0
-    """Victim runs brought to their end."""
-    resume_points: int = 0
-    """Restored states compared, in memory, with the state that was saved."""
-    differences: list[str] = field(default_factory=list)
-    """One sentence for each value that is not as it must be."""
-    noise: Noise | None = None
-    """Where bits do not repeat: losses against what undisturbed runs differ by."""
-    goodput: Goodput | None = None
-    """Where the time of the one long run went; the proof's own pauses are left out."""
-    interruptions: Counter[str] = field(default_factory=Counter)
-    """How often the proof itself was interrupted and went on, by the run that it was at."""
-    idle_seconds: float = 0.0
-    """How long the one long run lay still because nobody went on with the proof."""
-    complete: bool = True
-    """False when it paused: the same command goes on."""
-    environment: dict[str, Any] = field(default_factory=dict)
-    """What the twin's `run.json` says of device, versions and code."""
-
-    @property
-    def n_kills(self) -> int:
-        """Lives ended in all."""
-        return sum(self.kills.values())
 
 
 def verify_resume(
@@ -211,17 +177,19 @@ class Proof:
             longest_delay_ms=1000 if self._afresh else 20,
         )
         self._display.begin("killing and resuming", total=len(faults), done=self.report.n_kills)
+        victim, code = self._work_dir / "victim-000", -1
+        compared = self.report.runs > 0  # by an earlier command
         for fault in [*faults[self.report.n_kills :], None]:
-            code = self._live("victim-000", fault).code
-            self._display.advance(self.report.n_kills, f"at most {len(faults)} kills")
-            if code == 0:
+            if compared or code == 0:
                 break
-        victim = self._work_dir / "victim-000"
-        if second is None:
-            self._compare("victim-000", state_hashes(twin), untimed_rows(twin))
-        else:
+            code = self._live(victim.name, fault).code
+            self._display.advance(self.report.n_kills, f"at most {len(faults)} kills")
+        if second is not None:
             self.report.noise = measure_noise(twin, second, victim)
-            self._append(compared="victim-000", differences=self.report.noise.differences)
+        if not compared and self.report.noise is not None:
+            self._append(compared=victim.name, differences=self.report.noise.differences)
+        elif not compared:
+            self._compare(victim.name, state_hashes(twin), untimed_rows(twin))
         self.report.goodput = goodput(victim).without_idle(self.report.idle_seconds)
 
     def _undisturbed(self, name: str) -> Path:
