@@ -89,7 +89,7 @@ def test_kills_spread_over_one_run_are_accounted_for(
             work_dir=proof,
             data_dir=corpus,
             spread=(2, 1),
-            overrides=["train.total_steps=20"],
+            overrides=["train.total_steps=20", "train.micro_batch_size=auto"],
             nursery=nursery,
             **options,
         )

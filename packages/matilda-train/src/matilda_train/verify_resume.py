@@ -124,6 +124,7 @@ class Proof:
         self._config = config
         self._work_dir = work_dir
         self._request = request
+        self._overrides = request["set"]
         self._display = display
         self._pause_at = pause_at
         _claim(work_dir, {**request, **plan})
@@ -197,7 +198,11 @@ class Proof:
         if EventLog(run_dir / "events.jsonl").last("finish") is None:
             self._display.note(f"training undisturbed: {name}")
             self._live(name, None)
-        self.report.environment = RunDir.read(run_dir)
+        description = self.report.environment = RunDir.read(run_dir)
+        if self._config.train.micro_batch_size == "auto":
+            # It decides about rounding, and memory about it: what fitted the twin is for all.
+            fits = f"train.micro_batch_size={description['config']['train']['micro_batch_size']}"
+            self._request = {**self._request, "set": [*self._overrides, fits]}
         return run_dir
 
     def _own_data(self, victim: str) -> Path | None:
