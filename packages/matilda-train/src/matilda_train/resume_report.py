@@ -57,13 +57,15 @@ def describe(report: ResumeReport) -> str:
     lines = []
     if environment:
         lines.append(f"on {environment.get('device')}, torch {packages.get('torch')}")
-    lines.append(f"{'while':16}" + "".join(f"{name:>9}" for name in names))
+    if names:
+        lines.append(f"{'while':16}" + "".join(f"{name:>9}" for name in names))
     for phase in ("importing", *PHASES):
         counts = [report.kills[name, phase] for name in names]
         if any(counts):
             lines.append(f"{phase:16}" + "".join(f"{count:9,}" for count in counts))
-    totals = [sum(n for (s, _), n in report.kills.items() if s == name) for name in names]
-    lines.append(f"{'in all':16}" + "".join(f"{total:9,}" for total in totals))
+    if names:
+        totals = [sum(n for (s, _), n in report.kills.items() if s == name) for name in names]
+        lines.append(f"{'in all':16}" + "".join(f"{total:9,}" for total in totals))
     compared = "bit for bit" if report.bitwise else "by losses"
     lines.append(
         f"{report.n_kills:,} lives ended; {report.runs:,} runs compared {compared} with the twin; "
