@@ -1,6 +1,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help install format lint types test test-slow test-slow-ckpt test-slow-data verify-resume isolation \
-	api check-resolutions \
+	api check-resolutions docs-check \
 	check ci quickstart bench bench-powercut bench-scaling
 
 help: ## Print what every target does
@@ -55,6 +55,9 @@ isolation: ## Build all packages; test each wheel alone with only what it declar
 check-resolutions: ## Each package alone with the lowest and the highest versions it declares
 	RESOLUTION=lowest-direct .ci/isolation
 	RESOLUTION=highest .ci/isolation
+
+docs-check: ## Type in every code block of the Markdown files that needs no GPU and no network
+	uv run pytest tests/test_docs.py --run-slow -n 2
 
 check: lint types test ## What to run before a commit
 

@@ -12,8 +12,11 @@ EXAMPLES = """examples:
   uv run --extra export apps/export.py --run runs/hero --out exports/hero
   uv run --extra export apps/export.py --run runs/hero --step 20000 --out exports/hero-20k \\
       --check-text docs/DATA.md
+  uv run --extra export apps/export.py --run runs/hero --out exports/hero --push-to-hub me/hero
 
-Nothing is written unless transformers' tokenizer and model agree with the run's own on real text.
+Nothing is written unless transformers' tokenizer and model agree with the run's own on real text,
+and nothing is uploaded that was not written. A repository that is made is private unless --public.
+Exit codes: 0 done, 2 bad input, 4 no usable checkpoint, or the hub failed.
 """
 
 
@@ -23,6 +26,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--out", required=True, type=Path, help="new folder")
     parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")
     parser.add_argument("--check-text", type=Path, help="UTF-8 text to compare on (default: ours)")
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the hub, too")
+    parser.add_argument("--public", action="store_true", help="make the repository for all to see")
     return parser.parse_args()
 
 
@@ -31,11 +36,22 @@ def main() -> int:
     from matilda_train import RunDir
 
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
+    from matilda_train.hub_upload import check_hub, upload_folder
+
+    if args.push_to_hub:
+        check_hub(args.push_to_hub)
     from matilda_train.export import CHECK_TEXT, export_run
 
     text = CHECK_TEXT if args.check_text is None else args.check_text.read_text(encoding="utf-8")
     difference = export_run(args.run, args.out, step=args.step, text=text)
     print(f"{args.out}: logits agree to {difference:.1e} of the largest")
+    if args.push_to_hub:
+        print("uploading …")
+        step = "newest step" if args.step is None else f"step {args.step}"
+        address = upload_folder(
+            args.out, args.push_to_hub, private=not args.public, message=f"{args.run.name}, {step}"
+        )
+        print(address)
     return 0
 
 

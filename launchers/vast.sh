@@ -15,7 +15,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-image=${IMAGE:-nvidia/cuda:12.8.1-base-ubuntu22.04}
+image=${IMAGE:-nvidia/cuda:13.0.1-base-ubuntu22.04}
 disk=${DISK:-200} # GB
 place=/root/matilda
 # shellcheck disable=SC2016 # the machine expands these
@@ -32,7 +32,7 @@ command=${1:-help}
 shift || true
 case $command in
 offers)
-    vastai search offers "${1:-gpu_name=H100_SXM num_gpus=1 reliability>0.98 cuda_vers>=12.8 disk_space>$disk}" \
+    vastai search offers "${1:-gpu_name=H100_SXM num_gpus=1 reliability>0.98 cuda_vers>=13.0 disk_space>$disk}" \
         --order dph
     ;;
 rent)
