@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from killable_runs import TrainServer, state_sha256
 from matilda_train.metrics_log import read_rows
 from matilda_train.verify_resume import untimed_rows
@@ -83,3 +85,17 @@ def test_ranks_skip_alike_when_one_of_them_meets_a_nan(
     assert [row["batch_sha256"] for row in rows] == [row["batch_sha256"] for row in one]
     for row, other in zip(rows[4:6], one[4:6], strict=True):
         assert abs(row["loss_nats"] - other["loss_nats"]) < 1e-5 * other["loss_nats"]
+
+
+@pytest.mark.parametrize("step", [6, 12])
+def test_state_that_is_not_finite_is_never_gone_on_with(
+    step: int, server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    server.log.write_text("")
+    code = server.run(tiny_config, run_dir, corpus, inf_in_weights_at_step=step)
+    assert code == 3, server.log.read_text()
+    assert "finish" not in [row["event"] for row in read_rows(run_dir / "events.jsonl")]
+    assert server.run(tiny_config, run_dir, corpus) == 0
+    assert state_sha256(run_dir) == state_sha256(twin)
+    assert untimed_rows(run_dir) == untimed_rows(twin)

@@ -88,6 +88,8 @@ def arm(request: dict[str, Any]) -> None:
         make_clock_jump()
     for step in request.get("nan_at_steps", []):
         plant_nan(loop, step)
+    if "inf_in_weights_at_step" in request:
+        plant_inf_in_weights(loop, request["inf_in_weights_at_step"])
     if "at_event" in request:
         signal_at_event(loop, number, **request["at_event"])
     if "nan_in_forward" in request:
@@ -192,6 +194,20 @@ def plant_nan(loop: Any, step: int) -> None:
         return clip(parameters, *rest)
 
     loop.clip_gradients = poisoned
+
+
+def plant_inf_in_weights(loop: Any, step: int) -> None:
+    """Make one weight infinite in a step's update, as a flipped bit of memory would."""
+    clip, calls = loop.clip_gradients, 0
+
+    def flipped(parameters: Any, *rest: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == step:
+            parameters[0].data.view(-1)[0] = float("inf")
+        return clip(parameters, *rest)
+
+    loop.clip_gradients = flipped
 
 
 def plant_nan_in_backward(loop: Any, rank: int, number: int, name: str) -> None:

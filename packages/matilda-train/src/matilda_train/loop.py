@@ -350,6 +350,13 @@ def train(
                 events.write("preempted", step=state.step, seconds=phase.seconds())
                 return TrainResult("preempted", run_dir, state.step)
             if at_end:
+                newest = max(checkpoints.list(), key=lambda saved: saved.sequence)
+                if ranks.any(not newest.healthy):
+                    events.write("diverged", step=state.step)
+                    raise TrainingDivergedError(
+                        f"Weights or optimizer state are not finite after the last step "
+                        f"({newest.name} shows them); the same command goes on from before that"
+                    )
                 break
 
             phase.enter_step()
