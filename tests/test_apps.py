@@ -115,7 +115,9 @@ def test_prepare_text_writes_shards_that_verify_and_is_idempotent(tmp_path: Path
     assert before == {p.name: p.stat().st_mtime_ns for p in (tmp_path / "out").glob("*.bin")}
 
 
-@pytest.mark.parametrize("name", ["train", "generate", "prepare_text", "report", "replay", "trace"])
+@pytest.mark.parametrize(
+    "name", ["train", "generate", "prepare_text", "report", "replay", "trace", "evaluate"]
+)
 def test_help_teaches_by_example(name: str, tmp_path: Path) -> None:
     done = app(f"apps/{name}.py --help", tmp_path)
     assert done.returncode == 0

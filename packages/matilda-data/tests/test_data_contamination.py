@@ -13,7 +13,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from matilda_data import DataError, prepare_text
+from matilda_data import DataError, measure_overlap, prepare_text
+from matilda_data.cli import main
 from matilda_data.contamination import EvaluationSet, build_evaluation_set, new_word_hashes
 from matilda_data.rolling import run_hashes
 
@@ -134,3 +135,53 @@ def _evaluation(items: list[object]) -> EvaluationSet:
         path = Path(directory) / "eval.jsonl"
         path.write_text("".join(json.dumps(item) + "\n" for item in items))
         return build_evaluation_set([path])
+
+
+def test_overlap_of_a_data_set_and_of_its_text_is_the_same(corpus: Path, tmp_path: Path) -> None:
+    (corpus / "a" / "bad.txt").write_text(f"Ünter uns. {RUN.title()}, and so on.")
+    first, second = tmp_path / "first_val.jsonl", tmp_path / "second_test.jsonl.gz"
+    first.write_text(json.dumps({"id": "q7", "ctx": RUN}) + "\n" + json.dumps({"id": "q8"}) + "\n")
+    items = [{"x": "unrelated"}, {"ctx": [RUN]}]
+    second.write_bytes(gzip.compress("\n".join(map(json.dumps, items)).encode()))
+    told: list[float] = []
+    prepare_text(corpus, tmp_path / "out", tokenizer="gpt2", val_fraction=0.2, workers=1)
+    reports = [measure_overlap([first, second], inputs=[corpus])]
+    for split in ("train", "val"):
+        reports.append(
+            measure_overlap(
+                [first, second],
+                data_dir=tmp_path / "out",
+                split=split,
+                progress=lambda share, documents: told.append(share),
+            )
+        )
+    assert told[-1] == 1.0
+    searched = [report["searched"]["documents"] for report in reports]
+    assert searched[0] == searched[1] + searched[2]
+    found = [[(f["items_found"], f["ids"]) for f in report["files"]] for report in reports]
+    assert found[0] == [(1, ["q7"]), (1, ["1"])]
+    assert sorted(found[1:]) == [[(0, []), (0, [])], found[0]]  # its document is in one split
+    assert reports[0]["documents"][0]["id"] == "a/bad.txt"
+    assert "data_id" in reports[1]["searched"]
+
+
+def test_overlap_needs_one_thing_to_look_through(tmp_path: Path) -> None:
+    path = tmp_path / "eval.jsonl"
+    path.write_text("{}\n")
+    for arguments in ({}, {"data_dir": tmp_path, "inputs": [tmp_path]}):
+        with pytest.raises(DataError, match="either a data set or input files"):
+            measure_overlap([path], **arguments)  # type: ignore[arg-type]
+
+
+def test_the_overlap_command_counts_and_writes_what_it_found(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (corpus / "a" / "bad.txt").write_text(RUN)
+    path = tmp_path / "quiz_val.jsonl"
+    path.write_text(json.dumps({"id": "q", "ctx": RUN}) + "\n{}\n")
+    out = tmp_path / "overlap.json"
+    arguments = ["overlap", "--evals", str(path), "--input", str(corpus), "--json", str(out)]
+    assert main(arguments) == 0
+    assert "quiz_val.jsonl       1 of 2 items" in capsys.readouterr().out
+    assert json.loads(out.read_text())["files"][0]["ids"] == ["q"]
+    assert main(["overlap", "--evals", str(path)]) == 2

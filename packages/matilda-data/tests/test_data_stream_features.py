@@ -26,6 +26,7 @@ from matilda_data import (
     open_bin,
     open_dataset,
     prepare_text,
+    sources_of,
 )
 from matilda_data.skipping import SkipMap
 
@@ -367,3 +368,39 @@ def test_forged_stamp_does_not_deceive_deep_verification(base: Path, tmp_path: P
         verify(out, deep=True)
     with pytest.raises(DataError, match=r"edu_train_000001\.bin' is damaged in chunk 0"):
         open_dataset(out, stamps=False).sources[0].read(2000, 10)
+
+
+def test_tokens_are_told_apart_by_source(tmp_path: Path) -> None:
+    def write(name: str, kinds: dict[str, int]) -> Path:
+        path = tmp_path / f"{name}.jsonl"
+        records = [
+            {"text": f"{kind} {i} " * (5 + i % 7), "source": kind}
+            for kind, n in kinds.items()
+            for i in range(n)
+        ]
+        path.write_text("".join(json.dumps(record) + "\n" for record in records))
+        return path
+
+    one = write("one", {f"k{i}": 4 + 3 * i for i in range(5)})
+    prepare_text([one], tmp_path / "set", tokenizer="byte", val_fraction=0, workers=1)
+    stream = BinStream(tmp_path / "set", seq_len=40, seed=0)
+    count = min(stream.n_windows, 30)
+    names, numbers = sources_of(stream, 3, count)
+    assert numbers.shape == (count, 41)
+    for row in range(count):
+        for span in documents_of(stream, 3 + row):
+            told = {names[number] for number in numbers[row, span.first : span.stop].tolist()}
+            assert told == {span.origin}
+    few, grouped = sources_of(stream, 3, count, most=2)
+    assert few == [*names[:2], "others"]
+    assert ((grouped == 2) == (numbers >= 2)).all()
+    # Where the data set has several sources, they are what counts.
+    two = [
+        TextSource(name="a", inputs=one),
+        TextSource(name="b", inputs=write("two", {"x": 9})),
+    ]
+    prepare_text(two, tmp_path / "mix", tokenizer="byte", val_fraction=0, workers=1)
+    mix = BinStream(tmp_path / "mix", seq_len=40, seed=0)
+    names, numbers = sources_of(mix, 0, 8)
+    assert names == ["a", "b"]
+    assert numbers.tolist() == [[mix.segments(row)[0]] * 41 for row in range(8)]

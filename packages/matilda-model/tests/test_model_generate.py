@@ -114,6 +114,20 @@ def test_stop_ids_end_their_row_only_and_are_not_returned() -> None:
     assert rows[1] == other
 
 
+def test_a_row_ends_with_the_token_that_its_condition_holds_for() -> None:
+    m = model()
+    prompts = [[1, 2, 3], [9]]
+    whole = generate(m, prompts, max_new_tokens=8, temperature=0.0)
+    cut = generate(
+        m,
+        prompts,
+        max_new_tokens=8,
+        temperature=0.0,
+        stop_when=lambda ids: list(ids) == whole[0][:3] or len(ids) == 5,
+    )
+    assert cut == [whole[0][:3], whole[1][:5]]
+
+
 def test_streaming_yields_the_same_tokens_and_keeps_grad_mode() -> None:
     net = model()
     expected = generate(net, [3], max_new_tokens=10, temperature=0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from matilda_model import linear_cross_entropy
+from matilda_model import ModelConfig, Transformer, linear_cross_entropy
 from matilda_model import loss as loss_module
 
 
@@ -41,6 +41,37 @@ def test_loss_and_gradients_equal_the_float64_formula(
     got_h, got_w = torch.autograd.grad(3.0 * out.loss, (h, w))
     torch.testing.assert_close(got_h, 3.0 * dh, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(got_w, 3.0 * dw, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_the_loss_of_each_token_equals_the_float64_formula(
+    softcap: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loss_module, "_CPU_CHUNK_LOGITS", 16 * 64)  # several chunks
+    torch.manual_seed(0)
+    model = Transformer(
+        ModelConfig(
+            vocab_size=64,
+            d_model=16,
+            n_layers=1,
+            n_heads=2,
+            n_kv_heads=1,
+            max_seq_len=20,
+            logit_softcap=softcap,
+            z_loss=0.5,
+        )
+    )
+    ids = torch.randint(0, 64, (3, 21))
+    inputs, targets = ids[:, :-1], ids[:, 1:].clone()
+    targets[1, 3] = -1
+    losses = model(inputs, targets, per_token=True)
+    expected = -model(inputs).double().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])
+    assert losses.shape == targets.shape
+    assert losses[1, 3] == 0.0
+    assert not losses.requires_grad
+    kept = targets >= 0
+    torch.testing.assert_close(losses[kept], expected[..., 0][kept].float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(losses[kept].mean(), model(inputs, targets).ce)
 
 
 @pytest.mark.parametrize("backend", ["plain", "chunked"])

@@ -7,7 +7,7 @@ import queue
 import threading
 from pathlib import Path
 
-from matilda_train.metrics_log import EventLog, MetricsLog, read_rows
+from matilda_train.metrics_log import EventLog, MetricsLog, is_evaluation, read_rows
 from matilda_train.wandb_follower import follow_rows
 
 
@@ -51,11 +51,23 @@ def test_evaluations_are_remembered_over_a_restart(tmp_path: Path) -> None:
     log.close()
 
 
+def test_scores_of_tasks_are_no_held_out_loss(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path / "m.jsonl", step=-1)
+    by_source = {"val_bits_per_byte_by_source": {"prose": 1.5}}
+    log.write({"step": 4, "val_loss_nats": 3.0, **by_source})
+    log.write({"step": 2, "task_scores": {"piqa": {"acc": 0.5}}})
+    log.close()
+    assert (log.evaluated_step, log.newest_evaluation) == (4, {"val_loss_nats": 3.0})
+    assert [is_evaluation(row) for row in read_rows(tmp_path / "m.jsonl")] == [True, True]
+    assert not is_evaluation({"step": 1, "loss_nats": 2.0})
+
+
 def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path / "m.jsonl", step=-1)
-    log.write({"step": 1, "loss_nats": float("nan"), "grad_norm": float("inf")})
+    log.write({"step": 1, "loss_nats": float("nan"), "val": {"a": float("inf"), "b": 1.0}})
     log.close()
-    assert read_rows(tmp_path / "m.jsonl") == [{"step": 1, "loss_nats": None, "grad_norm": None}]
+    expected = {"step": 1, "loss_nats": None, "val": {"a": None, "b": 1.0}}
+    assert read_rows(tmp_path / "m.jsonl") == [expected]
 
 
 def test_process_that_is_not_main_reads_but_writes_nothing(tmp_path: Path) -> None:

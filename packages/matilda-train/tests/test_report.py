@@ -105,6 +105,21 @@ def test_whatever_number_an_evaluation_holds_is_there_to_draw(tmp_path: Path) ->
     assert set(columns["evals/piqa/by"]) == {None}
 
 
+def test_sources_and_tasks_become_columns_in_order_of_steps(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    late = {"step": 4, "val_loss_nats": 4.0, "val_bits_per_byte_by_source": {"prose": 6.0}}
+    later = {"step": 2, "tokens": 640, "task_scores": {"piqa": {"acc": 0.5, "acc_norm": None}}}
+    text = "".join(json.dumps(row) + "\n" for row in (late, later))
+    (path / "metrics.jsonl").write_text(text)
+    record = read_run(path, "run")
+    assert record.steps == []
+    columns = record.evaluation_columns()
+    assert columns["step"] == [2, 4]
+    assert columns["task_scores/piqa/acc"] == [0.5, None]
+    assert columns["val_bits_per_byte_by_source/prose"] == [None, 6.0]
+    assert record.goodput.seconds["productive"] == 0  # scores are no steps
+
+
 def test_equal_runs_give_equal_bytes_and_no_text_escapes_its_place(tmp_path: Path) -> None:
     paths = [make_run(tmp_path / "a" / "run"), make_run(tmp_path / "b" / "run", lr=0.01)]
     names = name_runs(paths)

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 from matilda_data.archive import compress_dataset
 from matilda_data.arguments import TeachingParser
 from matilda_data.convert import export_bin, import_bin
+from matilda_data.durable import write_durably
 from matilda_data.errors import DataError
 from matilda_data.manifest import SPLITS, read_manifest
+from matilda_data.overlap import measure_overlap
 from matilda_data.provenance import documents_of
 from matilda_data.stream import BinStream, batch_sha256
 from matilda_data.verify import verify
@@ -25,10 +28,13 @@ EXAMPLES = """examples:
   matilda-data verify --deep data/corpus && echo intact
   matilda-data info data/corpus --json | jq '.sources[].weight'
   matilda-data trace data/corpus --step 100 --batch-size 256 --seq-len 2048 --seed 0 --text
+  matilda-data overlap --evals data/evals/* --data-dir data/corpus --json overlap.json
   matilda-data convert fineweb_train_*.bin --val fineweb_val_*.bin --out-dir data/fineweb
 
 Exit codes: 0 all is well, 2 not, in one sentence.
 """
+
+SECONDS_BETWEEN = 10.0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -77,6 +83,12 @@ def _parser() -> argparse.ArgumentParser:
     trace.add_argument("--seed", type=int, required=True)
     trace.add_argument("--split", choices=SPLITS, default="train")
     trace.add_argument("--text", action="store_true", help="print the text too")
+    overlap = add("overlap", _overlap, "which items of evaluation sets are in the training text")
+    overlap.add_argument("--evals", nargs="+", type=Path, required=True, help=".jsonl, .jsonl.gz")
+    overlap.add_argument("--data-dir", type=Path, help="a prepared data set to look through")
+    overlap.add_argument("--input", nargs="+", default=[], help="or text: files, folders, globs")
+    overlap.add_argument("--split", choices=SPLITS, default="train")
+    overlap.add_argument("--json", type=Path, help="write what was found here, with item ids")
     convert = add("convert", _convert, "plain .bin shards to a data set with a manifest")
     convert.add_argument("shards", nargs="+", type=Path, help="training shards in order")
     convert.add_argument("--val", nargs="+", type=Path, default=[], help="held-out shards")
@@ -143,6 +155,33 @@ def _trace(options: argparse.Namespace) -> None:
             )
             if options.text:
                 print("    " + span.text.replace("\n", "\n    "))
+
+
+def _overlap(options: argparse.Namespace) -> None:
+    began, told = time.monotonic(), time.monotonic()
+
+    def progress(share: float, documents: int) -> None:
+        nonlocal told
+        now = time.monotonic()
+        if now - told < SECONDS_BETWEEN and share < 1:
+            return
+        told = now
+        left = f", {(now - began) * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
+        print(f"{100 * share:.0f} %, {documents:,} documents{left}", file=sys.stderr, flush=True)
+
+    found = measure_overlap(
+        options.evals,
+        data_dir=options.data_dir,
+        inputs=options.input,
+        split=options.split,
+        progress=progress,
+    )
+    if options.json is not None:
+        write_durably(options.json, (json.dumps(found, indent=1) + "\n").encode())
+    width = max(len(file["name"]) for file in found["files"])
+    for file in found["files"]:
+        print(f"{file['name']:<{width}}  {file['items_found']:>6,} of {file['items']:,} items")
+    print(f"rule: {found['rule']}; {found['searched']['documents']:,} documents looked through")
 
 
 def _convert(options: argparse.Namespace) -> None:

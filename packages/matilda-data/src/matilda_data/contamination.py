@@ -17,6 +17,7 @@ import io
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,13 @@ from matilda_data.durable import write_durably
 from matilda_data.errors import DataError
 from matilda_data.rolling import run_hashes
 
-__all__ = ["NGRAM_WORDS", "EvaluationSet", "build_evaluation_set", "load_evaluation_set"]
+__all__ = [
+    "NGRAM_WORDS",
+    "EvaluationSet",
+    "build_evaluation_set",
+    "item_ids",
+    "load_evaluation_set",
+]
 
 NGRAM_WORDS = 13
 FILE_NAME = "evaluation.ngrams"
@@ -142,8 +149,17 @@ def _items(path: Path) -> Iterator[object]:
                     yield json.loads(line)
                 except ValueError:
                     raise DataError(f"line {number} of {str(path)!r} is not JSON") from None
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"cannot read evaluation set {str(path)!r}: {error}") from None
+
+
+def item_ids(path: Path) -> list[str]:
+    """The `id` of each item of a file that `build_evaluation_set` reads; without one, the number of
+    its line from 0."""
+    return [
+        str(item["id"] if isinstance(item, dict) and "id" in item else number)
+        for number, item in enumerate(_items(path))
+    ]
 
 
 def build_evaluation_set(paths: Sequence[str | os.PathLike[str]]) -> EvaluationSet:

@@ -1,4 +1,4 @@
-"""Which documents a sample is made of."""
+"""Which documents, and which sources, samples are made of."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from matilda_data.errors import DataError
 from matilda_data.stream import BinStream
 from matilda_data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["DocumentSpan", "documents_of"]
+__all__ = ["DocumentSpan", "documents_of", "sources_of"]
+
+MOST_SOURCES = 12
+OTHERS = "others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +64,36 @@ def documents_of(stream: BinStream, sample: int) -> list[DocumentSpan]:
         spans += _spans(source, tokens, start, first, first + length, tokenizer)
         first += length
     return spans
+
+
+def sources_of(
+    stream: BinStream, first: int, count: int, *, most: int = MOST_SOURCES
+) -> tuple[list[str], npt.NDArray[np.int16]]:
+    """Names, and int16[count, seq_len + 1] numbers into them for the tokens of samples.
+
+    The names are those of the data set's sources or, where it has only one, the `source` fields of
+    its documents' own records: the `most` with the most tokens here, all further ones `"others"`.
+    Rows of packed documents are told apart by source alone.
+    """
+    names = list(stream.source_names)
+    numbers, starts = stream.positions(first, count)
+    rows = np.broadcast_to(numbers[:, None].astype(np.int16), (count, stream.seq_len + 1))
+    source = next(s for s in stream.dataset.sources if s.name == names[0])
+    if len(names) > 1 or source.index is None or stream.rows != "windows":
+        return names, rows.copy()
+    position = (starts[:, None] + np.arange(stream.seq_len + 1)) % source.n_tokens
+    document = np.searchsorted(source.index.starts(), position, side="right") - 1
+    here, place, tokens = np.unique(document, return_inverse=True, return_counts=True)
+    origins = [source.index.entry(int(number)).origin or source.name for number in here]
+    totals: dict[str, int] = {}
+    for origin, n in zip(origins, tokens.tolist(), strict=True):
+        totals[origin] = totals.get(origin, 0) + n
+    kept = sorted(totals, key=lambda origin: (-totals[origin], origin))
+    if len(kept) > most:
+        kept = [*kept[:most], OTHERS]
+    number_of = {origin: number for number, origin in enumerate(kept)}
+    groups = np.array([number_of.get(origin, len(kept) - 1) for origin in origins], dtype=np.int16)
+    return kept, groups[place.reshape(document.shape)]
 
 
 def _spans(

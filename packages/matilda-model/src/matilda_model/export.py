@@ -67,10 +67,7 @@ def export_transformers(
     if folder.exists():
         raise ValueError(f"{str(folder)!r} exists: choose a new folder for the export")
     try:
-        from transformers import (  # type: ignore[import-not-found]
-            AutoModelForCausalLM,
-            AutoTokenizer,
-        )
+        from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ValueError(
             "export needs transformers: pip install 'matilda-model[export]'"

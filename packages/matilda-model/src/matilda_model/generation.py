@@ -5,7 +5,7 @@ Shape suffixes: B batch, T sequence, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import cast, overload
 
@@ -26,6 +26,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Collection[int] = (),
+    stop_when: Callable[[Sequence[int]], bool] | None = None,
     generator: torch.Generator | None = None,
     vocab_limit: int | None = None,
 ) -> list[int]: ...
@@ -41,6 +42,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Collection[int] = (),
+    stop_when: Callable[[Sequence[int]], bool] | None = None,
     generator: torch.Generator | None = None,
     vocab_limit: int | None = None,
 ) -> list[list[int]]: ...
@@ -55,6 +57,7 @@ def generate(
     top_k: int | None = None,
     top_p: float | None = None,
     stop_ids: Collection[int] = (),
+    stop_when: Callable[[Sequence[int]], bool] | None = None,
     generator: torch.Generator | None = None,
     vocab_limit: int | None = None,
 ) -> list[int] | list[list[int]]:
@@ -65,12 +68,14 @@ def generate(
 
     `temperature` 0 takes the likeliest token; `top_k` and `top_p` (nucleus, Holtzman et al. 2020)
     restrict the draw; `vocab_limit` is the tokenizer's true size, ids at or above it (padding rows
-    of the embedding) are never produced. `generator` must live on the model's device; None uses
-    torch's default one. Raises ValueError for values out of range and when prompt plus
+    of the embedding) are never produced. `stop_when` is asked with a row's new ids after each one
+    and ends the row, which keeps it, when true. `generator` must live on the model's device; None
+    uses torch's default one. Raises ValueError for values out of range and when prompt plus
     `max_new_tokens` exceed the model's `max_seq_len`.
     """
     prompts, single = _as_prompts(prompt_ids)
     rows: list[list[int]] = [[] for _ in prompts]
+    ended = [False] * len(prompts)
     for step, _ in _steps(
         model,
         prompts,
@@ -82,9 +87,14 @@ def generate(
         generator=generator,
         vocab_limit=vocab_limit,
     ):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
+        for index, token in enumerate(step):
+            if token is None or ended[index]:
+                ended[index] = True
+                continue
+            rows[index].append(token)
+            ended[index] = stop_when is not None and stop_when(rows[index])
+        if all(ended):
+            break
     return rows[0] if single else rows
 
 

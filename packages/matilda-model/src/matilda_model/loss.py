@@ -83,6 +83,26 @@ def linear_cross_entropy(
     )
 
 
+@torch.no_grad()
+def token_cross_entropy(
+    h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, *, softcap: float | None = None
+) -> Tensor:
+    """Each token's cross-entropy in nats, float32 [N], without gradient; 0 where ignored.
+
+    The arguments are those of `linear_cross_entropy`; logits exist for a chunk of rows at a time.
+    """
+    w_VD = weight_VD.to(h_ND.dtype)
+    rows = _chunk_tokens(h_ND.device.type, w_VD.shape[0])
+    losses = []
+    for h, targets in zip(torch.split(h_ND, rows), torch.split(targets_N, rows), strict=True):
+        z = (h @ w_VD.T).float()
+        if softcap is not None:
+            z.div_(softcap).tanh_().mul_(softcap)
+        picked = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
+        losses.append((torch.logsumexp(z, dim=-1) - picked) * (targets != IGNORE))
+    return torch.cat(losses)
+
+
 def _plain(
     h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None, z_loss: float
 ) -> LossOutput:

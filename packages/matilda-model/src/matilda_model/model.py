@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import overload
+from typing import Literal, overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -17,7 +17,12 @@ from matilda_model.attention import Attention
 from matilda_model.cache import KVCache, LayerCache
 from matilda_model.config import ModelConfig
 from matilda_model.layers import Linear, ReLU2, RMSNorm, SwiGLU, rope_table
-from matilda_model.loss import LossOutput, linear_cross_entropy, softcap_logits
+from matilda_model.loss import (
+    LossOutput,
+    linear_cross_entropy,
+    softcap_logits,
+    token_cross_entropy,
+)
 
 
 class Block(nn.Module):
@@ -116,32 +121,55 @@ class Transformer(nn.Module):
     @overload
     def forward(self, input_ids_BT: Tensor, targets_BT: Tensor) -> LossOutput: ...
 
+    @overload
+    def forward(
+        self, input_ids_BT: Tensor, targets_BT: Tensor, *, per_token: Literal[True]
+    ) -> Tensor: ...
+
     def forward(
         self,
         input_ids_BT: Tensor,
         targets_BT: Tensor | None = None,
         *,
         cache: KVCache | None = None,
+        per_token: bool = False,
     ) -> Tensor | LossOutput:
         """Logits [B, T, V] in float32 after the soft-cap or, with targets, the mean loss.
 
         `input_ids_BT` and `targets_BT` are int64 of one shape; targets are already shifted (target
-        t is the token after input t) and -1 is ignored (except by the `"liger"` back end). With a
-        `cache` the ids continue it; see `KVCache`.
+        t is the token after input t) and -1 is ignored (except by the `"liger"` back end).
+        `per_token` gives each target's cross-entropy instead, [B, T] in float32 nats, for
+        evaluation: without gradient or z-loss. With a `cache` the ids continue it; see `KVCache`.
         """
         h_BTD = self.hidden(input_ids_BT, cache=cache)
-        weight_VD = self.embed.weight if self.head is None else self.head.weight
         if targets_BT is None:
-            logits = F.linear(h_BTD, weight_VD.to(h_BTD.dtype)).float()
-            return softcap_logits(logits, self.config.logit_softcap)
+            return self.logits(h_BTD)
+        if per_token:
+            losses_N = token_cross_entropy(
+                h_BTD.flatten(0, 1),
+                self._head_weight,
+                targets_BT.flatten(),
+                softcap=self.config.logit_softcap,
+            )
+            return losses_N.view(targets_BT.shape)
         return linear_cross_entropy(
             h_BTD.flatten(0, 1),
-            weight_VD,
+            self._head_weight,
             targets_BT.flatten(),
             softcap=self.config.logit_softcap,
             z_loss=self.config.z_loss,
             backend=self.config.loss,
         )
+
+    @property
+    def _head_weight(self) -> Tensor:
+        """[V, D], float32."""
+        return self.embed.weight if self.head is None else self.head.weight
+
+    def logits(self, h: Tensor) -> Tensor:
+        """What `hidden` gives, [..., D], to float32 logits after the soft-cap, [..., V]."""
+        logits = F.linear(h, self._head_weight.to(h.dtype)).float()
+        return softcap_logits(logits, self.config.logit_softcap)
 
     def hidden(self, input_ids_BT: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """What the head multiplies, [B, T, D] in `compute_dtype`: normed and logit-scaled."""

@@ -56,11 +56,25 @@ def load_pretrained(
             "`config.json` or `run.json`, or a `step-…` folder inside a run's `checkpoints`"
         )
     weights = checkpoint / "model.safetensors"
-    expected = _read_json(checkpoint / "MANIFEST.json")["files"]["model.safetensors"]["sha256"]
-    if hashlib.sha256(weights.read_bytes()).hexdigest() != expected:
+    entry = _read_json(checkpoint / "MANIFEST.json")["files"]["model.safetensors"]
+    if not _is_intact(weights.read_bytes(), entry):
         raise ValueError(f"{str(weights)!r} is damaged: its SHA-256 differs from the manifest's")
     model_section = _read_json(run_file)["config"]["model"]
     return _build(model_section, read_tensors(weights), checkpoint, device, compute_dtype)
+
+
+def _is_intact(raw: bytes, entry: dict[str, Any]) -> bool:
+    """Whether a file is what a manifest says: as a whole, or its header and each of its tensors."""
+    if "sha256" in entry:
+        return hashlib.sha256(raw).hexdigest() == str(entry["sha256"])
+    header = int(entry["header_size"])
+    pieces = [(raw[:header], entry["header_sha256"])]
+    for tensor in entry["tensors"].values():
+        start, stop = tensor["offsets"]
+        pieces.append((raw[header + start : header + stop], tensor["sha256"]))
+    return len(raw) == int(entry["size"]) and all(
+        hashlib.sha256(piece).hexdigest() == digest for piece, digest in pieces
+    )
 
 
 def _newest_checkpoint(run: Path) -> Path:

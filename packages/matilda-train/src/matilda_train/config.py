@@ -303,6 +303,19 @@ class EvalConfig:
     tokens: int = 1_048_576
     """Held-out tokens per evaluation, at most as many as there are."""
 
+    tasks: tuple[str, ...] = ()
+    """Question sets to score as well, such as `["hellaswag", "piqa"]`: files of `task_dir`."""
+
+    task_dir: str | None = None
+    """Folder of task files (`matilda_train.evals.task_files`); needed for `tasks`."""
+
+    tasks_every: int | str | None = None
+    """Steps between scorings of `tasks`, or a duration such as `"500M tokens"`; each is part of an
+    evaluation, and so is one at the end. Null: at every evaluation."""
+
+    task_limit: int | None = None
+    """Score the first so many items of each task; null for all."""
+
     sample_prompt: str = ""
     """Prompt of the sample that closes the run; empty: the sample begins a new document."""
 
@@ -311,13 +324,41 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         _ = self.interval
+        _ = self.tasks_interval
         _require(self.tokens >= 1, "eval.tokens", self.tokens, "1 or more")
+        _require(
+            self.task_limit is None or self.task_limit >= 1,
+            "eval.task_limit",
+            self.task_limit,
+            "1 or more",
+        )
+        _require(
+            not self.tasks or self.task_dir is not None,
+            "eval.task_dir",
+            self.task_dir,
+            "the folder of the task files that `eval.tasks` names",
+        )
+        _require(
+            len(set(self.tasks)) == len(self.tasks), "eval.tasks", self.tasks, "without repetition"
+        )
         _require(self.sample_tokens >= 0, "eval.sample_tokens", self.sample_tokens, "0 or more")
 
     @property
     def interval(self) -> Duration:
         """Time between evaluations."""
         return _interval(self.every, self.every_steps, "eval")
+
+    @property
+    def tasks_interval(self) -> Duration | None:
+        """Time between scorings of `tasks`; None: every evaluation has one."""
+        if self.tasks_every is None:
+            return None
+        try:
+            interval = Duration.parse(self.tasks_every)
+        except ValueError as error:
+            raise ValueError(f"`eval.tasks_every`: {error}") from None
+        _require(interval.amount > 0, "eval.tasks_every", self.tasks_every, "above 0")
+        return interval
 
 
 @dataclass(frozen=True, kw_only=True)

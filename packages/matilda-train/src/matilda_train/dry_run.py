@@ -17,7 +17,8 @@ CPU_SEQ_LEN = 256
 def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:
     """The same run in at most 20 steps of two micro-steps; on a CPU, of one short sequence.
 
-    Ramps of batch and sequence length are left out, and warm-ups end with the run at the latest.
+    Ramps of batch and sequence length and evaluation tasks are left out, and warm-ups end with the
+    run at the latest.
     """
     on_cpu = device.type == "cpu"
     steps = min(config.train.total_steps, MOST_STEPS)
@@ -47,5 +48,5 @@ def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConf
             batch_ramp=(),
             seq_len_ramp=(),
         ),
-        eval=replace(config.eval, tokens=micro_step_tokens),
+        eval=replace(config.eval, tokens=micro_step_tokens, tasks=()),
     )

@@ -1,16 +1,17 @@
-"""Held-out loss in nats per token and in bits per byte."""
+"""Held-out loss in nats per token and in bits per byte, as a whole and by source."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from matilda_data import BinStream, sources_of
 from matilda_train.batches import BatchReader
 from matilda_train.data_source import TokenStream
 from matilda_train.distributed import Ranks
@@ -30,6 +31,10 @@ class Evaluation:
 
     val_tokens: int
     """Tokens evaluated."""
+
+    val_bits_per_byte_by_source: dict[str, float] = field(default_factory=dict)
+    """The same of each source's tokens, as `matilda_data.sources_of` tells them apart; empty for
+    noise. A source without a byte of text among the windows is left out."""
 
     def __str__(self) -> str:
         return (
@@ -54,36 +59,60 @@ def evaluate(
     """Evaluate the first windows of `stream`, the same ones each time; None if asked to stop.
 
     At most `max_tokens` tokens (at least one window a rank) in micro-batches of one fixed shape.
-    `model(input_ids, targets)` must return an object with `ce`, the mean cross-entropy in nats.
+    `model(input_ids, targets, per_token=True)` must return the cross-entropy of each target, in
+    nats and float32.
     """
     windows = max(ranks.world_size, min(stream.n_windows, max_tokens // seq_len))
     share = max(1, min(micro_batch_size, windows // ranks.world_size))
     rounds = max(1, windows // (share * ranks.world_size))
+    size = share * ranks.world_size
+    names, sources = _sources(stream, rounds * size, seq_len)
     reader = BatchReader(
-        stream.windows,
-        batch_size=share * ranks.world_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        stream.windows, batch_size=size, rank=ranks.rank, world_size=ranks.world_size
     )
-    nats, n_bytes, tokens = 0.0, 0, 0
+    nats = torch.zeros(len(names), dtype=torch.float64, device=device)
+    n_bytes = np.zeros(len(names), dtype=np.int64)
     was_training = model.training
     model.eval()
     try:
         for round_ in range(rounds):
             if ranks.any(should_stop()):
                 return None
-            batch = reader.read(round_ * share * ranks.world_size, prefetch=round_ + 1 < rounds)
+            batch = reader.read(round_ * size, prefetch=round_ + 1 < rounds)
+            first = round_ * size + ranks.rank * share
+            own = sources[first : first + share, 1:].astype(np.int64)
+            targets_bT = batch.tokens[:, 1:].numpy().view(np.uint16)
+            n_bytes += np.bincount(
+                own.ravel(), weights=token_bytes[targets_bT].ravel(), minlength=len(names)
+            ).astype(np.int64)
+            of_source = torch.from_numpy(own).to(device)
             for inputs, targets in batch.micro_batches(share, device):
-                nats += float(model(inputs, targets).ce) * targets.numel()
-                n_bytes += int(token_bytes[targets.cpu().numpy()].sum())
-                tokens += targets.numel()
+                losses = model(inputs, targets, per_token=True).double()
+                for number in range(len(names)):  # masked sums: the same bits every time
+                    nats[number] += losses.masked_fill(of_source != number, 0.0).sum()
     finally:
         reader.close()
         model.train(was_training)
-    totals = torch.tensor([nats, n_bytes, tokens], dtype=torch.float64, device=device)
-    nats, n_bytes, tokens = ranks.mean_(totals).tolist()
+    text = torch.from_numpy(n_bytes).to(nats)
+    totals = torch.cat([nats, text, nats.new_tensor([rounds * share * seq_len])])
+    *sums, tokens = ranks.mean_(totals).tolist()
+    in_nats, in_bytes = sums[: len(names)], sums[len(names) :]
     return Evaluation(
-        val_loss_nats=nats / tokens,
-        val_bits_per_byte=nats / math.log(2) / max(n_bytes, 1),
+        val_loss_nats=sum(in_nats) / tokens,
+        val_bits_per_byte=sum(in_nats) / math.log(2) / max(sum(in_bytes), 1.0),
         val_tokens=round(tokens * ranks.world_size),
+        val_bits_per_byte_by_source={
+            name: loss / math.log(2) / size_
+            for name, loss, size_ in zip(names, in_nats, in_bytes, strict=True)
+            if size_ > 0 and isinstance(stream, BinStream)
+        },
     )
+
+
+def _sources(
+    stream: TokenStream, windows: int, seq_len: int
+) -> tuple[list[str], NDArray[np.int16]]:
+    """Names of sources, and which of them each token is of, [windows, seq_len + 1]."""
+    if isinstance(stream, BinStream):
+        return sources_of(stream, 0, windows)
+    return [""], np.zeros((windows, seq_len + 1), dtype=np.int16)

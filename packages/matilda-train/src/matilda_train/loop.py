@@ -32,6 +32,7 @@ from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.dry_run import shorten
 from matilda_train.errors import TrainingDivergedError
+from matilda_train.evals.in_training import IntervalTasks, describe_scores
 from matilda_train.evaluation import evaluate
 from matilda_train.gpu_health import GpuHealth
 from matilda_train.group_rms import GroupRms
@@ -117,6 +118,7 @@ def train(
             )
         config.grad_accum_steps(ranks.world_size)  # refuses a batch that does not divide
         plan = config.plan
+        tasks = IntervalTasks(config, ranks)
 
         run_dir = Path(run_dir)
         events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)
@@ -240,6 +242,8 @@ def train(
         while True:
             at_end = state.step == config.train.total_steps
             evaluation_due = evaluations.due(state.step) or at_end
+            tasks_due = tasks.due(state.step, with_evaluation=evaluation_due, at_end=at_end)
+            evaluation_due = evaluation_due or tasks_due
             save_due = (saves.due(state.step) and (state.step > 0 or rolls_back)) or at_end
             row_due = rows.due(state.step)
             stopping = ranks.any(stop())
@@ -316,9 +320,11 @@ def train(
                     ranks=ranks,
                     should_stop=stop,
                 )
-                if evaluation is not None:
-                    metrics.write(ledger.stamp({"step": state.step} | asdict(evaluation)))
-                    display.note(f"step {state.step:,}: {evaluation}")
+                alone = whole_model(model) if sharded and tasks_due else model
+                scores = tasks.score(alone, should_stop=stop) if tasks_due else {}
+                if evaluation is not None and scores is not None:
+                    metrics.write(ledger.stamp({"step": state.step} | asdict(evaluation) | scores))
+                    display.note(f"step {state.step:,}: {evaluation}{describe_scores(scores)}")
                 stopping = ranks.any(stop())
 
             if durable_step < saved_step and (save_due or stopping or checkpoints.poll()):

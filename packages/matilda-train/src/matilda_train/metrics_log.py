@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["MACHINE_FIELDS", "EventLog", "MetricsLog", "read_rows"]
+__all__ = ["MACHINE_FIELDS", "EventLog", "MetricsLog", "is_evaluation", "read_rows"]
 
 MACHINE_FIELDS = (
     "step_ms",
@@ -37,7 +37,7 @@ are equal in all others."""
 
 
 class MetricsLog:
-    """One JSON object a line; a row with `val_loss_nats` is an evaluation, others are steps.
+    """One JSON object a line, of an evaluation or of a training step; see `is_evaluation`.
 
     Opening it for a run restored at `step` (-1 for a new run) moves rows past that step, and a
     line cut short by a kill, to `metrics.discarded.jsonl`, so that the file always reads as one
@@ -55,7 +55,7 @@ class MetricsLog:
         self._enabled = enabled
         self._file: IO[str] | None = None
         self.evaluations: list[dict[str, Any]] = []
-        """Evaluation rows so far, oldest first."""
+        """Rows with a held-out loss so far, oldest first."""
         self.discarded: list[dict[str, Any]] = []
         """Whole rows among those that were set aside last."""
         self.discarded_rows = 0
@@ -103,9 +103,13 @@ class MetricsLog:
 
     @property
     def newest_evaluation(self) -> dict[str, float]:
-        """Figures of the newest evaluation, empty before the first."""
+        """Figures of the newest evaluation as a whole, empty before the first."""
         newest = self.evaluations[-1] if self.evaluations else {}
-        return {name: value for name, value in newest.items() if name.startswith("val_")}
+        return {
+            name: value
+            for name, value in newest.items()
+            if name.startswith("val_") and not isinstance(value, dict)
+        }
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append one row; numbers that JSON cannot hold (nan, inf) are written as null."""
@@ -153,6 +157,11 @@ class EventLog:
         return named[-1] if named else None
 
 
+def is_evaluation(row: Mapping[str, Any]) -> bool:
+    """Whether a row tells of an evaluation (held-out loss, scores of tasks), not of a step."""
+    return "val_loss_nats" in row or "task_scores" in row
+
+
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """The whole rows of a JSON-lines file; a line cut short by a kill is left out."""
     if not path.exists():
@@ -177,6 +186,8 @@ def _parse_row(line: str) -> dict[str, Any] | None:
 
 
 def _json_number(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _json_number(each) for name, each in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -8,6 +8,7 @@ events.jsonl              start, resume, save, skip, spike, rollback, finish, â€
 checkpoints/              see matilda-ckpt
 autopsies/                bundles of bad steps, see matilda_train.autopsy
 compile-cache/            what torch.compile made, for the next process
+evals/                    scores of checkpoints on tasks, see apps/evaluate.py
 hangs/                    stacks of processes that made no progress
 samples/                  text sampled from the model
 run.lock                  held while a process trains here
@@ -19,14 +20,15 @@ import fcntl
 import json
 import os
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_differences, config_identity, config_to_dict
 
-__all__ = ["RunDir", "check_run_dir"]
+__all__ = ["RunDir", "check_run_dir", "write_durably"]
 
 
 class RunDir:
@@ -70,7 +72,7 @@ class RunDir:
             "data_id": data_id,
             **provenance(),
         }
-        _write_durably(found, json.dumps(description, indent=2, sort_keys=True) + "\n")
+        write_durably(found, json.dumps(description, indent=2, sort_keys=True) + "\n")
         return cls(path, lock, {})
 
     @staticmethod
@@ -92,12 +94,22 @@ class RunDir:
             ) from None
         return description
 
+    @staticmethod
+    @contextmanager
+    def hold(path: str | Path) -> Iterator[None]:
+        """Keep others from training in the run meanwhile; `ValueError` when a process does."""
+        lock = _take_lock(Path(path))
+        try:
+            yield
+        finally:
+            os.close(lock)
+
     def write_sample(self, step: int, text: str) -> Path:
         """Store a text sample of the model at `step`."""
         folder = self.path / "samples"
         folder.mkdir(exist_ok=True)
         target = folder / f"step-{step:08d}.txt"
-        _write_durably(target, text)
+        write_durably(target, text)
         return target
 
     def close(self) -> None:
@@ -156,7 +168,8 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def _write_durably(target: Path, text: str) -> None:
+def write_durably(target: Path, text: str) -> None:
+    """Put `text` in `target`, whole or not at all, there after a power cut too."""
     temporary = target.with_name(f".{target.name}.tmp")
     with temporary.open("w", encoding="utf-8") as file:
         file.write(text)

@@ -16,7 +16,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from matilda_train.metrics_log import read_rows
+from matilda_train.metrics_log import is_evaluation, read_rows
 from matilda_train.phases import PhaseClock
 
 __all__ = ["Goodput", "GoodputLedger", "account_time", "describe_lost_work", "goodput"]
@@ -117,7 +117,7 @@ class GoodputLedger:
         """`row` with `uptime_seconds`, `restarts`, and `goodput` or, evaluated, `eval_seconds`."""
         uptime = self._phase.uptime()
         stamp: dict[str, Any] = {"uptime_seconds": round(uptime, 3), "restarts": self._restarts}
-        if "val_loss_nats" in row:
+        if is_evaluation(row):
             stamp["eval_seconds"] = round(self._phase.current_seconds(), 3)
         else:
             before = row["step"] - 1 if self._step is None else self._step
@@ -182,7 +182,7 @@ def account_time(events: Sequence[Row], rows: Sequence[Row]) -> Goodput:
             seconds["evaluating"] += life.table.get("evaluating", 0.0)
         reached = life.first_step
         for row in life.rows:
-            if "val_loss_nats" in row:
+            if is_evaluation(row):
                 continue
             spent = _spend(row, int(row["step"]) - reached)
             seconds["productive"] += spent.productive

@@ -44,10 +44,12 @@ const CHARTS = [
 // Whatever else evaluations tell of, such as `evals/TASK` or `evals/TASK/METRIC`: a chart for each
 // metric, with a curve for each task.
 const TOLD = ["step", "tokens", "seconds", "restarts", "uptime_seconds", "eval_seconds", "val_tokens", "val_loss_nats", "val_bits_per_byte"];
+const BY_SOURCE = "val_bits_per_byte_by_source";
 const further = new Map();
 for (const field of [...new Set(runs.flatMap(run => Object.keys(run.evaluations)))].sort()) {
-  if (TOLD.includes(field)) continue;
-  const parts = field.split("/");
+  if (TOLD.includes(field) || /_stderr$|\/items$/.test(field)) continue;
+  // Names of sources may have slashes of their own.
+  const parts = field.startsWith(BY_SOURCE + "/") ? [BY_SOURCE, field.slice(BY_SOURCE.length + 1)] : field.split("/");
   const metric = parts.length > 2 ? parts.at(-1) : parts[0];
   const curve = parts.length > 2 ? parts.slice(1, -1) : parts.slice(1);
   if (!further.has(metric)) further.set(metric, []);
@@ -60,6 +62,7 @@ CHARTS.splice(2, 0, ...[...further].map(([metric, curves], i) => ({
 
 function titleOf(metric, curves) {
   const words = metric.replaceAll("_", " ").replace(/\bacc\b/, "accuracy");
+  if (metric === BY_SOURCE) return "Held-out bits per byte by source";
   if (!curves[0][1]) return words.charAt(0).toUpperCase() + words.slice(1);
   return metric === "evals" ? "Tasks" : "Tasks: " + words;
 }

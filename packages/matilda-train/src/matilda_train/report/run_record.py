@@ -87,6 +87,7 @@ def read_run(path: Path, name: str) -> RunRecord:
     steps = [dict(row) for row in rows if not _is_evaluation(row)]
     _fill_in(steps, rows, account)
     evaluations = [_flat(row) for row in rows if _is_evaluation(row)]
+    evaluations.sort(key=lambda row: int(row["step"]))  # older checkpoints may be scored later
     for row in evaluations:
         row["tokens"] = tokens_at(row["step"], steps)
         row["seconds"] = _seconds(row, account, at(row["step"], steps, "seconds"))

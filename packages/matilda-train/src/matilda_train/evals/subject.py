@@ -1,0 +1,96 @@
+"""What is evaluated: a run's checkpoint or a folder of transformers, with its tokenizer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matilda_ckpt import Checkpointer
+from matilda_data import load_tokenizer
+from matilda_model import Transformer, count_params, load_pretrained
+from matilda_train.config_load import config_from_dict
+from matilda_train.evals.encoding import DatasetCoder, TextCoder
+from matilda_train.evals.scoring import ScoredModel, ScoredTransformer
+from matilda_train.hardware import choose_device, choose_dtype
+from matilda_train.run_dir import RunDir
+
+__all__ = ["Subject", "open_checkpoint", "open_folder", "open_run"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated."""
+
+    name: str
+    model: ScoredModel
+    coder: TextCoder
+    run_dir: Path | None = None
+    origin: dict[str, Any] | None = None
+    """Of a run's checkpoint: `run_id`, `step`, `tokens` (trained on), `data_id`, `parameters`."""
+    batch_tokens: int | None = None
+
+
+def open_run(run_dir: Path, *, step: int | None = None, device: str = "auto") -> Subject:
+    """A run's newest healthy checkpoint, or the one at `step`.
+
+    Raises `ValueError` when there is no run or no checkpoint yet, `CheckpointError` when none is
+    valid.
+    """
+    config = config_from_dict(RunDir.read(run_dir)["config"])
+    where = choose_device(device)
+    checkpoints = Checkpointer(run_dir / "checkpoints", read_only=True)
+    restored = checkpoints.restore({"model": None}, step=step)
+    if restored is None:
+        raise ValueError(f"The run {str(run_dir)!r} holds no checkpoint yet; train it first.")
+    state: Any = restored.state
+    model = Transformer(config.model)
+    model.load_state_dict(state["model"])
+    model.compute_dtype = choose_dtype(config.train.dtype, where)
+    return _subject(run_dir, restored.step, model.to(where).eval())
+
+
+def open_checkpoint(folder: Path, *, device: str = "auto") -> Subject:
+    """One `step-…` folder of a run's checkpoints; `ValueError` when it is none or damaged."""
+    run_dir = folder.resolve().parent.parent
+    config = config_from_dict(RunDir.read(run_dir)["config"])
+    where = choose_device(device)
+    dtype = choose_dtype(config.train.dtype, where)
+    number = folder.resolve().name.removeprefix("step-").partition("-")[0]
+    if not number.isdigit():
+        raise ValueError(f"{str(folder)!r} is no `step-…` folder of a run's checkpoints.")
+    model = load_pretrained(folder.resolve(), device=where, compute_dtype=dtype)
+    return _subject(run_dir, int(number), model)
+
+
+def open_folder(folder: Path, *, device: str = "auto", trust_remote_code: bool = False) -> Subject:
+    """A folder of transformers; errors as `load_folder`'s."""
+    from matilda_train.evals.transformers_folder import GPU_BATCH_TOKENS, load_folder
+
+    where = choose_device(device)
+    model, coder = load_folder(
+        folder,
+        device=where,
+        dtype=choose_dtype("auto", where),
+        trust_remote_code=trust_remote_code,
+    )
+    batch_tokens = GPU_BATCH_TOKENS if where.type == "cuda" else None
+    return Subject(folder.name, model, coder, batch_tokens=batch_tokens)
+
+
+def _subject(run_dir: Path, step: int, model: Transformer) -> Subject:
+    description = RunDir.read(run_dir)
+    config = config_from_dict(description["config"])
+    return Subject(
+        name=f"{run_dir.name} at step {step:,}",
+        model=ScoredTransformer(model),
+        coder=DatasetCoder(load_tokenizer(config.data.tokenizer)),
+        run_dir=run_dir,
+        origin={
+            "run_id": description["run_id"],
+            "step": step,
+            "tokens": config.plan.tokens(step),
+            "data_id": description["data_id"],
+            "parameters": count_params(config.model),
+        },
+    )
