@@ -223,9 +223,25 @@ def test_noise_passes_and_a_wrong_batch_or_loss_does_not(twin: Path, tmp_path: P
     noise = measure_noise(twin, second, within)
     assert noise.redone_steps == 12
     assert noise.largest_redone == pytest.approx(1e-6, rel=1e-3)
+    shutil.copy(variant("lost", 1e-4) / "metrics.jsonl", within / "metrics.discarded.jsonl")
+    assert "steps done again" in measure_noise(twin, second, within).differences[0]
     report = ResumeReport(bitwise=False, noise=noise)
     assert "quarter 4" in describe(report)
     json.dumps(as_json(report))
+
+
+def test_noise_that_grows_may_do_so_earlier_by_a_quarter_but_no_more(tmp_path: Path) -> None:
+    def run(name: str, begins: int) -> Path:
+        (tmp_path / name).mkdir()
+        with (tmp_path / name / "metrics.jsonl").open("w") as file:
+            for step in range(1, 41):
+                loss = 5.0 + 1e-6 * 10 ** min(4.0, max(0.0, (step - begins) / 2)) * (name != "one")
+                file.write(json.dumps({"step": step, "loss_nats": loss}) + "\n")
+        return tmp_path / name
+
+    one, two = run("one", 0), run("two", 22)
+    assert measure_noise(one, two, run("soon", 14)).differences == []
+    assert "quarter 1" in measure_noise(one, two, run("too-soon", 2)).differences[0]
 
 
 def test_directory_in_use_is_refused(tiny_config: Path, corpus: Path, tmp_path: Path) -> None:

@@ -70,3 +70,22 @@ def test_cuda_generators_continue() -> None:
     expected = torch.rand(4, device="cuda").tolist()
     restore_rng(state)
     assert torch.rand(4, device="cuda").tolist() == expected
+
+
+@pytest.mark.gpu
+def test_the_current_devices_generator_fits_another_number_of_devices() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device on this machine")
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.rand(2, device=device)
+    state = capture_rng("current")
+    stored = state["torch_cuda"]
+    assert isinstance(stored, list)
+    assert len(stored) == 1
+    expected = torch.rand(4, device=device).tolist()
+    more = state | {"torch_cuda": stored * (torch.cuda.device_count() + 1)}
+    with pytest.raises(ValueError, match="CUDA devices and this process sees"):
+        restore_rng(more)
+    for each in (state, more):
+        restore_rng(each, "current")
+        assert torch.rand(4, device=device).tolist() == expected

@@ -8,11 +8,16 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
+from typing import Literal
+
+Devices = Literal["all", "current"]
 
 
-def capture_rng() -> dict[str, object]:
+def capture_rng(cuda: Devices = "all") -> dict[str, object]:
     """Current state of the global generators as JSON values and uint8 tensors.
 
+    `cuda` says whose generators on GPUs: of all that the process sees, or of the current device
+    alone, which suits one process a GPU: the state then fits a launch on another number of them.
     numpy's is included when numpy is imported, CUDA's when CUDA has been initialised (capturing
     never creates a CUDA context).
     """
@@ -36,17 +41,16 @@ def capture_rng() -> dict[str, object]:
         }
     initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     if torch.cuda.is_available() and initialized:
-        state["torch_cuda"] = [
-            torch.cuda.get_rng_state(device) for device in range(torch.cuda.device_count())
-        ]
+        state["torch_cuda"] = [torch.cuda.get_rng_state(device) for device in _devices(cuda)]
     return state
 
 
-def restore_rng(state: Mapping[str, object]) -> None:
+def restore_rng(state: Mapping[str, object], cuda: Devices = "all") -> None:
     """Put back what `capture_rng` returned.
 
-    Raises ValueError when the state is malformed, or was captured on another number of CUDA
-    devices than this process sees (a single stored device fits any number).
+    With `cuda="current"` the current device's generator takes the first stored state of a GPU,
+    however many there are. Raises ValueError when the state is malformed, or with `cuda="all"` when
+    it is of more CUDA devices than this process sees.
     """
     import torch
 
@@ -75,21 +79,36 @@ def restore_rng(state: Mapping[str, object]) -> None:
         raise ValueError(f"this is not a state that `capture_rng` returned: {error!r}") from error
     stored = state.get("torch_cuda")
     if isinstance(stored, list) and stored and torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if len(stored) > count:
+        devices = _devices(cuda)
+        if cuda == "all" and len(stored) > len(devices):
             raise ValueError(
-                f"the RNG state is of {len(stored)} CUDA devices and this process sees {count}; "
-                "resume on as many, or drop `torch_cuda` from the state"
+                f"the RNG state is of {len(stored)} CUDA devices and this process sees "
+                f'{len(devices)}; resume on as many, or use `RngState("current")` in a program '
+                "of one process a GPU"
             )
-        for device, value in enumerate(stored):
+        for device, value in zip(devices, stored, strict=False):
             torch.cuda.set_rng_state(value, device)
 
 
+def _devices(cuda: Devices) -> list[int]:
+    import torch
+
+    if cuda == "current":
+        return [torch.cuda.current_device()]
+    return list(range(torch.cuda.device_count()))
+
+
 class RngState:
-    """The global generators as an object to put into the saved mapping; restored last."""
+    """The global generators as an object to put into the saved mapping; restored last.
+
+    `cuda` as in `capture_rng` and `restore_rng`.
+    """
+
+    def __init__(self, cuda: Devices = "all") -> None:
+        self._cuda = cuda
 
     def state_dict(self) -> dict[str, object]:
-        return capture_rng()
+        return capture_rng(self._cuda)
 
     def load_state_dict(self, state: Mapping[str, object]) -> None:
-        restore_rng(state)
+        restore_rng(state, self._cuda)

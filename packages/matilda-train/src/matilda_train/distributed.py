@@ -87,9 +87,10 @@ class Ranks:
 
     @contextmanager
     def accumulate(self, model: nn.Module, *, last: bool) -> Iterator[None]:
-        """Exchange gradients in the last micro-step only."""
+        """Exchange gradients, and let go of gathered weights, in the last micro-step only."""
         if isinstance(model, FSDPModule):
             model.set_requires_gradient_sync(last)
+            model.set_reshard_after_backward(last)
         wait = isinstance(model, DistributedDataParallel) and not last
         with model.no_sync() if wait else nullcontext():  # type: ignore[operator]
             yield

@@ -167,7 +167,7 @@ def train(
             "stream": stream,
             "loop": state,
             "guard": guard,
-            "rng": RngState(),
+            "rng": RngState("current"),
         }
         checkpoints = Checkpointer(
             run_dir / "checkpoints",

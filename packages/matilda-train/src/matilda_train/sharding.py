@@ -1,7 +1,7 @@
 """FSDP2 for a run: parameters, gradients and optimizer state divided over the ranks.
 
 Weights stay float32 and are gathered whole for a block's forward and backward (ZeRO-2: gathered
-once a micro-step), so the arithmetic is that of one device. Checkpoints hold the whole state
+once a step), so the arithmetic is that of one device. Checkpoints hold the whole state
 (`gather_state`), the same bytes whatever divided it: a run may change its ranks, or between DDP
 and FSDP2, at any resume.
 """
