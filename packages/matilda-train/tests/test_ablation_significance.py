@@ -41,14 +41,13 @@ def table(rows: dict[str, list[float]]) -> dict[str, dict[int, float]]:
 
 def test_two_rows_are_the_paired_t_test() -> None:
     base, row = [3.10, 3.20, 3.05, 3.15], [3.06, 3.17, 3.03, 3.10]
-    noise, found = compare_rows(table({"baseline": base, "row": row}), "baseline")
+    (noise,), found = compare_rows(table({"baseline": base, "row": row}), "baseline")
     differences = [y - x for x, y in zip(base, row, strict=True)]
     error = statistics.stdev(differences) / math.sqrt(4)
     assert found["row"].difference == pytest.approx(statistics.fmean(differences))
     assert found["row"].half_width == pytest.approx(t_quantile(0.95, 3) * error)
     assert found["row"].p == pytest.approx(t_two_sided(statistics.fmean(differences) / error, 3))
     assert found["row"].df == 3
-    assert noise.baseline == pytest.approx(statistics.stdev(base))
     assert noise.paired == pytest.approx(statistics.stdev(differences) / math.sqrt(2))
 
 
@@ -67,8 +66,8 @@ def test_more_rows_pool_the_residuals_of_rows_and_seeds() -> None:
 
 
 def test_one_seed_claims_nothing() -> None:
-    noise, found = compare_rows(table({"baseline": [3.0], "row": [2.0]}), "baseline")
-    assert (noise.baseline, noise.paired, noise.df) == (None, None, 0)
+    (noise,), found = compare_rows(table({"baseline": [3.0], "row": [2.0]}), "baseline")
+    assert (noise.paired, noise.df) == (None, 0)
     assert found["row"].half_width is None
     assert found["row"].verdict == "one seed"
 
@@ -97,11 +96,29 @@ def test_a_noisy_row_is_judged_by_itself_and_spoils_no_other() -> None:
     rows["baseline"] = rows.pop("row0")
     calm = pooled_noise(table(rows), "baseline")
     rows["wild"] = [3.5, 2.9, 3.9, 3.2]
-    noise, found = compare_rows(table(rows), "baseline")
+    (noise,), found = compare_rows(table(rows), "baseline")
     assert noise == calm
     assert found["wild"].own_noise
     assert found["wild"].half_width is not None
     assert found["wild"].half_width > 10 * (found["row1"].half_width or 0)
+
+
+def test_rows_that_begin_elsewhere_have_a_noise_of_their_own_kind() -> None:
+    draw = random.Random(12)
+
+    def row(sigma: float) -> list[float]:
+        return [3 + 0.1 * seed + draw.gauss(0, sigma) for seed in range(3)]
+
+    rows = {"baseline": row(0.001)} | {f"near{n}": row(0.001) for n in range(4)}
+    rows |= {f"far{n}": row(0.01) for n in range(4)}
+    kinds = {name: name.rstrip("0123456789") for name in rows}
+    noises, found = compare_rows(table(rows), "baseline", kinds=kinds)
+    assert {noise.kind: len(noise.rows) for noise in noises} == {"near": 5, "far": 5}
+    assert not any(row.own_noise for row in found.values())
+    near, far = found["near1"].half_width, found["far1"].half_width
+    assert near is not None
+    assert far is not None
+    assert far > 4 * near
 
 
 def simulate(draw: random.Random, effects: dict[str, float], seeds: int, sigma: float) -> object:

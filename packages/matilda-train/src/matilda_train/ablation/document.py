@@ -24,6 +24,10 @@ HEAD = (
     ("tokens/s", "speed"),
     ("GiB", "memory"),
 )
+KINDS = {
+    "same": "rows that begin with the baseline's weights",
+    "other": "rows of other shapes or other initial weights",
+}
 
 
 def describe_study(result: StudyResult) -> str:
@@ -140,20 +144,15 @@ def _cells(result: StudyResult, row: RowResult) -> list[str]:
 
 
 def _noise_lines(result: StudyResult) -> list[str]:
-    noise = result.noise
-    lines = []
-    if noise.baseline is None:
-        lines.append("One seed: there is no measure of noise, and no difference is claimed.")
-        return lines
-    lines.append(
-        f"σ of the baseline's final loss over its seeds: {noise.baseline:.4f} nats."
-        + (
-            f" σ of a run once row and seed are taken out: {noise.paired:.4f} "
-            f"({noise.df} degrees of freedom, {_count(len(noise.rows), 'row')})."
-            if noise.paired is not None
-            else ""
-        )
-    )
+    if result.seed_sigma is None:
+        return ["One seed: there is no measure of noise, and no difference is claimed."]
+    lines = [f"σ of the baseline's final loss over its seeds: {result.seed_sigma:.4f} nats."]
+    lines += [
+        f"σ of a run once row and seed are taken out, {KINDS[noise.kind]}: {noise.paired:.4f} "
+        f"(df {noise.df}, {_count(len(noise.rows), 'row')})."
+        for noise in result.noises
+        if noise.paired is not None
+    ]
     compared = sum(row.comparison is not None for row in result.rows)
     if compared > 1:
         lines.append(
@@ -162,8 +161,8 @@ def _noise_lines(result: StudyResult) -> list[str]:
         )
     if any(row.comparison and row.comparison.own_noise for row in result.rows):
         lines.append(
-            "(own): from the row's own paired differences, because its noise is not the others' "
-            "or because seeds are missing."
+            "(own): from the row's own paired differences, because it is noisier than its kind or "
+            "because seeds are missing."
         )
     return lines
 

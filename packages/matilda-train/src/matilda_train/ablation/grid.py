@@ -150,8 +150,7 @@ def _advice(result: StudyResult) -> list[str]:
     best = result.rows[0]
     point = " ".join(f"{field}={_spell(value)}" for field, value in best.fields.items())
     lines = [f"Best: {point}"]
-    noise = result.noise.paired
-    if noise is None:
+    if all(noise.paired is None for noise in result.noises):
         lines.append("One seed or one point: no measure of noise; repeat the best few with more.")
     else:
         tied = [

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matilda_model import flops_per_token
+from matilda_model import ModelConfig, flops_per_token
 from matilda_train.ablation.plan import Study, outcome_of
 from matilda_train.ablation.significance import (
     Comparison,
@@ -80,7 +80,9 @@ class StudyResult:
     config: RunConfig
     seeds: int
     rows: list[RowResult]
-    noise: Noise
+    seed_sigma: float | None
+    """Standard deviation of the baseline's final loss over its seeds; None with one seed."""
+    noises: list[Noise]
     provenance: dict[str, list[Any]]
     """Every value found over the runs: `git_sha`, `device`, `torch`, `python`, `data_id`."""
     missing: list[tuple[str, int]]
@@ -92,7 +94,8 @@ class StudyResult:
             "format": "matilda-ablation/1",
             "config": config_to_dict(self.config),
             "seeds": self.seeds,
-            "noise": asdict(self.noise),
+            "seed_sigma": self.seed_sigma,
+            "noises": [asdict(noise) for noise in self.noises],
             "provenance": self.provenance,
             "missing": self.missing,
             "rows": [asdict(row) for row in self.rows],
@@ -125,7 +128,13 @@ def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
             f"No run of {baseline!r} in {str(study.out)!r} has finished yet; run the same command "
             "again."
         )
-    noise, comparisons = compare_rows({k: v for k, v in losses.items() if v}, baseline)
+    finished = {name: found for name, found in losses.items() if found}
+    kinds = {
+        row.name: "same" if same_start(row.config.model, config.model) else "other"
+        for row in study.rows
+    }
+    noises, comparisons = compare_rows(finished, baseline, kinds=kinds)
+    base_losses = list(losses[baseline].values())
     rows = [
         _row(row, runs.get(row.name, []), runs[baseline], config, comparisons.get(row.name))
         for row in study.rows
@@ -134,7 +143,8 @@ def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
         config=config,
         seeds=study.seeds,
         rows=rows,
-        noise=noise,
+        seed_sigma=statistics.stdev(base_losses) if len(base_losses) > 1 else None,
+        noises=noises,
         provenance=_provenance(study),
         missing=missing,
     )
@@ -166,6 +176,16 @@ def _row(
             for at in run.batches.keys() & base[run.seed].batches.keys()
         ),
     )
+
+
+def same_start(one: ModelConfig, other: ModelConfig) -> bool:
+    """Whether a seed draws the same initial weights for both models."""
+    drawn = (
+        *("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "resolved_head_dim"),
+        *("mlp", "resolved_d_ff", "tie_embeddings", "value_embeddings", "zero_init_outputs"),
+        *("init_std", "resolved_embed_init_std"),
+    )
+    return all(getattr(one, name) == getattr(other, name) for name in drawn)
 
 
 def stable_tokens(config: RunConfig) -> int:

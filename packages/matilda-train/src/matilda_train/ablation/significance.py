@@ -4,8 +4,10 @@ Every row is trained with the same seeds, and a seed fixes initial weights and o
 part of its luck is common to all rows. Losses y[row, seed] = row + seed + noise are a randomised
 block design: the noise is what remains when row and seed means are taken out, and the difference of
 two rows' means has variance 2 · noise² / seeds. Two rows alone give the paired t-test; more rows
-estimate the same noise with more degrees of freedom. A row whose noise is its own (F-test at 1 %,
-divided by the rows) is left out of that estimate and judged by its own paired differences.
+estimate the same noise with more degrees of freedom. Rows that begin with the baseline's very
+weights stay closer to it than rows of other shapes do, so each kind has a noise of its own, the
+baseline being one of each. A row that is noisier than its kind (F-test at 1 %, divided by the rows)
+is left out of the estimate and judged by its own paired differences.
 """
 
 from __future__ import annotations
@@ -31,19 +33,18 @@ Curve = Sequence[tuple[int, float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Noise:
-    """How far a final loss is down to luck, in the loss's unit."""
+    """How far a final loss is down to luck once row and seed are taken out, for rows of a kind."""
 
-    baseline: float | None
-    """Standard deviation over the baseline's seeds; None with one seed."""
+    kind: str
 
     paired: float | None
-    """Standard deviation of what row and seed leave unexplained; None where it has no freedom."""
+    """Standard deviation, in the loss's unit; None where it has no degree of freedom."""
 
     df: int
     """Degrees of freedom of `paired`."""
 
     rows: tuple[str, ...]
-    """Rows that `paired` was estimated from."""
+    """Rows that it was estimated from, the baseline among them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,17 +71,30 @@ class Comparison:
     """`better`, `worse` or `within noise` at 5 % over all rows (Holm), `one seed` without noise."""
 
 
-def compare_rows(losses: Losses, baseline: str) -> tuple[Noise, dict[str, Comparison]]:
-    """Every row beside `baseline`, which must have at least one seed."""
+def compare_rows(
+    losses: Losses, baseline: str, *, kinds: Mapping[str, str] | None = None
+) -> tuple[list[Noise], dict[str, Comparison]]:
+    """Every row beside `baseline`, which must have at least one seed, and the noise of each kind.
+
+    `kinds` names the kind of every row but the baseline; None: they are all of one.
+    """
     base = losses[baseline]
-    noise = pooled_noise(losses, baseline)
+    of_kind = {name: kinds[name] if kinds else "" for name in losses if name != baseline}
+    noises = {
+        kind: pooled_noise(
+            {name: row for name, row in losses.items() if of_kind.get(name, kind) == kind},
+            baseline,
+            kind=kind,
+        )
+        for kind in dict.fromkeys(of_kind.values())
+    }
     raw: dict[str, Comparison] = {}
     for name, row in losses.items():
         seeds = sorted(row.keys() & base.keys())
         if name == baseline or not seeds:
             continue
         per_seed = {seed: row[seed] - base[seed] for seed in seeds}
-        raw[name] = _compare(name, per_seed, noise, n_seeds=len(base))
+        raw[name] = _compare(name, per_seed, noises[of_kind[name]], n_seeds=len(base))
     accepted = _holm({name: row.p for name, row in raw.items() if row.p is not None})
     verdicts = {
         name: "one seed"
@@ -92,13 +106,13 @@ def compare_rows(losses: Losses, baseline: str) -> tuple[Noise, dict[str, Compar
         else "worse"
         for name, row in raw.items()
     }
-    return noise, {
+    return list(noises.values()), {
         name: Comparison(**{**vars(row), "verdict": verdicts[name]}) for name, row in raw.items()
     }
 
 
-def pooled_noise(losses: Losses, baseline: str) -> Noise:
-    """The noise of the baseline's seeds, and that of all rows with the same seeds."""
+def pooled_noise(losses: Losses, baseline: str, *, kind: str = "") -> Noise:
+    """The noise of all rows that have the baseline's seeds."""
     base = losses[baseline]
     seeds = sorted(base)
     table = {
@@ -106,9 +120,8 @@ def pooled_noise(losses: Losses, baseline: str) -> Noise:
         for name, row in losses.items()
         if row.keys() >= base.keys()
     }
-    own = statistics.stdev(base.values()) if len(base) > 1 else None
     if len(seeds) < 2:
-        return Noise(baseline=own, paired=None, df=0, rows=())
+        return Noise(kind=kind, paired=None, df=0, rows=())
     while len(table) > 2:
         suspects = {name: _own_noise_p(table, name) for name in table if name != baseline}
         worst = min(suspects, key=suspects.__getitem__)
@@ -117,7 +130,7 @@ def pooled_noise(losses: Losses, baseline: str) -> Noise:
         del table[worst]
     df = (len(table) - 1) * (len(seeds) - 1)
     paired = math.sqrt(_residual_squares(table) / df) if df else None
-    return Noise(baseline=own, paired=paired, df=df, rows=tuple(table))
+    return Noise(kind=kind, paired=paired, df=df, rows=tuple(table))
 
 
 def _compare(name: str, per_seed: dict[int, float], noise: Noise, *, n_seeds: int) -> Comparison:
