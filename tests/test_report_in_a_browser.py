@@ -50,7 +50,7 @@ def killed(
     rows = read_rows(run_dir / "metrics.jsonl")
     for row in rows:
         if "val_loss_nats" in row:  # as if tasks had been asked of the model, too
-            row["evals"] = {"piqa": {"acc": 0.5}, "arc_easy": {"acc": 0.3, "a<b": 1.5}}
+            row["task_scores"] = {"piqa": {"acc": 0.5}, "arc_easy": {"acc": 0.3, "a<b": 1.5}}
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return run_dir
 

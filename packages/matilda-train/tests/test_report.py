@@ -90,19 +90,19 @@ def test_a_run_in_progress_with_a_line_cut_short(tmp_path: Path) -> None:
 
 def test_whatever_number_an_evaluation_holds_is_there_to_draw(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
-    tasks = {"piqa": {"accuracy": 0.6, "by": "likelihood"}, "arc_easy": {"accuracy": 0.5}}
+    tasks = {"piqa": {"acc": 0.6, "by": "likelihood"}, "arc_easy": {"acc": 0.5}}
     rows = [
-        {"step": 4, "val_loss_nats": 4.0, "evals": tasks},
-        {"step": 6, "tokens": 1920, "evals": {"piqa": {"accuracy": 0.7}}},
+        {"step": 4, "val_loss_nats": 4.0, "task_scores": tasks},
+        {"step": 6, "tokens": 1920, "task_scores": {"piqa": {"acc": 0.7}}},
     ]
     with (path / "metrics.jsonl").open("a") as file:
         file.write("\n" + "".join(json.dumps(row) + "\n" for row in rows))
     record = read_run(path, "run")
     assert len(record.steps) == 7
     columns = record.evaluation_columns()
-    assert columns["evals/piqa/accuracy"] == [None, None, 0.6, 0.7]
-    assert columns["evals/arc_easy/accuracy"] == [None, None, 0.5, None]
-    assert set(columns["evals/piqa/by"]) == {None}
+    assert columns["task_scores/piqa/acc"] == [None, None, 0.6, 0.7]
+    assert columns["task_scores/arc_easy/acc"] == [None, None, 0.5, None]
+    assert set(columns["task_scores/piqa/by"]) == {None}
 
 
 def test_sources_and_tasks_become_columns_in_order_of_steps(tmp_path: Path) -> None:

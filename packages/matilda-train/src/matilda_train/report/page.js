@@ -41,7 +41,7 @@ const CHARTS = [
   { id: "batch", title: "Batch", about: "tokens per step", zero: true, curves: [["batch_tokens", ""]], large: true, varying: true },
 ];
 
-// Whatever else evaluations tell of, such as `evals/TASK` or `evals/TASK/METRIC`: a chart for each
+// Whatever else evaluations tell of, such as `task_scores/TASK/METRIC`: a chart for each
 // metric, with a curve for each task.
 const TOLD = ["step", "tokens", "seconds", "restarts", "uptime_seconds", "eval_seconds", "val_tokens", "val_loss_nats", "val_bits_per_byte"];
 const BY_SOURCE = "val_bits_per_byte_by_source";
@@ -55,16 +55,19 @@ for (const field of [...new Set(runs.flatMap(run => Object.keys(run.evaluations)
   if (!further.has(metric)) further.set(metric, []);
   further.get(metric).push([field, curve.join(" ").replaceAll("_", " ")]);
 }
-CHARTS.splice(2, 0, ...[...further].map(([metric, curves], i) => ({
-  id: "eval-" + i, title: titleOf(metric, curves), source: "evaluations", points: true,
+// One source is the whole.
+const charted = [...further].filter(([metric, curves]) => metric !== BY_SOURCE || curves.length > 1)
+  .sort(([a], [b]) => (b === BY_SOURCE) - (a === BY_SOURCE));
+CHARTS.splice(2, 0, ...charted.map(([metric, curves], i) => ({
+  id: "eval-" + i, title: titleOf(metric, curves), about: curves.length === 1 ? curves[0][1] : "", source: "evaluations", points: true,
   percent: curves.every(([field]) => /acc/.test(field)), curves,
 })));
 
 function titleOf(metric, curves) {
-  const words = metric.replaceAll("_", " ").replace(/\bacc\b/, "accuracy");
+  const words = metric.replaceAll("_", " ").replace(/^acc norm$/, "accuracy, by length").replace(/\bacc\b/, "accuracy");
   if (metric === BY_SOURCE) return "Held-out bits per byte by source";
   if (!curves[0][1]) return words.charAt(0).toUpperCase() + words.slice(1);
-  return metric === "evals" ? "Tasks" : "Tasks: " + words;
+  return "Tasks: " + words;
 }
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = index => css("--run-" + index % 8);
@@ -204,7 +207,7 @@ function keyOf(chart) {
 function addCard(parent, chart) {
   const card = document.createElement("article");
   card.className = "card" + (chart.wide ? " wide" : "");
-  card.innerHTML = `<div class="head"><h3>${escapeHtml(chart.title)}</h3><span class="about">${chart.about || ""}${keyOf(chart)}</span></div>` +
+  card.innerHTML = `<div class="head"><h3>${escapeHtml(chart.title)}</h3><span class="about">${escapeHtml(chart.about || "")}${keyOf(chart)}</span></div>` +
     `<div class="plot" id="plot-${chart.id}" data-chart="${chart.id}"></div>`;
   parent.append(card);
   if (chart.curves) {

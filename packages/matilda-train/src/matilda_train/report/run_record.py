@@ -12,7 +12,7 @@ from typing import Any
 
 from matilda_model import count_params
 from matilda_train.config_load import config_from_dict
-from matilda_train.metrics_log import read_rows
+from matilda_train.metrics_log import is_evaluation, read_rows
 from matilda_train.run_dir import RunDir
 from matilda_train.time_account import Goodput, account_time
 
@@ -84,9 +84,9 @@ def read_run(path: Path, name: str) -> RunRecord:
     events = read_rows(path / "events.jsonl")
     rows = [row for row in read_rows(path / "metrics.jsonl") if _is_step(row.get("step"))]
     account = account_time(events, rows)
-    steps = [dict(row) for row in rows if not _is_evaluation(row)]
+    steps = [dict(row) for row in rows if not is_evaluation(row)]
     _fill_in(steps, rows, account)
-    evaluations = [_flat(row) for row in rows if _is_evaluation(row)]
+    evaluations = [_flat(row) for row in rows if is_evaluation(row)]
     evaluations.sort(key=lambda row: int(row["step"]))  # older checkpoints may be scored later
     for row in evaluations:
         row["tokens"] = tokens_at(row["step"], steps)
@@ -230,13 +230,8 @@ def _status(events: Sequence[Row]) -> str:
     }.get(last, "running, or killed")
 
 
-def _is_evaluation(row: Row) -> bool:
-    """Rows of held-out data, and of tasks: whatever is not of a training step."""
-    return "val_loss_nats" in row or not {"loss_nats", "step_ms"} & row.keys()
-
-
 def _flat(row: Row, above: str = "") -> dict[str, Any]:
-    """A row whose objects are spread: `{"evals": {"piqa": 0.6}}` has the field `evals/piqa`."""
+    """A row whose objects are spread: `{"a": {"b": 0.6}}` has the field `a/b`."""
     flat: dict[str, Any] = {}
     for name, value in row.items():
         if isinstance(value, Mapping):
