@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _environment  # noqa: F401  (first: it names what is missing)
 from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
 
 STOP = StopRequest().install()  # in the first line: what follows takes time

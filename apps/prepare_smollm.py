@@ -7,6 +7,7 @@ texts of Python-Edu are not in its rows: they come from Software Heritage, file 
 
 from __future__ import annotations
 
+import _environment  # noqa: F401  (first: it names what is missing)
 from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line, until `run_preparation` handles them

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import _environment  # noqa: F401  (first: it names what is missing)
 from matilda_train.app import run_app
 from matilda_train.arguments import TeachingParser
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _environment  # noqa: F401  (first: it names what is missing)
 from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line: loading a model takes time

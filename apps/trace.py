@@ -7,6 +7,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
+import _environment  # noqa: F401  (first: it names what is missing)
 from matilda_train.app import run_app
 from matilda_train.arguments import TeachingParser
 

@@ -12,7 +12,7 @@ import matilda_data.cli
 from killable_runs import TrainServer
 
 ROOT = Path(__file__).resolve().parent.parent
-APPS = sorted(path.stem for path in (ROOT / "apps").glob("*.py"))
+APPS = sorted(path.stem for path in (ROOT / "apps").glob("[a-z]*.py"))
 COMMANDS = {"matilda-data": matilda_data.cli.main, "matilda-ckpt": matilda_ckpt.cli.main}
 
 

@@ -317,6 +317,7 @@ def run_program(request: dict[str, Any]) -> int:
     os.chdir(request["cwd"])
     arm(request)
     sys.argv = [request["program"], *request["arguments"]]
+    sys.path.insert(0, str(Path(request["program"]).parent))
     try:
         runpy.run_path(request["program"], run_name="__main__")
     except SystemExit as end:

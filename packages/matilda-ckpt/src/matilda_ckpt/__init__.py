@@ -11,6 +11,7 @@ from matilda_ckpt.errors import (
     DamagedError,
     LockedError,
     NoValidCheckpointError,
+    OtherFormatError,
     SaveError,
 )
 from matilda_ckpt.manifest import Manifest
@@ -29,6 +30,7 @@ __all__ = [
     "LockedError",
     "Manifest",
     "NoValidCheckpointError",
+    "OtherFormatError",
     "Restored",
     "RngState",
     "SaveError",

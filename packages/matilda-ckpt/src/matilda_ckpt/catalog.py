@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from matilda_ckpt.errors import CheckpointError, DamagedError
+from matilda_ckpt.errors import CheckpointError, DamagedError, OtherFormatError
 from matilda_ckpt.fs import Entry, Fs, read_small
 from matilda_ckpt.manifest import (
     COMMIT_NAME,
+    FORMAT,
     MANIFEST_NAME,
     MAX_COMMIT_BYTES,
     MAX_MANIFEST_BYTES,
@@ -26,6 +27,7 @@ from matilda_ckpt.parallel import each
 from matilda_ckpt.tensor_file import read_one_tensor, read_tensor_file
 
 _STEP_NAME = re.compile(r"step-(\d{8,18})(?:\.(\d{1,9}))?")
+_FORMAT = re.compile(rb'"format": ?"(matilda-ckpt/\d{1,6})"')
 QUARANTINE_NAME = "quarantine"
 
 
@@ -45,6 +47,8 @@ class CheckpointInfo:
     problem: str | None = None
     """Why it cannot be used, or None when it is intact as far as names and sizes show."""
     manifest_sha256: str = ""
+    other_format: bool = False
+    """It is not damaged, but another version of this package wrote it."""
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
@@ -77,7 +81,11 @@ class Catalog:
             except CheckpointError as error:
                 found.append(
                     CheckpointInfo(
-                        entry.name, f"{self.root}/{entry.name}", parsed[0], problem=str(error)
+                        entry.name,
+                        f"{self.root}/{entry.name}",
+                        parsed[0],
+                        problem=str(error),
+                        other_format=isinstance(error, OtherFormatError),
                     )
                 )
         found.sort(key=lambda info: info.name)
@@ -124,6 +132,12 @@ class Catalog:
         except OSError as error:
             raise damaged(file, f"cannot be read: {reason_of(error)}") from error
         except ValueError as error:
+            other = self._other_format(path)
+            if other is not None:
+                raise OtherFormatError(
+                    f"checkpoint `{path}` has format {other!r}, and this version reads {FORMAT!r}: "
+                    "use the matilda-ckpt that wrote it"
+                ) from None
             raise damaged(file, f"is unusable: {error}") from error
         parsed = parse_name(name)
         if parsed is not None and parsed[0] != manifest.step:
@@ -131,6 +145,20 @@ class Catalog:
         self._check_files(entries, manifest, damaged)
         self._opened[name] = (stamp, manifest, sha256)
         return manifest, sha256
+
+    def _other_format(self, path: str) -> str | None:
+        """The format that seal and manifest agree on, if it is not this one and the seal holds."""
+        try:
+            commit = read_small(self.fs, f"{path}/{COMMIT_NAME}", MAX_COMMIT_BYTES)
+            data = read_small(self.fs, f"{path}/{MANIFEST_NAME}", MAX_MANIFEST_BYTES)
+        except (OSError, ValueError):
+            return None
+        # One flipped bit does not say the same in both files and keep the hash.
+        found = {match[1] for match in map(_FORMAT.search, (commit, data)) if match}
+        sealed = hashlib.sha256(data).hexdigest().encode() in commit
+        if not sealed or len(found) != 1 or found == {FORMAT.encode()}:
+            return None
+        return found.pop().decode()
 
     def _check_files(
         self,

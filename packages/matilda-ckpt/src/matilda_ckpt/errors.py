@@ -18,6 +18,10 @@ class DamagedError(CheckpointError):
     """A checkpoint failed verification; the message names the file and what is wrong with it."""
 
 
+class OtherFormatError(CheckpointError):
+    """A checkpoint is of another version of the format, its seal intact; it stays where it is."""
+
+
 class LockedError(CheckpointError):
     """Another live process is writing to the same directory, or has taken it over."""
 

@@ -1,0 +1,71 @@
+"""A checkpoint that another version wrote is not damaged: it is named, and stays where it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from matilda_ckpt import Checkpointer, OtherFormatError, verify
+from matilda_ckpt.cli import main
+
+
+def rewrite(checkpoint: Path, *, manifest: str, commit: str) -> None:
+    """Give both files a format of their own, with a seal that fits."""
+    text = (checkpoint / "MANIFEST.json").read_text().replace('"matilda-ckpt/1"', f'"{manifest}"')
+    (checkpoint / "MANIFEST.json").write_text(text)
+    seal = json.loads((checkpoint / "COMMIT").read_text()) | {
+        "format": commit,
+        "manifest_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "manifest_size": len(text.encode()),
+    }
+    (checkpoint / "COMMIT").write_text(json.dumps(seal, separators=(",", ":")) + "\n")
+
+
+@pytest.fixture
+def two_saves(tmp_path: Path) -> Path:
+    with Checkpointer(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, {"count": {"steps": step}})
+    return tmp_path
+
+
+def entries(folder: Path) -> set[str]:
+    return {path.name for path in folder.rglob("*") if path.name != "LOCK"}
+
+
+def test_it_is_named_and_nothing_is_moved(
+    two_saves: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = two_saves / "step-00000002"
+    rewrite(newest, manifest="matilda-ckpt/9", commit="matilda-ckpt/9")
+    before = entries(two_saves)
+    said = "has format 'matilda-ckpt/9', and this version reads 'matilda-ckpt/1'"
+    with Checkpointer(two_saves) as checkpoints:
+        assert [info.other_format for info in checkpoints.list()] == [True, False]
+        with pytest.raises(OtherFormatError, match=said):
+            checkpoints.restore({"count": None})
+        with pytest.raises(OtherFormatError, match=said):
+            checkpoints.load_state()
+        older = checkpoints.restore({"count": None}, step=1)
+        assert older is not None
+        assert older.state == {"count": {"steps": 1}}
+    assert entries(two_saves) == before
+    assert said in str(verify(newest).problem)
+    assert main(["verify", str(two_saves)]) == 1
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("manifest", "commit"),
+    [("matilda-ckpt/9", "matilda-ckpt/1"), ("matilda-ckpt/1", "matilda-ckpt/9")],
+)
+def test_a_flipped_bit_is_damage_all_the_same(two_saves: Path, manifest: str, commit: str) -> None:
+    rewrite(two_saves / "step-00000002", manifest=manifest, commit=commit)
+    with Checkpointer(two_saves) as checkpoints:
+        restored = checkpoints.restore({"count": None})
+    assert restored is not None
+    assert restored.state == {"count": {"steps": 1}}
+    assert (two_saves / "quarantine").is_dir()
