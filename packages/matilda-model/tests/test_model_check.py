@@ -101,3 +101,25 @@ def test_a_wrong_kernel_chosen_by_auto_is_replaced_on_request(
     named = Transformer(ModelConfig(**{**HERO.__dict__, "attention": "flash"}))
     with pytest.raises(KernelMismatchError, match="'flash' is wrong"):
         self_check(named, *batch(), fall_back=True)
+
+
+def test_a_kernel_that_cannot_run_is_named_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: object) -> Tensor:
+        raise RuntimeError("no such architecture\nand a long trace")
+
+    monkeypatch.setattr(check_module, "causal_attention", broken)
+    with pytest.raises(KernelMismatchError, match=r"RuntimeError: no such architecture\); set"):
+        self_check(Transformer(HERO), *batch())
+    model = Transformer(HERO)
+    rows = self_check(model, *batch(), fall_back=True)
+    assert [row.raised for row in rows if not row.ok] == ["RuntimeError: no such architecture"]
+    assert model.config.attention == "math"
+
+
+def test_a_product_that_forgets_the_residual_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Transformer(HERO)
+    attn = type(model.blocks[0].attn)
+    right = attn.output
+    monkeypatch.setattr(attn, "output", lambda self, y, residual: right(self, y, None))
+    with pytest.raises(KernelMismatchError, match="`matmul` kernel 'auto' is wrong"):
+        self_check(model, *batch())

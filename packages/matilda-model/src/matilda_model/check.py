@@ -41,10 +41,17 @@ class KernelCheck:
     error: float
     """`|got - expected| / |expected|`; NaN when either is not finite."""
     tolerance: float
+    raised: str | None = None
+    """What the kernel raised instead of computing anything."""
 
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.raised is not None:
+            return f"{self.quantity} could not be computed ({self.raised})"
+        return f"{self.quantity} is off by {self.error:.2g}, allowed {self.tolerance:.2g}"
 
 
 def self_check(
@@ -61,9 +68,9 @@ def self_check(
     so that the check costs little beside a step. Leaves weights, gradients and torch's generators
     as they were. `tolerance` defaults to `TOLERANCE[compute_dtype]`.
 
-    A mismatch raises `KernelMismatchError` naming the kernel; with `fall_back=True` a kernel that
-    the config left to `"auto"` is replaced by the plain one instead (look at the rows that are not
-    `ok`). Call it before compiling.
+    A mismatch, or a kernel that raises, is a `KernelMismatchError` naming the kernel; with
+    `fall_back=True` a kernel that the config left to `"auto"` is replaced by the plain one instead
+    (look at the rows that are not `ok`). Call it before compiling.
     """
     limit = TOLERANCE[model.compute_dtype] if tolerance is None else tolerance
     ids, targets = input_ids_BT[:2], targets_BT[:2]
@@ -78,7 +85,7 @@ def self_check(
     checks = [
         *_check_norm(model, block, hidden_BTD, limit),
         *_check_attention(model, block, hidden_BTD, ids, limit),
-        *_check_mlp(model, block, hidden_BTD, limit),
+        *_check_matmul(model, block, hidden_BTD, limit),
         *_check_loss(model, hidden_BTD, targets, tolerance or _loss_limit(model)),
     ]
     bad = [check for check in checks if not check.ok]
@@ -88,8 +95,7 @@ def self_check(
         worst = next(check for check in bad if check.kernel == refused[0])
         raise KernelMismatchError(
             f"the `{worst.kernel}` kernel {getattr(model.config, worst.kernel)!r} is wrong here: "
-            f"{worst.quantity} is off by {worst.error:.2g}, allowed {worst.tolerance:.2g}; "
-            f"set `model.{worst.kernel}` to {_PLAIN[worst.kernel]!r}"
+            f"{worst}; set `model.{worst.kernel}` to {_PLAIN[worst.kernel]!r}"
         )
     if kernels:
         model.choose_backends(**{kernel: _PLAIN[kernel] for kernel in kernels})
@@ -132,8 +138,14 @@ def _compare(
 
     rounded = tuple(leaf.to(kind) for leaf, kind in zip(leaves, dtypes, strict=True))
     leaves = rounded  # both sides start from the same rounded inputs
-    results = run(got, dtypes)
     references = run(expected, (torch.float32,) * len(leaves))
+    try:
+        results = run(got, dtypes)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a foreign compiler raises, the kernel cannot be used
+        raised = f"{type(error).__name__}: {error}".splitlines()[0]
+        return [KernelCheck(kernel, "the value", math.nan, limit, raised)]
     labels = ("the value", *(f"the gradient of {name}" for name in names))
     return [
         KernelCheck(kernel, label, _error(a, b), limit)
@@ -195,19 +207,33 @@ def _check_attention(
     return _compare("attention", ("q", "k", "v"), run, reference, leaves, kinds, limit)
 
 
-def _check_mlp(
+def _check_matmul(
     model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
 ) -> list[KernelCheck]:
-    mlp = block.mlp
+    """The products that may add the residual stream: attention's output and the MLP."""
+    attn, mlp = block.attn, block.mlp
+    kind = model.compute_dtype
+    with torch.no_grad():
+        joined_BTX = torch.nn.functional.linear(hidden_BTD, attn.q.weight)
+
+    def output(y: Tensor, residual: Tensor) -> Tensor:
+        return residual + y @ attn.o.weight.T.to(y.dtype)
+
+    rows = _compare(
+        "matmul", ("y", "the residual"), attn.output, output, (joined_BTX, hidden_BTD),
+        (kind, kind), limit,
+    )  # fmt: skip
     if not isinstance(mlp, ReLU2):
-        return []
-    leaves = (hidden_BTD, mlp.up.weight, mlp.down.weight)
-    kinds = (model.compute_dtype,) * 3
+        return rows
 
-    def reference(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        return torch.relu(x @ up.T).square() @ down.T
+    def relu2(x: Tensor, up: Tensor, down: Tensor, residual: Tensor) -> Tensor:
+        return residual + torch.relu(x @ up.T).square() @ down.T
 
-    return _compare("matmul", ("x", "up", "down"), mlp.product, reference, leaves, kinds, limit)
+    leaves = (hidden_BTD, mlp.up.weight, mlp.down.weight, hidden_BTD.roll(1, 1))
+    names = ("x", "up", "down", "the residual")
+    return rows + _compare(
+        "matmul", names, mlp.product, relu2, leaves, (kind,) * len(leaves), limit
+    )
 
 
 def _check_loss(

@@ -103,8 +103,8 @@ class ModelConfig:
 
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
-    `"flex"`, `"math"` (all torch's), `"fa4"` (the `flash-attn-4` package). Layers with a window
-    and `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
+    `"flex"`, `"math"` (all torch's), `"fa4"` (FlashAttention-4, the `hopper` extra). Layers with a
+    window and `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
     """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"fused_fp8"`,
@@ -112,9 +112,9 @@ class ModelConfig:
 
     matmul: str = "auto"
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
-    bf16, Hopper or later), `"quack"` does so with the `quack-kernels` package (Hopper),
+    bf16, Hopper or later), `"quack"` does so with quack-kernels (Hopper, the `hopper` extra),
     `"quack_residual"` adds the residual stream in the output products of attention and MLP as well,
-    `"plain"` leaves it to torch, `"auto"` fuses by Triton where that runs."""
+    `"plain"` leaves it to torch, `"auto"` takes quack_residual, else fused, where they run."""
 
     norm: str = "auto"
     """QK-norm and RoPE: `"fused"` is one Triton pass over the joint q, k, v product (CUDA),

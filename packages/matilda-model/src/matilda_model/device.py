@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import torch
 
@@ -21,7 +22,31 @@ def has_hopper_triton() -> bool:
     )
 
 
+def has_flash4() -> bool:
+    """Whether FlashAttention-4 (the `hopper` extra) can run on the current CUDA device."""
+    return _is_hopper() and _can_import("flash_attn", "cute")
+
+
+def has_quack() -> bool:
+    """Whether quack-kernels (the `hopper` extra) can run on the current CUDA device."""
+    return _is_hopper() and _can_import("quack", "gemm_config")
+
+
+def _is_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def _can_import(package: str, module: str) -> bool:
+    # a parent is not imported here: other packages of these names exist, and are slow to import
+    found = importlib.util.find_spec(package)
+    folders = [] if found is None else found.submodule_search_locations or []
+    return any(
+        Path(folder, module).is_dir() or Path(folder, f"{module}.py").is_file()
+        for folder in folders
+    )
+
+
 # What `torch.compiler.assume_constant_result` does, without the seconds that importing the
 # compiler takes: a run that does not compile never needs it.
-for _function in (has_triton, has_hopper_triton):
+for _function in (has_triton, has_hopper_triton, has_flash4, has_quack):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

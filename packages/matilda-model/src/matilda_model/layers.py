@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from matilda_model.config import ModelConfig
-from matilda_model.device import has_hopper_triton
+from matilda_model.device import has_hopper_triton, has_quack
 
 
 class Linear(nn.Linear):
@@ -106,14 +106,15 @@ class ReLU2(nn.Module):
         self, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor, residual_BTD: Tensor | None = None
     ) -> Tensor:
         """The MLP with the given weights, plus the residual, by the chosen kernels."""
+        kind = self._kind(x_BTD)
         y_ND: Tensor
-        if not self._fuses(x_BTD):
+        if kind == "plain":
             y_BTD = F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
-        elif self.matmul in ("quack", "quack_residual"):
+        elif kind in ("quack", "quack_residual"):
             from matilda_model.quack_relu2 import QuackReLU2
 
             added_ND = None
-            if self.matmul == "quack_residual" and residual_BTD is not None:
+            if kind == "quack_residual" and residual_BTD is not None:
                 added_ND, residual_BTD = residual_BTD.flatten(0, 1), None
             y_ND = QuackReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF, added_ND)
             y_BTD = y_ND.view(x_BTD.shape)
@@ -124,9 +125,12 @@ class ReLU2(nn.Module):
             y_BTD = y_ND.view(x_BTD.shape)
         return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
-    def _fuses(self, x_BTD: Tensor) -> bool:
+    def _kind(self, x_BTD: Tensor) -> str:
+        """The back end for this input; `"auto"` by what was measured fastest (docs/LOG.md)."""
         if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:
-            return False
-        return self.matmul != "auto" or (
-            x_BTD.dtype == torch.bfloat16 and bool(has_hopper_triton())
-        )
+            return "plain"
+        if self.matmul != "auto":
+            return self.matmul
+        if x_BTD.dtype == torch.bfloat16 and has_quack():
+            return "quack_residual"
+        return "fused" if x_BTD.dtype == torch.bfloat16 and has_hopper_triton() else "plain"
