@@ -237,7 +237,7 @@ def held_out_tokens(data_dir: Path, config: Any) -> int:
     from matilda_train.data_source import open_streams
 
     windows = min(EVALUATED, open_streams(config, data_dir)[1].n_windows)
-    whole = windows // 64 * 64 or 1 << (windows.bit_length() - 1)
+    whole = windows // 32 * 32 or 1 << (windows.bit_length() - 1)
     return int(whole * config.seq_len)
 
 
