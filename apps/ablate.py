@@ -104,11 +104,9 @@ def main() -> int:
     print(as_json if args.json else described(result))
     if args.write:
         write = ablation.write_grid if args.grid else ablation.write_document
-        name, command = (
-            args.name or args.out.name,
-            "uv run apps/ablate.py " + shlex.join(sys.argv[1:]),
-        )
-        write(result, args.write, name=name, command=command)
+        given = [word for word in sys.argv[1:] if word != "--report"]  # what made the runs
+        command = "uv run apps/ablate.py " + shlex.join(given)
+        write(result, args.write, name=args.name or args.out.name, command=command)
         print(f"Written: {args.write}", file=sys.stderr)
     return code
 

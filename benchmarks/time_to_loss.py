@@ -130,7 +130,8 @@ def child(args: argparse.Namespace) -> int:
     found = collect_provenance(torch.device("cuda" if cuda() else "cpu"))
     kept = ("git_sha", "device", "cuda", "python")
     result["environment"] = {key: found[key] for key in kept} | {"torch": torch.__version__}
-    given = ["--systems" if word == "--child" else word for word in sys.argv[1:]]
+    folders = {str(p): p.name for p in (args.data_dir, args.out, args.peer_dir) if p is not None}
+    given = ["--systems" if word == "--child" else folders.get(word, word) for word in sys.argv[1:]]
     result["command"] = "python benchmarks/time_to_loss.py " + shlex.join(given)
     path = result_path(args.out, args.child)
     path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
