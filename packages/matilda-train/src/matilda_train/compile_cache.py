@@ -33,7 +33,7 @@ class CompileCache:
         parts = (torch.__version__, platform.python_version(), device.type, kind)
         name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         self.path = Path(folder) / f"{name}.bin"
-        self._enabled = enabled
+        self.enabled = enabled
         self._writes = writes
         self._saved = b""
 
@@ -42,7 +42,7 @@ class CompileCache:
 
         Before the first call of a compiled function. A damaged file is passed over.
         """
-        if not (self._enabled and self.path.is_file()):
+        if not (self.enabled and self.path.is_file()):
             return False
         content = self.path.read_bytes()
         digest, artifacts = content[:32], content[32:]
@@ -51,12 +51,22 @@ class CompileCache:
         self._saved = digest
         return torch.compiler.load_cache_artifacts(artifacts) is not None
 
+    def account(self) -> dict[str, int]:
+        """Graphs that this process took from a cache, `reused`, and those that it `compiled`."""
+        from torch._dynamo.utils import counters
+
+        inductor = counters["inductor"]
+        return {
+            "reused": inductor["fxgraph_cache_hit"],
+            "compiled": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+        }
+
     def save(self) -> bool:
         """Write what has been compiled or loaded since the process began, if that is new.
 
         A disk that takes no more costs the next process its head start, never this one its life.
         """
-        if not (self._enabled and self._writes):
+        if not (self.enabled and self._writes):
             return False
         made = torch.compiler.save_cache_artifacts()
         if made is None:

@@ -399,6 +399,8 @@ def train(
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
             state.step += 1
             meter.end_step(batch_size * config.seq_len, seq_len)
+            if state.step == first_step + 1 and compile_cache.enabled:
+                events.write("compiled", step=state.step, graphs=compile_cache.account())
             if state.step == first_step + 1 and config.ckpt.background:
                 whole = gather_state(everything) if sharded else everything
                 if ranks.is_main:
