@@ -178,6 +178,20 @@ def test_app_says_one_sentence_and_exits_2(
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
+def test_run_of_another_version(server: TrainServer, world: Path, corpus: Path, twin: Path) -> None:
+    shutil.copytree(twin, world / "run")
+    file = world / "run" / "run.json"
+    description = json.loads(file.read_text())
+    description["config"]["optim"]["newest_trick"] = 3
+    file.write_text(json.dumps(description))
+    said = refused(server, [world], world / "tiny.json", run_dir=world / "run", data_dir=corpus)
+    expected = "is of another version of matilda-train: Unknown config key `optim.newest_trick`"
+    assert expected in said
+    done = server.run_program(ROOT / "apps/generate.py", ["--run", str(world / "run")], world)
+    assert done.returncode == 2
+    assert expected in done.stderr
+
+
 def test_second_process_in_one_run_directory_is_refused(
     server: TrainServer, world: Path, corpus: Path, twin: Path
 ) -> None:

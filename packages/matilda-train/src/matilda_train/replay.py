@@ -20,7 +20,6 @@ from typing import Any
 
 from matilda_ckpt import Checkpointer, CheckpointInfo
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.loop import train
 from matilda_train.metrics_log import EventLog, read_rows
@@ -90,7 +89,7 @@ def replay_step(
     before it is left.
     """
     run_dir = Path(run_dir)
-    config = config_from_dict(RunDir.read(run_dir)["config"])
+    config = RunDir.config(run_dir)
     if not 1 <= step <= config.train.total_steps:
         raise ValueError(
             f"Step {step} is not part of this run; give one from 1 to {config.train.total_steps}."

@@ -26,7 +26,12 @@ from pathlib import Path
 from typing import Any
 
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_differences, config_identity, config_to_dict
+from matilda_train.config_load import (
+    config_differences,
+    config_from_dict,
+    config_identity,
+    config_to_dict,
+)
 
 __all__ = ["RunDir", "check_run_dir", "write_durably"]
 
@@ -104,6 +109,11 @@ class RunDir:
         finally:
             os.close(lock)
 
+    @staticmethod
+    def config(path: str | Path) -> RunConfig:
+        """The config of the run in `path`; `ValueError` as `read`, or of another version."""
+        return _known_config(path, RunDir.read(path)["config"])
+
     def write_sample(self, step: int, text: str) -> Path:
         """Store a text sample of the model at `step`."""
         folder = self.path / "samples"
@@ -127,6 +137,7 @@ def check_run_dir(path: Path, config: RunConfig, *, data_id: str | None) -> dict
     """
     if (path / "run.json").is_file():
         description = RunDir.read(path)
+        _known_config(path, description["config"])
         recipe, _ = config_differences(description["config"], config)
         if recipe:
             changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
@@ -147,6 +158,16 @@ def check_run_dir(path: Path, config: RunConfig, *, data_id: str | None) -> dict
             "`--run-dir`."
         )
     return None
+
+
+def _known_config(path: str | Path, raw: Mapping[str, Any]) -> RunConfig:
+    try:
+        return config_from_dict(raw)
+    except ValueError as error:
+        raise ValueError(
+            f"{str(Path(path) / 'run.json')!r} is of another version of matilda-train: "
+            f"{str(error).partition('. ')[0]}; use the code that its `git_sha` names."
+        ) from None
 
 
 def _foreign_entries(path: Path) -> list[str]:

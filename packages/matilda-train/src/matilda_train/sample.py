@@ -11,7 +11,6 @@ from matilda_ckpt import Checkpointer
 from matilda_data import Tokenizer, load_tokenizer
 from matilda_model import Transformer, generate
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict
 from matilda_train.hardware import choose_device, choose_dtype
 from matilda_train.run_dir import RunDir
 
@@ -79,7 +78,7 @@ def load_run_model(
 
     Raises `ValueError` when the directory holds no run, `CheckpointError` when no such checkpoint.
     """
-    config = config_from_dict(RunDir.read(run_dir)["config"])
+    config = RunDir.config(run_dir)
     where = choose_device(device)
     checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
     state: Any = checkpoints.load_state(step, names=["model"])

@@ -10,7 +10,6 @@ from typing import Any
 from matilda_data import BinStream, batch_sha256, documents_of
 from matilda_train.batches import chain_hash
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict
 from matilda_train.data_source import TokenStream, open_streams
 from matilda_train.metrics_log import read_rows
 from matilda_train.rollback import Rollback, read_rollbacks
@@ -41,7 +40,7 @@ def trace_step(run_dir: str | Path, step: int, *, data_dir: str | Path | None = 
     Raises `ValueError` for a directory that holds no run, a step outside it, or another data set.
     """
     run_dir = Path(run_dir)
-    config = config_from_dict(RunDir.read(run_dir)["config"])
+    config = RunDir.config(run_dir)
     if not 1 <= step <= config.train.total_steps:
         raise ValueError(
             f"Step {step} is not part of this run; give one from 1 to {config.train.total_steps}."

@@ -26,7 +26,6 @@ from urllib.parse import urlsplit
 from matilda_ckpt import Checkpointer, NoValidCheckpointError
 from matilda_data import Tokenizer, load_tokenizer
 from matilda_model import Transformer, count_params
-from matilda_train.config_load import config_from_dict
 from matilda_train.hardware import choose_device, choose_dtype, device_name
 from matilda_train.metrics_log import read_rows
 from matilda_train.run_dir import RunDir
@@ -61,7 +60,7 @@ def open_server(
     addresses. Raises `ValueError` when the directory holds no run, `CheckpointError` when no such
     checkpoint, `OSError` when the port is taken.
     """
-    config = config_from_dict(RunDir.read(run_dir)["config"])
+    config = RunDir.config(run_dir)
     where = choose_device(device)
     checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
     restored = checkpoints.restore({"model": None}, step=step)
