@@ -17,10 +17,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = sorted(path.name for path in (ROOT / "packages").iterdir())
 
 # Modules whose distribution has another name.
-DISTRIBUTION = {"liger_kernel": "liger-kernel", "pynvml": "nvidia-ml-py"}
-# What comes with torch, and what an optional back end is made of: the model names it when it lacks.
-UNDECLARED = {"triton": "torch", "flash_attn": "flash-attn-4", "quack": "quack-kernels"}
-UNDECLARED |= {"cutlass": "quack-kernels"}
+DISTRIBUTION = {
+    "cutlass": "quack-kernels",
+    "flash_attn": "flash-attn-4",
+    "liger_kernel": "liger-kernel",
+    "pynvml": "nvidia-ml-py",
+    "quack": "quack-kernels",
+    "triton": "torch",
+}
 # Takes a second or more to import, or is an extra.
 HEAVY = {"torch", "datasets", "pyarrow", "ray", "wandb", "plotly", "transformers", "s3fs", "rich"}
 
@@ -66,8 +70,6 @@ def test_nothing_is_imported_that_is_not_declared(package: str) -> None:
                 continue
             needs = DISTRIBUTION.get(name, name.replace("_", "-"))
             if needs in always or (lazy and needs in extras):
-                continue
-            if UNDECLARED.get(name) in always or (lazy and name in UNDECLARED):
                 continue
             wrong.append(f"{file.relative_to(ROOT)} imports {name}" + ("" if lazy else " at once"))
     assert wrong == []
