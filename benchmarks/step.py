@@ -27,10 +27,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from step_peers import peer_step
+from step_table import show
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -55,35 +59,26 @@ class Case:
     peer: str | None = None
 
 
+# "hero" and its kin are left to `auto`; every other case names one back end instead.
 CASES = [
     Case("hero", "base_152m_v2", 64),
+    Case("hero loss=fused_fp8", "base_152m_v2", 64, {"loss": "fused_fp8"}),
     Case("hero adamw", "base_152m_v2", 64, optimizer="adamw"),
-    Case("hero attention=fa4", "base_152m_v2", 64, {"attention": "fa4"}),
+    Case("hero attention=cudnn", "base_152m_v2", 64, {"attention": "cudnn"}),
+    Case("hero matmul=quack", "base_152m_v2", 64, {"matmul": "quack"}),
+    Case("hero matmul=fused", "base_152m_v2", 64, {"matmul": "fused"}),
+    Case("hero cudnn fused", "base_152m_v2", 64, {"attention": "cudnn", "matmul": "fused"}),
     Case("hero attention=flash", "base_152m_v2", 32, {"attention": "flash"}),
+    Case("hero attention=flex", "base_152m_v2", 32, {"attention": "flex"}),
     Case("hero loss=plain", "base_152m_v2", 16, {"loss": "plain"}),
     Case("hero loss=chunked", "base_152m_v2", 32, {"loss": "chunked"}),
     Case("hero loss=liger", "base_152m_v2", 32, {"loss": "liger"}),
     Case("hero matmul=plain", "base_152m_v2", 32, {"matmul": "plain"}),
-    Case("hero matmul=quack", "base_152m_v2", 64, {"matmul": "quack"}),
-    Case("hero matmul=quack_residual", "base_152m_v2", 64, {"matmul": "quack_residual"}),
-    Case("hero fa4 quack", "base_152m_v2", 64, {"attention": "fa4", "matmul": "quack"}),
-    Case(
-        "hero fa4 quack_residual",
-        "base_152m_v2",
-        64,
-        {"attention": "fa4", "matmul": "quack_residual"},
-    ),
-    Case(
-        "hero fa4 quack_residual fp8 head",
-        "base_152m_v2",
-        64,
-        {"attention": "fa4", "matmul": "quack_residual", "loss": "fused_fp8"},
-    ),
     Case("hero norm=plain", "base_152m_v2", 32, {"norm": "plain"}),
     Case("v1", "base_124m", 64, optimizer="adamw"),
     Case("350m", "base_350m", 16),
-    Case("nanoGPT", "base_152m_v2", 16, optimizer="its own", peer="nanoGPT"),
-    Case("nanochat", "base_152m_v2", 16, optimizer="its own", peer="nanochat"),
+    Case("nanoGPT", "base_152m_v2", 32, optimizer="its own", peer="nanoGPT"),
+    Case("nanochat", "base_152m_v2", 32, optimizer="its own", peer="nanochat"),
     Case("transformers Qwen3", "base_152m_v2", 16, optimizer="adamw", peer="transformers"),
 ]
 
@@ -102,10 +97,17 @@ def main() -> int:
     parser.add_argument("--blocks", action="store_true", help="compile each block by itself")
     parser.add_argument("--jobs", type=int, default=8, help="cases that compile at once")
     parser.add_argument("--limit", type=float, default=1e9, help="stop starting cases after s")
+    parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table there")
+    parser.add_argument("--table", type=Path, help="print this --json FILE again, run nothing")
     parser.add_argument("--profile", action="store_true", help="add each case's kernel times")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--parent", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    args.typed = json.loads(args.parent) if args.parent else sys.argv[1:]
+    if args.table:
+        show(json.loads(args.table.read_text()), args.write)
+        return 0
     patterns = args.cases.split(",")
     cases = [c for c in CASES if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
     if args.batch:
@@ -129,9 +131,9 @@ def main() -> int:
         args.jobs = 1
         again = _run([case for case in cases if case.name in crowded], args)
         rows = [row for row in rows if row["name"] not in crowded] + again
-    _print(rows)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1) + "\n")
+    show(rows, args.write)
     return 0 if all("error" not in row for row in rows) else 1
 
 
@@ -204,6 +206,7 @@ def _spawn(case: Case, args: argparse.Namespace, work: Path) -> subprocess.Popen
     command += ["--tokens-per-step", str(args.tokens_per_step)]
     command += ["--quick"] * args.quick + ["--profile"] * args.profile
     command += ["--blocks"] * args.blocks
+    command += ["--parent", json.dumps(args.typed)]
     if args.peer_dir is not None:
         command += ["--peer-dir", str(args.peer_dir.resolve())]
     return subprocess.Popen(
@@ -235,8 +238,12 @@ def _child(case: Case, args: argparse.Namespace) -> int:
     seq_len = shape.max_seq_len
     accumulate = max(1, args.tokens_per_step // (batch * seq_len))
     with device:
-        make = _matilda if case.peer is None else _peer
-        step = make(case, shape, args, accumulate)
+        if case.peer is None:
+            step = _matilda(case, shape, args, accumulate)
+        else:
+            folder = args.peer_dir or Path()
+            adamw = partial(_optimizer, kind="adamw", cuda=True)
+            step = peer_step(case.peer, shape, folder, accumulate, adamw)
     ids = torch.randint(0, min(50257, shape.vocab_size), (batch, seq_len + 1), device=device)
     inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
     first = _first_step(lambda: step(inputs, targets))
@@ -263,10 +270,13 @@ def _child(case: Case, args: argparse.Namespace) -> int:
     rate = accumulate * batch * seq_len / median
     row = {
         "device": name,
+        "command": " ".join(("python benchmarks/step.py", *args.typed)),
+        "installed": _installed(),
         "torch": torch.__version__,
         "batch": batch,
         "seq_len": seq_len,
         "micro_batches": accumulate,
+        "steps": len(times),
         "tokens_per_s": rate,
         "mfu_palm": peak and rate * flops_per_token(shape, seq_len, causal=False) / peak,
         "mfu_causal": peak and rate * flops_per_token(shape, seq_len, causal=True) / peak,
@@ -394,120 +404,17 @@ def _optimizer(model: Any, kind: str, cuda: bool) -> Any:
     return torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=cuda)
 
 
-def _peer(
-    case: Case, shape: Any, args: argparse.Namespace, accumulate: int
-) -> Callable[[Any, Any], Any]:
-    import torch
+def _installed() -> dict[str, str]:
+    """Versions of what the choices depend on; a missing one is not named."""
+    from importlib import metadata
 
-    loss: Callable[[Any, Any], Any]
-    if case.peer == "nanoGPT":
-        with _import_path(args.peer_dir / "nanoGPT"):
-            import model as nanogpt  # type: ignore[import-not-found]
-        gpt = nanogpt.GPT(
-            nanogpt.GPTConfig(
-                block_size=shape.max_seq_len, vocab_size=shape.vocab_size, n_layer=shape.n_layers,
-                n_head=shape.n_heads, n_embd=shape.d_model, dropout=0.0, bias=False,
-            )
-        )  # fmt: skip
-        optimizer = gpt.configure_optimizers(0.1, 6e-4, (0.9, 0.95), _device_type())
-        compiled = _compile(gpt)
-
-        def loss(x: Any, y: Any) -> Any:
-            with torch.autocast(_device_type(), torch.bfloat16):
-                return compiled(x, y)[1]
-
-    elif case.peer == "nanochat":
-        with _import_path(args.peer_dir / "nanochat"):
-            from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
-        with torch.device("meta"):
-            gpt = GPT(
-                GPTConfig(
-                    sequence_len=shape.max_seq_len, vocab_size=shape.vocab_size,
-                    n_layer=shape.n_layers, n_head=shape.n_heads, n_kv_head=shape.n_kv_heads,
-                    n_embd=shape.d_model, window_pattern="L",
-                )
-            )  # fmt: skip
-        gpt.to_empty(device=_device_type())
-        gpt.init_weights()
-        optimizer = gpt.setup_optimizer()
-        loss = _compile(gpt)
-    else:
-        from transformers import Qwen3Config, Qwen3ForCausalLM  # type: ignore[import-not-found]
-
-        gpt = Qwen3ForCausalLM(
-            Qwen3Config(
-                vocab_size=shape.vocab_size, hidden_size=shape.d_model, intermediate_size=2048,
-                num_hidden_layers=shape.n_layers, num_attention_heads=shape.n_heads,
-                num_key_value_heads=shape.n_kv_heads, head_dim=shape.resolved_head_dim,
-                max_position_embeddings=shape.max_seq_len, tie_word_embeddings=True,
-                use_cache=False, attn_implementation="sdpa",
-            )
-        ).float()  # fmt: skip
-        optimizer = _optimizer(gpt, "adamw", True)
-
-        def qwen_loss(x: Any, y: Any) -> Any:
-            with torch.autocast(_device_type(), torch.bfloat16):
-                logits = gpt(input_ids=x).logits
-                return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), y.flatten())
-
-        loss = _compile(qwen_loss)
-
-    def step(inputs: Any, targets: Any) -> Any:
-        for _ in range(accumulate):
-            value = loss(inputs, targets) / accumulate
-            value.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return value.detach() * accumulate
-
-    return step
-
-
-def _compile(model: Any) -> Any:
-    import torch
-
-    return torch.compile(model, dynamic=False) if torch.cuda.is_available() else model
-
-
-def _device_type() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-@contextlib.contextmanager
-def _import_path(folder: Path) -> Iterator[None]:
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
-def _shown_batch(row: dict[str, Any]) -> str:
-    return f"{row['micro_batches']}x{row['batch']}x{row['seq_len']}"
-
-
-def _print(rows: list[dict[str, Any]]) -> None:
-    if rows and rows[0].get("device"):
-        print(f"{rows[0]['device']}, torch {rows[0]['torch']}")
-    print(
-        f"{'case':24} {'optim':8} {'batch':>12} {'tokens/s':>10} {'mfu palm':>9} {'causal':>7} "
-        f"{'ms':>8} {'GiB':>6} {'first step s':>12}"
-    )
-    for row in rows:
-        if "error" in row:
-            print(f"{row['name']:24} {row['error']}")
-            continue
-        palm, causal = (
-            f"{100 * row[key]:.1f} %" if row[key] else "–" for key in ("mfu_palm", "mfu_causal")
-        )
-        memory = f"{row['peak_gib']:.1f}" if row["peak_gib"] else "–"
-        print(
-            f"{row['name']:24} {row['optimizer']:8} {_shown_batch(row):>12} "
-            f"{row['tokens_per_s']:>10,.0f} {palm:>9} {causal:>7} {row['step_ms']:>8.1f} "
-            f"{memory:>6} {row['to_first_step_s']:>12.1f}"
-        )
+    found = {}
+    for name in (
+        "torch", "triton", "flash-attn-4", "quack-kernels", "liger-kernel", "transformers"
+    ):  # fmt: skip
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found
 
 
 if __name__ == "__main__":
