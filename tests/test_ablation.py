@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from killable_runs import TrainServer
 from matilda_train.metrics_log import read_rows
@@ -104,6 +105,25 @@ def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
     assert halved.returncode == 0, halved.stderr
     assert [row["name"] for row in json.loads(halved.stdout)["rows"]] == ["lr=0.03", "lr=0.02"]
     assert len(list((tmp_path / "rates" / "round-1" / "runs").iterdir())) == 3
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_one_worker_compiles_every_row_on_a_gpu_and_measures_it(
+    tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "apps/ablate.py"), "--gpus", "1", "--seeds", "1"]
+    command += ["--config", str(tiny_config), "--data-dir", str(corpus), "--out", "study", "--json"]
+    command += ["--set", *SHORT, "train.device=cuda", "train.compile=true", "model.max_seq_len=128"]
+    command += ["model.d_model=128", "train.micro_batch_size=2"]
+    command += ["--variants", "no_qk_norm,mha,adamw,swiglu,softcap_off,untied,residual_scalars"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["rows"]
+    assert all(row["runs"][0]["tokens_per_second"] for row in rows)
+    assert all(row["runs"][0]["peak_memory_gib"] for row in rows)
+    log = (tmp_path / "study" / "logs" / "worker-0.log").read_text()
+    assert "recompile_limit" not in log
 
 
 @pytest.mark.slow

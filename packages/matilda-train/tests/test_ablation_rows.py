@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from matilda_train.ablation import VARIANTS, Study, grid_rows, places, resolve_rows
+from matilda_train.ablation import (
+    VARIANTS,
+    Progress,
+    Study,
+    StudyTerminal,
+    grid_rows,
+    places,
+    resolve_rows,
+)
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_from_dict, load_config
 from matilda_train.report.section import replace_section
@@ -157,3 +165,22 @@ def test_depths_of_a_model_too_small_for_them_are_refused() -> None:
         resolve_rows(config, ["depth_18"])
     with pytest.raises(ValueError, match="leave head_dim_128 out"):
         resolve_rows(config, ["head_dim_128"])
+
+
+def test_away_from_a_terminal_progress_is_a_line_now_and_then(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    progress = Progress(["baseline", "mha"], 2, workers=1)
+    with StudyTerminal(interval=0.0) as display:
+        display.show(progress)
+        progress.done[("baseline", 0)] = "3.1415"
+        progress.seconds.append(120.0)
+        progress.running[("mha", 0)] = 0.5
+        display.show(progress)
+    with StudyTerminal(interval=60.0) as display:
+        display.show(progress)
+        display.show(progress)
+        display.note("mha, seed 0: diverged")
+    said = capsys.readouterr().err.splitlines()
+    line = "1 of 4 runs ended; mha seed 0 50 %; about 5.0 min left"
+    assert said == ["0 of 4 runs ended", line, line, "mha, seed 0: diverged"]
