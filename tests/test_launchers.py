@@ -110,20 +110,25 @@ def wait_for_notes(cluster: dict[str, str], *names: str) -> None:
         time.sleep(0.02)
 
 
+def checker(name: str) -> str:
+    """A checking program of the environment that runs the tests, or of PATH."""
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if found is None:
+        pytest.skip(f"no {name} on PATH")
+    return found
+
+
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_bash_and_shellcheck_find_nothing(name: str) -> None:
     subprocess.run(["bash", "-n", str(LAUNCHERS / name)], check=True)
-    if shutil.which("shellcheck") is None:
-        pytest.skip("no shellcheck on PATH")
-    done = subprocess.run(["shellcheck", str(LAUNCHERS / name)], capture_output=True, text=True)
+    command = [checker("shellcheck"), str(LAUNCHERS / name)]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 
 def test_hadolint_finds_nothing_in_the_dockerfile() -> None:
-    if shutil.which("hadolint") is None:
-        pytest.skip("no hadolint on PATH")
-    file = str(LAUNCHERS / "Dockerfile")
-    done = subprocess.run(["hadolint", file], capture_output=True, text=True)
+    command = [checker("hadolint"), str(LAUNCHERS / "Dockerfile")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import pytest
 
 from matilda_data import prepare_text
 from matilda_data.cli import main
+from matilda_data.terminal import CountLine
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -60,3 +62,19 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     names: dict[str, object] = {}
     for block in blocks:
         exec(block, names)
+
+
+def test_a_long_count_is_rewritten_on_a_terminal_and_gone_at_the_end() -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal, pipe = Terminal(), io.StringIO()
+    for stream in (terminal, pipe):
+        with CountLine("verified", stream) as count:
+            count(1, 3)
+            count._next = 0.0  # as if seconds had passed
+            count(2, 3)
+            count(3, 3)
+    assert terminal.getvalue() == "\r\x1b[Kverified 2 of 3\r\x1b[K"
+    assert pipe.getvalue() == "verified 2 of 3\n"

@@ -153,7 +153,11 @@ def _ls(options: argparse.Namespace) -> tuple[int, object, str]:
 
 def _verify(options: argparse.Namespace) -> tuple[int, object, str]:
     found = _selection(options.path)
-    reports = [(info, verify(info.path, deep=not options.shallow)) for info in found]
+    reports = []
+    for done, info in enumerate(found, start=1):
+        if sys.stderr.isatty() and not options.json:
+            _progress(f"{info.name} ({done} of {len(found)})")
+        reports.append((info, verify(info.path, deep=not options.shallow)))
     rows = [
         (info.name, "ok" if report.ok else "DAMAGED", _size(info.bytes), report.problem or "")
         for info, report in reports

@@ -20,6 +20,7 @@ from matilda_data.manifest import SPLITS, read_manifest
 from matilda_data.overlap import measure_overlap
 from matilda_data.provenance import documents_of
 from matilda_data.stream import BinStream, batch_sha256
+from matilda_data.terminal import CountLine
 from matilda_data.verify import verify
 
 __all__ = ["main"]
@@ -103,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _verify(options: argparse.Namespace) -> None:
-    report = verify(options.data_dir, deep=options.deep)
+    with CountLine("verified") as count:
+        report = verify(options.data_dir, deep=options.deep, on_shard=count)
     if options.json:
         print(json.dumps(asdict(report), indent=2))
         return

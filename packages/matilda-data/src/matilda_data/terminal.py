@@ -8,7 +8,7 @@ from typing import TextIO
 
 from matilda_data.progress import Progress
 
-__all__ = ["ProgressLine"]
+__all__ = ["CountLine", "ProgressLine"]
 
 SECONDS_BETWEEN = 0.2
 
@@ -45,6 +45,39 @@ class ProgressLine:
             self._stream.write(f"\r\x1b[K{text}" + ("\n" if row.stage == "done" else ""))
         else:
             self._stream.write(text + "\n")
+        self._stream.flush()
+
+
+class CountLine:
+    """`verified 3 of 75`, on one line of standard error, for work of over two seconds.
+
+    The line is rewritten on a terminal, and gone at the end; elsewhere it is one every 30 seconds.
+    """
+
+    def __init__(self, what: str, stream: TextIO | None = None) -> None:
+        self._what = what
+        self._stream = stream if stream is not None else sys.stderr
+        self._terminal = self._stream.isatty()
+        self._next = time.monotonic() + (2.0 if self._terminal else 30.0)
+        self._shown = False
+
+    def __enter__(self) -> CountLine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._shown and self._terminal:
+            self._stream.write("\r\x1b[K")
+            self._stream.flush()
+
+    def __call__(self, done: int, total: int) -> None:
+        """Say how many are done, unless it was said just now."""
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + (SECONDS_BETWEEN if self._terminal else 30.0)
+        self._shown = True
+        text = f"{self._what} {done:,} of {total:,}"
+        self._stream.write(f"\r\x1b[K{text}" if self._terminal else text + "\n")
         self._stream.flush()
 
 

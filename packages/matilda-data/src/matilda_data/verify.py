@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,10 +32,16 @@ class VerifyReport:
     seconds: float
 
 
-def verify(data_dir: str | os.PathLike[str], deep: bool = False) -> VerifyReport:
+def verify(
+    data_dir: str | os.PathLike[str],
+    deep: bool = False,
+    *,
+    on_shard: Callable[[int, int], None] = lambda done, total: None,
+) -> VerifyReport:
     """Check the data set in `data_dir`: manifest, headers, lengths; all contents if `deep`.
 
     A deep check trusts no stamp, and leaves stamps behind so that opening need not hash again.
+    `on_shard` hears after each shard how many of how many are done.
 
     Raises:
         DataError: something is not what the manifest says; names the first such file.
@@ -43,10 +50,11 @@ def verify(data_dir: str | os.PathLike[str], deep: bool = False) -> VerifyReport
     directory = Path(data_dir)
     manifest = read_manifest(directory)
     hashed = 0
-    for entry in manifest.shards:
+    for done, entry in enumerate(manifest.shards, start=1):
         check_entry(directory, entry)
         if deep:
             hashed += _verify_contents(directory, entry, manifest)
+        on_shard(done, len(manifest.shards))
     return VerifyReport(
         data_id=manifest.data_id,
         shards=len(manifest.shards),
