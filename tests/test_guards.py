@@ -88,14 +88,18 @@ def test_ranks_skip_alike_when_one_of_them_meets_a_nan(
 
 
 @pytest.mark.parametrize("step", [6, 12])
-def test_state_that_is_not_finite_is_never_gone_on_with(
+def test_state_that_is_not_finite_is_never_saved_nor_gone_on_with(
     step: int, server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
     server.log.write_text("")
     code = server.run(tiny_config, run_dir, corpus, inf_in_weights_at_step=step)
     assert code == 3, server.log.read_text()
-    assert "finish" not in [row["event"] for row in read_rows(run_dir / "events.jsonl")]
+    assert "NaN or infinity and was not saved" in server.log.read_text()
+    events = read_rows(run_dir / "events.jsonl")
+    assert events[-1]["event"] == "diverged"
+    assert all(row["step"] < step for row in events if row["event"] == "save")
+    assert max(path.name for path in (run_dir / "checkpoints").glob("step-*")) < f"step-{step:08}"
     assert server.run(tiny_config, run_dir, corpus) == 0
     assert state_sha256(run_dir) == state_sha256(twin)
     assert untimed_rows(run_dir) == untimed_rows(twin)

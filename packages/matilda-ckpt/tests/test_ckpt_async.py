@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from matilda_ckpt import Checkpointer, LockedError, RngState, SaveError
+from matilda_ckpt import Checkpointer, LockedError, NotFiniteError, RngState, SaveError
 from matilda_ckpt.fs import OsFs, WriteFile
 
 
@@ -114,6 +114,22 @@ def test_memory_that_was_reserved_is_what_the_saves_take(tmp_path: Path, defer: 
         handle.result()
         assert all(a is b for a, b in zip(blocks, checkpoints._pool._blocks[False], strict=True))
     assert torch.equal(checkpoints.load_state(2)["moments"][0], torch.ones(3, 5_000_000))
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_state_that_is_not_finite_is_refused_where_that_is_asked(
+    tmp_path: Path, wait: bool
+) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    weight = torch.ones(100)
+    checkpoints.save(1, {"w": weight}, nonfinite="refuse", wait=wait).result()
+    weight[77] = float("inf")
+    with pytest.raises(NotFiniteError, match=r"step 2 holds NaN or infinity and was not saved"):
+        checkpoints.save(2, {"w": weight}, nonfinite="refuse", wait=wait).result()
+    assert [info.step for info in checkpoints.list()] == [1]
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["step-00000001"]
+    checkpoints.save(2, {"w": weight}, wait=wait).result()
+    assert [(info.step, info.healthy) for info in checkpoints.list()] == [(2, False), (1, True)]
 
 
 @pytest.mark.parametrize("how", ["save", "poll", "finish", "close", "result", "restore"])

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from matilda_ckpt.background import Background, SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
@@ -108,6 +108,7 @@ class Checkpointer:
         metrics: Mapping[str, float] | None = None,
         provenance: Mapping[str, JSON] | None = None,
         healthy: bool = True,
+        nonfinite: Literal["mark", "refuse"] = "mark",
         wait: bool = True,
         defer_copy: bool = False,
     ) -> SaveHandle:
@@ -119,8 +120,9 @@ class Checkpointer:
                 tensors, arrays and scalars.
             metrics: numbers that describe the checkpoint (used by `Keep.best`).
             provenance: JSON values to seal into the manifest (config hash, data id, …).
-            healthy: False marks a state that `restore` must not pick by itself; a state with a
-                NaN or infinite element is never healthy.
+            healthy: False marks a state that `restore` must not pick by itself.
+            nonfinite: what becomes of a state with a NaN or infinite element: "mark" saves it as
+                evidence, never healthy; "refuse" saves nothing and is a NotFiniteError.
             wait: True returns when the checkpoint is durable and retention is done. False
                 returns as soon as the state has been copied; the rest happens in threads, one
                 save at a time, and an error is raised by the next `save`, `poll`, `finish` or
@@ -129,7 +131,7 @@ class Checkpointer:
                 `wait_copied()` before you change any of them. CUDA tensors, arrays, tensors
                 under 4 KiB or not contiguous, and what is no tensor are still taken at once.
 
-        Raises SaveError when it could not be made durable (older checkpoints are untouched),
+        Raises SaveError when it was not made durable (older checkpoints are untouched),
         LockedError when another process writes here, ValueError for a state that cannot be
         stored.
         """
@@ -150,6 +152,7 @@ class Checkpointer:
             healthy=healthy,
             alive=self._background.alive,
             shard_bytes=self._shard_bytes,
+            finite_only=nonfinite == "refuse",
         )
         handle = SaveHandle(step)
         if wait:

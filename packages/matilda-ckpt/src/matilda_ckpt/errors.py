@@ -14,6 +14,10 @@ class SaveError(CheckpointError):
     """A save did not become durable; earlier checkpoints are untouched."""
 
 
+class NotFiniteError(SaveError):
+    """A state with a NaN or infinite element was not saved, as `nonfinite="refuse"` asks."""
+
+
 class DamagedError(CheckpointError):
     """A checkpoint failed verification; the message names the file and what is wrong with it."""
 

@@ -26,6 +26,7 @@ def save_request(
     healthy: bool,
     alive: Callable[[], None],
     shard_bytes: int,
+    finite_only: bool,
 ) -> SaveRequest:
     """Arguments as in `Checkpointer.save`; ValueError for what cannot be stored."""
     _check(step, state)
@@ -45,7 +46,17 @@ def save_request(
     def finite() -> bool:
         return watch is None or watch.finite
 
-    return SaveRequest(step, parts, healthy, finite, numbers, dict(provenance), alive, shard_bytes)
+    return SaveRequest(
+        step,
+        parts,
+        healthy,
+        finite,
+        numbers,
+        dict(provenance),
+        alive,
+        shard_bytes,
+        finite_only=finite_only,
+    )
 
 
 def _check(step: int, state: Mapping[str, object]) -> None:

@@ -28,7 +28,7 @@ from matilda_ckpt.catalog import (
     parse_name,
     reason_of,
 )
-from matilda_ckpt.errors import CheckpointError, DamagedError, SaveError
+from matilda_ckpt.errors import CheckpointError, DamagedError, NotFiniteError, SaveError
 from matilda_ckpt.fs import Entry, Fs, WriteFile, remove_tree
 from matilda_ckpt.manifest import (
     COMMIT_NAME,
@@ -88,6 +88,17 @@ class SaveRequest:
     """Tensors of one name go into files of about this size."""
     intact: Callable[[], None] = lambda: None
     """Called after the data is written; raises when it is not what was to be saved."""
+    finite_only: bool = False
+    """Publish nothing that is not finite."""
+
+    def check(self) -> None:
+        """After the data is written: raises when it must not be published."""
+        self.intact()
+        if self.finite_only and not self.finite():
+            raise NotFiniteError(
+                f"the state of step {self.step} holds NaN or infinity and was not saved; earlier "
+                "checkpoints are untouched"
+            )
 
 
 class Store(Catalog):
@@ -136,7 +147,7 @@ class Store(Catalog):
             draft = self.begin(request.step)
             with self.discarding(draft):
                 files, state = self._write_all(draft.temp, request)
-                request.intact()
+                request.check()
                 return self.finish(draft, request, files, state)
 
     @contextmanager

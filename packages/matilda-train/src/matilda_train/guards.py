@@ -8,13 +8,17 @@ they were. The host learns of it later, from an asynchronous copy.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from matilda_ckpt import NotFiniteError
+from matilda_train.errors import TrainingDivergedError
 
 __all__ = ["StepGuard", "Verdict", "clip_gradients", "gradient_norms"]
 
@@ -187,6 +191,19 @@ class StepGuard:
         self.pending = False
         for name, value in self.state_dict().items():
             value.copy_(state[name])
+
+
+@contextmanager
+def diverged_if_not_finite(note: Callable[[], None]) -> Iterator[None]:
+    """Ends the run as diverged, after `note()`, when its state was too broken to be saved."""
+    try:
+        yield
+    except NotFiniteError as error:
+        note()
+        sentence = str(error)
+        raise TrainingDivergedError(
+            f"{sentence[0].upper()}{sentence[1:]}; the same command goes on from the newest"
+        ) from error
 
 
 def gradient_norms(parameters: Sequence[nn.Parameter]) -> Tensor:

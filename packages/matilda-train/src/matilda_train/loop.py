@@ -36,7 +36,7 @@ from matilda_train.evals.in_training import IntervalTasks, describe_scores
 from matilda_train.evaluation import evaluate
 from matilda_train.gpu_health import GpuHealth
 from matilda_train.group_rms import GroupRms
-from matilda_train.guards import StepGuard, clip_gradients
+from matilda_train.guards import StepGuard, clip_gradients, diverged_if_not_finite
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.loop_state import LoopState, TrainResult
 from matilda_train.meter import Meter, describe_row
@@ -122,6 +122,9 @@ def train(
 
         run_dir = Path(run_dir)
         events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)
+        cleanup.enter_context(
+            diverged_if_not_finite(lambda: events.write("diverged", step=state.step))
+        )
         if ranks.is_main:
             opened = RunDir.open(
                 run_dir,
@@ -343,6 +346,7 @@ def train(
                         whole,
                         metrics=metrics.newest_evaluation,
                         provenance={k: run[k] for k in ("run_id", "config_sha256", "data_id")},
+                        nonfinite="refuse",
                         wait=wait,
                         defer_copy=not wait,
                     )
@@ -356,13 +360,6 @@ def train(
                 events.write("preempted", step=state.step, seconds=phase.seconds())
                 return TrainResult("preempted", run_dir, state.step)
             if at_end:
-                newest = max(checkpoints.list(), key=lambda saved: saved.sequence)
-                if ranks.any(not newest.healthy):
-                    events.write("diverged", step=state.step)
-                    raise TrainingDivergedError(
-                        f"Weights or optimizer state are not finite after the last step "
-                        f"({newest.name} shows them); the same command goes on from before that"
-                    )
                 break
 
             phase.enter_step()
