@@ -192,4 +192,5 @@ def test_tokens_saved_beyond_the_curves_are_a_bound_and_without_curves_none() ->
     assert saved.bound
     assert saved.fraction == pytest.approx(1 - 10 / 160)
     assert steps_saved([(0, 6.0)], [(0, 6.0)]) is None
-    assert steps_saved(curve(1.0, (10,)), curve(1.0, (20,))) is None
+    assert steps_saved(curve(1.0, (10,)), curve(2.0, (10,))) is None
+    assert steps_saved(curve(1.0, (10, 20)), curve(1.0, (20, 40))) is None

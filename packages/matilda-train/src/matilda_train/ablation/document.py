@@ -101,7 +101,7 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
 
 
 def describe_provenance(provenance: dict[str, list[Any]]) -> str:
-    """Commit, hardware, versions and data in one sentence's end."""
+    """Commit, hardware, versions, data and date in one sentence's end."""
     known = {
         name: ", ".join(str(value) for value in values if value is not None) or "unknown"
         for name, values in provenance.items()
@@ -110,7 +110,8 @@ def describe_provenance(provenance: dict[str, list[Any]]) -> str:
     cuda = f", CUDA {known['cuda']}" if known.get("cuda") != "unknown" else ""
     return (
         f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
-        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}"
+        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}, "
+        f"on {known['dates']} (UTC)"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,8 @@ class StudyResult:
     """Standard deviation of the baseline's final loss over its seeds; None with one seed."""
     noises: list[Noise]
     provenance: dict[str, list[Any]]
-    """Every value found over the runs: `git_sha`, `device`, `torch`, `python`, `data_id`."""
+    """Every value found over the runs: `git_sha`, `device`, `torch`, `python`, `data_id`, and the
+    `dates` on which they were trained."""
     missing: list[tuple[str, int]]
     """Runs, as (row, seed), that have not ended."""
 
@@ -255,4 +257,6 @@ def _provenance(study: Study) -> dict[str, list[Any]]:
             found.setdefault(name, set()).add(run.get(name))
         found.setdefault("torch", set()).add(packages.get("torch"))
         found.setdefault("uncommitted", set()).add(bool(run.get("git_diff_sha256")))
+    times = [row["time"] for row in read_rows(study.ledger)]
+    found["dates"] = {datetime.fromtimestamp(time, UTC).date().isoformat() for time in times}
     return {name: sorted(values, key=str) for name, values in sorted(found.items())}

@@ -209,8 +209,8 @@ class StepsSaved:
 
 
 def steps_saved(baseline: Curve, row: Curve) -> StepsSaved | None:
-    """Compare two curves of a stable phase, the means over the same seeds; None without a common
-    evaluation past step 0.
+    """Compare two curves of a stable phase, the means over the same seeds; None without two common
+    evaluations past step 0.
 
     At the last common evaluation, a better row has met the baseline's loss earlier, at step t on
     its own curve: 1 - t / last are saved. A worse one stands where the baseline stood at t: it
@@ -218,7 +218,7 @@ def steps_saved(baseline: Curve, row: Curve) -> StepsSaved | None:
     logarithm of the step, which is how evaluations are interpolated.
     """
     common = sorted({step for step, _ in baseline if step > 0} & {step for step, _ in row})
-    if not common:
+    if len(common) < 2:
         return None
     last = common[-1]
     ours, theirs = dict(row), dict(baseline)
@@ -233,7 +233,7 @@ def _first_meeting(curve: Curve, target: float) -> tuple[float, bool]:
     """The step at which a curve that ends at or below `target` first meets it."""
     first, loss = curve[0]
     if loss <= target:
-        return float(first), len(curve) > 1 or loss < target
+        return float(first), True
     for (left, high), (right, low) in itertools.pairwise(curve):
         if low <= target < high:
             share = (high - target) / (high - low)
