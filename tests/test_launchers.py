@@ -18,7 +18,7 @@ from matilda_train.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ROOT / "launchers"
-SCRIPTS = ["train.sh", "slurm.sbatch", "vast.sh"]
+SCRIPTS = ["train.sh", "keep.sh", "slurm.sbatch", "vast.sh"]
 
 # Stands for Python: notes how it was called, then waits for a signal or ends as it is told to.
 INTERPRETER = """#!{python}
@@ -287,12 +287,45 @@ def test_vast_asks_their_client_and_sends_this_checkout(tmp_path: Path) -> None:
     )
 
 
+WORK = """
+import os, signal, sys, time
+def end(number, frame):
+    open(sys.argv[1] + "/last", "w").write(signal.Signals(number).name)
+    sys.exit(75)
+signal.signal(signal.SIGTERM, end)
+os.makedirs(sys.argv[1] + "/checkpoints/.tmp-step-2", exist_ok=True)
+open(sys.argv[1] + "/checkpoints/.tmp-step-2/half", "w").write("x")
+open(sys.argv[1] + "/log", "a").write("life ")
+time.sleep(60)
+"""
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync on PATH")
+def test_a_kept_folder_is_sent_while_it_grows_and_fetched_on_the_next_machine(
+    tmp_path: Path,
+) -> None:
+    kept = tmp_path / "bucket" / "run"
+    for life in (1, 2):
+        folder = tmp_path / f"machine-{life}"
+        work = [sys.executable, "-c", WORK, str(folder)]
+        command = ["bash", str(LAUNCHERS / "keep.sh"), str(folder), str(kept), *work]
+        keeper = subprocess.Popen(command, env=os.environ | {"SECONDS_BETWEEN": "0"})
+        deadline = time.monotonic() + 60
+        while not (kept / "log").exists() or (kept / "log").read_text() != "life " * life:
+            assert time.monotonic() < deadline, "nothing was sent"
+            time.sleep(0.02)
+        keeper.send_signal(signal.SIGTERM)
+        assert keeper.wait(timeout=60) == 75
+        assert (kept / "last").read_text() == "SIGTERM"
+        assert not list(kept.rglob(".tmp-*"))
+
+
 def test_the_sky_task_has_a_command_that_train_sh_takes() -> None:
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     task = yaml.safe_load((LAUNCHERS / "skypilot.yaml").read_text())
     assert task["resources"]["use_spot"] is True
     assert set(task["resources"]["job_recovery"]["recover_on_exit_codes"]) == {5, 75}
     assert (ROOT / task["envs"]["CONFIG"]).is_file()
-    assert "exec launchers/train.sh --config" in task["run"]
+    assert "launchers/train.sh --config" in task["run"]
     for text in (task["setup"], task["run"]):
         subprocess.run(["bash", "-n"], input=text, text=True, check=True)

@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# launchers/keep.sh FOLDER KEPT COMMAND…
+#
+# Run a command that works in FOLDER, on this machine's disk, while KEPT, such as a mounted bucket,
+# has a copy: fetched first where FOLDER is empty, sent every SECONDS_BETWEEN (60) and once more at the end,
+# whose exit code is the command's. TERM, INT and USR1 are passed on.
+#
+# A run cannot work in a mounted bucket itself: its checkpoints are renamed as whole folders, which
+# such mounts do not do faithfully. What was sent by halves is noticed when it is read, and the
+# checkpoint before it is taken.
+set -euo pipefail
+
+folder=${1:?FOLDER} kept=${2:?KEPT}
+shift 2
+: "${1:?COMMAND}"
+mkdir -p "$folder" "$kept"
+if [ -z "$(ls -A "$folder")" ]; then
+    rsync -rt "$kept/" "$folder/"
+fi
+
+send() { # older files go last, so that KEPT never has fewer checkpoints than before
+    rsync -rt --inplace --delete-after --exclude run.lock --exclude LOCK --exclude '.tmp-*' \
+        "$folder/" "$kept/" || echo "keep.sh: not all was sent; again in a while" >&2
+}
+
+child=
+# shellcheck disable=SC2329 # the trap calls it
+pass_on() { if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi; }
+trap pass_on TERM INT USR1
+"$@" &
+child=$!
+next=$((SECONDS + ${SECONDS_BETWEEN:-60}))
+while kill -0 "$child" 2>/dev/null; do
+    sleep 1 &
+    wait -n "$child" $! || true # also returns when a signal arrives
+    if [ "$SECONDS" -ge "$next" ]; then
+        send
+        next=$((SECONDS + ${SECONDS_BETWEEN:-60}))
+    fi
+done
+code=0
+wait "$child" || code=$?
+send
+exit "$code"
