@@ -18,7 +18,7 @@ if [ -z "$(ls -A "$folder")" ]; then
     rsync -rt "$kept/" "$folder/"
 fi
 
-send() { # older files go last, so that KEPT never has fewer checkpoints than before
+send() { # deletes last, so that KEPT never has fewer checkpoints than before
     rsync -rt --inplace --delete-after --exclude run.lock --exclude LOCK --exclude '.tmp-*' \
         "$folder/" "$kept/" || echo "keep.sh: not all was sent; again in a while" >&2
 }
