@@ -78,6 +78,15 @@ def test_every_reason_against_is_named(tiny_config: Path, corpus: Path, tmp_path
     }
 
 
+def test_unasked_it_takes_no_steps_once_the_answer_is_no(tiny_config: Path, tmp_path: Path) -> None:
+    report = run_preflight(
+        load_config(tiny_config), run_dir=tmp_path / "new", data_dir=tmp_path, thorough=False
+    )
+    found = {finding.subject: finding.verdict for finding in report.findings}
+    assert found["data"] == "no"
+    assert "memory" not in found
+
+
 def test_too_small_a_disk_is_found(tiny_config: Path, corpus: Path, tmp_path: Path) -> None:
     found = verdicts(tiny_config, corpus, tmp_path / "new", "ckpt.keep_last=100000000")
     assert found["disk"] == "no"

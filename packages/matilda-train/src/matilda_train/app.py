@@ -78,6 +78,7 @@ def look_before(
         dollars_per_hour=args.dollars_per_hour,
         deep=args.deep,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        thorough=args.preflight,
         note=lambda text: print(text, file=sys.stderr) if _is_main() else None,
     )
     if _is_main():

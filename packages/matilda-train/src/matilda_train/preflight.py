@@ -91,12 +91,14 @@ def run_preflight(
     dollars_per_hour: float | None = None,
     deep: bool = False,
     world_size: int = 1,
+    thorough: bool = True,
     note: Callable[[str], None] = lambda text: None,
 ) -> PreflightReport:
     """Look at everything that a run of `config` in `run_dir` needs; every reason is reported.
 
-    `deep` hashes every byte of the data. `dollars_per_hour` is the price of the whole machine.
-    `note` hears of each trial of a micro-batch. Raises `ValueError` for a device that is not there.
+    Unless `thorough`, what data or directory forbid is not tried in real steps, which may take
+    minutes. `deep` hashes every byte of the data. `dollars_per_hour` is the price of the whole
+    machine. `note` hears of each trial of a micro-batch. Raises `ValueError` for a device that is not there.
     """
     report = PreflightReport()
     device = Ranks(local_rank=int(os.environ.get("LOCAL_RANK", "0"))).own_device(
@@ -107,7 +109,9 @@ def run_preflight(
     _look_at_device(report, device)
     data_id = _look_at_data(report, config, data, deep=deep)
     step = _look_at_run_dir(report, config, run_dir, data_id)
-    trial = _look_at_memory(report, config, device, world_size, note)
+    trial = None
+    if thorough or report.ok:
+        trial = _look_at_memory(report, config, device, world_size, note)
     _look_at_disk(report, config, run_dir, step)
     if trial is not None:
         _look_at_time(report, config, trial, step, world_size, dollars_per_hour, device)
