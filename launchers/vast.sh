@@ -48,7 +48,8 @@ train)
     git archive HEAD | remote "$id" "mkdir -p $place && tar -x -C $place"
     remote "$id" "cd $place && apt-get update -q && apt-get install -q -y python3-pip gcc libc6-dev &&
         python3 -m pip install --quiet uv && python3 -m uv sync --all-packages --locked --no-dev --extra hub --extra nvml"
-    printf '#!/usr/bin/env bash\nlaunchers/train.sh %s\necho "exit code $?"\n' "${*@Q}" |
+    printf '#!/usr/bin/env bash\nexport MATILDA_COMMIT=%s\nlaunchers/train.sh %s\necho "exit code $?"\n' \
+        "$(git rev-parse HEAD)" "${*@Q}" |
         remote "$id" "cat >$place/train.command && chmod +x $place/train.command"
     remote "$id" "$start"
     echo "Training. Follow it: launchers/vast.sh log $id"
