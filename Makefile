@@ -1,7 +1,7 @@
 .DEFAULT_GOAL := help
 .PHONY: help install format lint types test test-fast test-slow test-slow-ckpt test-slow-data verify-resume isolation \
 	api check-resolutions docs-check \
-	check ci quickstart bench bench-powercut bench-scaling
+	check ci quickstart bench bench-powercut bench-scaling eval-parity
 
 help: ## Print what every target does
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-17s %s\n", $$1, $$2}'
@@ -49,6 +49,12 @@ verify-resume: ## 500 kills of a small run, compared bit for bit with its twin
 
 bench: ## Every benchmark in its quick form
 	for program in ckpt data muon step time_to_loss; do uv run benchmarks/$$program.py --quick || exit 1; done
+
+eval-parity: ## Our likelihoods beside lm-evaluation-harness' own, on every item (TASK_DIR=data/evals)
+	uv run --extra eval --with accelerate pytest -n 0 \
+		packages/matilda-train/tests/test_evals_harness.py
+	uv run --extra eval --with accelerate benchmarks/eval_parity.py \
+		--task-dir $(or $(TASK_DIR),data/evals) --write docs/RESULTS.md
 
 bench-powercut: ## Crash images of a simulated power cut, beside peers (needs root, FUSE and loop)
 	uv run benchmarks/ckpt_powercut.py --quick

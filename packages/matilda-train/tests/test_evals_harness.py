@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("lm_eval", reason="needs the eval extra")
 pytest.importorskip("transformers", reason="needs the eval extra")
+pytest.importorskip("accelerate", reason="the harness' own model needs accelerate")
 
 from matilda_data import load_tokenizer, transformers_files
 from matilda_model import ModelConfig, Transformer, export_transformers
