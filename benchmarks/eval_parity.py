@@ -155,12 +155,12 @@ def random_model(vocab_size: int) -> Transformer:
     torch.manual_seed(0)
     config = ModelConfig(
         vocab_size=-(-vocab_size // 64) * 64,
-        d_model=32,
+        d_model=16,
         n_layers=2,
         n_heads=2,
         n_kv_heads=1,
-        max_seq_len=1024,
-        embed_init_std=0.1,
+        max_seq_len=1280,
+        embed_init_std=0.25,
     )
     return Transformer(config).eval()
 

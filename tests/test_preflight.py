@@ -87,6 +87,20 @@ def test_unasked_it_takes_no_steps_once_the_answer_is_no(tiny_config: Path, tmp_
     assert "memory" not in found
 
 
+def test_tasks_are_read_before_the_run_needs_them(
+    tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    item = {"context": "the", "choices": ["heart", "tree"], "label": 0}
+    (tmp_path / "quiz_val.jsonl").write_text(json.dumps(item) + "\n")
+    for name, ok in (("quiz", True), ("quizz", False)):
+        chosen = [f'eval.tasks=["{name}"]', f"eval.task_dir={tmp_path}"]
+        config = load_config(tiny_config, chosen)
+        report = run_preflight(config, run_dir=tmp_path / "run", data_dir=corpus)
+        (found,) = (finding for finding in report.findings if finding.subject == "tasks")
+        assert (found.verdict == "yes") == ok == report.ok
+        assert "quiz" in found.said
+
+
 def test_too_small_a_disk_is_found(tiny_config: Path, corpus: Path, tmp_path: Path) -> None:
     found = verdicts(tiny_config, corpus, tmp_path / "new", "ckpt.keep_last=100000000")
     assert found["disk"] == "no"

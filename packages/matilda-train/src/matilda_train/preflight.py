@@ -26,6 +26,7 @@ from matilda_train.build import check_kernels
 from matilda_train.config import RunConfig
 from matilda_train.data_source import open_streams
 from matilda_train.distributed import Ranks
+from matilda_train.evals.task_files import read_tasks
 from matilda_train.hardware import choose_device, device_name, peak_flops, set_numerics
 from matilda_train.micro_batch import CPU_MICRO_BATCH, describe_trial, sizes_that_divide
 from matilda_train.provenance import package_version
@@ -109,6 +110,7 @@ def run_preflight(
     run_dir, data = Path(run_dir), Path(data_dir or config.data.dir or "data")
     _look_at_device(report, device)
     data_id = _look_at_data(report, config, data, deep=deep)
+    _look_at_tasks(report, config)
     step = _look_at_run_dir(report, config, run_dir, data_id)
     trial = None
     if thorough or report.ok:
@@ -189,6 +191,18 @@ def _look_at_data(
         + ("" if max(epochs.values()) <= 4 else ": past 4 epochs little is learned"),
     )
     return stream.data_id
+
+
+def _look_at_tasks(report: PreflightReport, config: RunConfig) -> None:
+    if not config.eval.tasks:
+        return
+    try:
+        found = read_tasks(config.eval.task_dir or "", config.eval.tasks)
+    except ValueError as error:
+        report.add("tasks", "no", str(error))
+        return
+    items = sum(len(task.items) for task in found)
+    report.add("tasks", "yes", f"{', '.join(config.eval.tasks)}: {items:,} items")
 
 
 def _look_at_run_dir(
