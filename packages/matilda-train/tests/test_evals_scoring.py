@@ -162,6 +162,36 @@ def test_scoring_leaves_random_generators_and_training_alone() -> None:
         trained.eval()
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_in_bfloat16_scores_as_a_cpu_does_but_for_rounding() -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=50304,
+        d_model=256,
+        n_layers=4,
+        n_heads=4,
+        n_kv_heads=2,
+        max_seq_len=256,
+        mlp="relu2",
+        logit_softcap=30.0,
+        embed_init_std=0.05,
+    )
+    tested, draw = Transformer(config).eval(), random.Random(0)
+    pairs = [
+        Pair(
+            [draw.randrange(50257) for _ in range(draw.randint(1, 300))],
+            [draw.randrange(50257) for _ in range(draw.randint(1, 40))],
+        )
+        for _ in range(200)
+    ]
+    expected = score_pairs(ScoredTransformer(tested), pairs)
+    tested.compute_dtype = torch.bfloat16
+    found = score_pairs(ScoredTransformer(tested.cuda()), pairs)
+    np.testing.assert_allclose(found.loglikelihood, expected.loglikelihood, rtol=2e-3)
+    assert (found.greedy == expected.greedy).mean() > 0.98
+
+
 @settings(max_examples=50, deadline=None)
 @given(n=st.integers(0, 100), longest=st.integers(2, 30))
 def test_rolling_windows_score_every_token_once_with_all_the_context_that_fits(

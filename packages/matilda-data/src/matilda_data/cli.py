@@ -168,7 +168,7 @@ def _overlap(options: argparse.Namespace) -> None:
         if now - told < SECONDS_BETWEEN and share < 1:
             return
         told = now
-        left = f", {(now - began) * (1 - share) / share:.0f} s left" if 0 < share < 1 else ""
+        left = f", {(now - began) * (1 - share) / share:.0f} s left" if 0.01 < share < 1 else ""
         print(f"{100 * share:.0f} %, {documents:,} documents{left}", file=sys.stderr, flush=True)
 
     found = measure_overlap(
