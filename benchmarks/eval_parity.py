@@ -1,4 +1,4 @@
-"""Our likelihoods beside lm-evaluation-harness' own `hf` model: equal scores, and the time taken.
+"""Our likelihoods beside lm-evaluation-harness' own `hf` model: equal scores.
 
     uv run --extra eval --with accelerate benchmarks/eval_parity.py --task-dir data/evals
     uv run --extra eval --with accelerate benchmarks/eval_parity.py --task-dir data/evals \\
@@ -203,7 +203,6 @@ def describe(results: dict[str, Any]) -> str:
                 f"| {task} | {scores['ours']['items']:,.0f} | {name} | {cells[0]} | {cells[1]} |"
             )
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items())
-    seconds = ", ".join(f"{name} {value:.0f} s" for name, value in results["seconds"].items())
     model = "A model of random weights" if results["run"] is None else "A run"
     tokens = "are the same" if results["gpt2_pairs_equal"] else "DIFFER"
     return "\n".join(
@@ -220,7 +219,7 @@ def describe(results: dict[str, Any]) -> str:
             *rows,
             "",
             f"`{results['command']}`; {results['hardware']}, {results['threads']} threads, "
-            f"{versions}; {seconds}.",
+            f"{versions}.",
         ]
     )
 
