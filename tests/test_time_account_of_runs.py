@@ -44,5 +44,6 @@ def test_account_of_a_killed_run_adds_up_and_equals_what_its_rows_said(
     then = account_time(events[: resumes[-1] + 1], rows[: rows.index(last) + 1])
     assert then.fraction == pytest.approx(last["goodput"], rel=1e-2)
     named = {name for row in rows for name in row}
-    on_cpu = {name for name in MACHINE_FIELDS if not name.startswith(("gpu_", "peak_memory"))}
+    of_gpus = ("gpu_", "peak_memory", "throttling")
+    on_cpu = {name for name in MACHINE_FIELDS if not name.startswith(of_gpus)}
     assert on_cpu <= named
