@@ -30,9 +30,10 @@ if TYPE_CHECKING:
     from matilda_train.preflight import PreflightReport, estimate_seconds, run_preflight
     from matilda_train.report import write_report
     from matilda_train.run_dir import RunDir
-    from matilda_train.sample import complete_text, load_run_model
+    from matilda_train.sample import complete_text
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
     from matilda_train.time_account import Goodput, goodput
+    from matilda_train.trained_model import load_run_model
 
 __all__ = [
     "EXIT_PREEMPTED",
@@ -90,9 +91,10 @@ _HOME = {
     "preflight": ("PreflightReport", "estimate_seconds", "run_preflight"),
     "report": ("write_report",),
     "run_dir": ("RunDir",),
-    "sample": ("complete_text", "load_run_model"),
+    "sample": ("complete_text",),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),
     "time_account": ("Goodput", "goodput"),
+    "trained_model": ("load_run_model",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

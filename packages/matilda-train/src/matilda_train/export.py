@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 
-from matilda_ckpt import Checkpointer
-from matilda_data import load_tokenizer, transformers_files
-from matilda_model import Transformer, count_params, export_transformers
+from matilda_data import transformers_files
+from matilda_model import count_params, export_transformers
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict
-from matilda_train.run_dir import RunDir
+from matilda_train.trained_model import load_trained
 
 __all__ = ["CHECK_TEXT", "export_run"]
 
@@ -46,25 +44,18 @@ def export_run(
     Raises `ValueError` for what the user can mend and when anything disagrees; `CheckpointError`
     when there is no such checkpoint.
     """
-    description = RunDir.read(run_dir)
-    config = config_from_dict(description["config"])
-    checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
-    restored = checkpoints.restore({"model": None}, step=step)
-    if restored is None:
-        raise ValueError(f"The run {str(run_dir)!r} holds no checkpoint yet; train it first.")
-    state: Any = restored.state
-    model = Transformer(config.model)
-    model.load_state_dict(state["model"])
-    tokenizer = load_tokenizer(config.data.tokenizer)
+    trained = load_trained(run_dir, step=step, device="cpu")
+    config, model, tokenizer = trained.config, trained.model, trained.tokenizer
+    model.compute_dtype = torch.float32
     ids = torch.from_numpy(tokenizer.encode(text).astype("int64"))[: config.model.max_seq_len]
     if len(ids) < 2:
         raise ValueError("The text that the export is checked on has no two tokens; give a longer.")
     return export_transformers(
-        model.eval(),
+        model,
         folder,
         ids[None],
         eos_token_id=tokenizer.eot_id,
-        card=model_card(config, description, restored.step),
+        card=model_card(config, trained.run, trained.step),
         tokenizer_files=transformers_files(tokenizer, max_length=config.model.max_seq_len),
         check_text=text,
     )

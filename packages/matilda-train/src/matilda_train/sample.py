@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
-
 import torch
 
-from matilda_ckpt import Checkpointer
 from matilda_data import Tokenizer, load_tokenizer
 from matilda_model import Transformer, generate
 from matilda_train.config import RunConfig
-from matilda_train.hardware import choose_device, choose_dtype
-from matilda_train.run_dir import RunDir
 
-__all__ = ["complete_text", "load_run_model", "sample_text"]
+__all__ = ["complete_text", "sample_text"]
 
 
 def sample_text(model: Transformer, config: RunConfig) -> str:
@@ -69,20 +63,3 @@ def complete_text(
         generator=torch.Generator(device=model.embed.weight.device).manual_seed(seed),
     )
     return prompt + tokenizer.decode(new_ids)
-
-
-def load_run_model(
-    run_dir: str | Path, *, step: int | None = None, device: str = "auto"
-) -> tuple[Transformer, Tokenizer]:
-    """Model and tokenizer of a run's newest healthy checkpoint, or of the one at `step`.
-
-    Raises `ValueError` when the directory holds no run, `CheckpointError` when no such checkpoint.
-    """
-    config = RunDir.config(run_dir)
-    where = choose_device(device)
-    checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
-    state: Any = checkpoints.load_state(step, names=["model"])
-    model = Transformer(config.model)
-    model.load_state_dict(state["model"])
-    model.compute_dtype = choose_dtype(config.train.dtype, where)
-    return model.to(where).eval(), load_tokenizer(config.data.tokenizer)

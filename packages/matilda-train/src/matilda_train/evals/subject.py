@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matilda_ckpt import Checkpointer
 from matilda_data import load_tokenizer
 from matilda_model import Transformer, count_params, load_pretrained
 from matilda_train.config_load import config_from_dict
@@ -14,6 +13,7 @@ from matilda_train.evals.encoding import DatasetCoder, TextCoder
 from matilda_train.evals.scoring import ScoredModel, ScoredTransformer
 from matilda_train.hardware import choose_device, choose_dtype
 from matilda_train.run_dir import RunDir
+from matilda_train.trained_model import load_trained
 
 __all__ = ["Subject", "open_checkpoint", "open_folder", "open_run"]
 
@@ -37,17 +37,8 @@ def open_run(run_dir: Path, *, step: int | None = None, device: str = "auto") ->
     Raises `ValueError` when there is no run or no checkpoint yet, `CheckpointError` when none is
     valid.
     """
-    config = config_from_dict(RunDir.read(run_dir)["config"])
-    where = choose_device(device)
-    checkpoints = Checkpointer(run_dir / "checkpoints", read_only=True)
-    restored = checkpoints.restore({"model": None}, step=step)
-    if restored is None:
-        raise ValueError(f"The run {str(run_dir)!r} holds no checkpoint yet; train it first.")
-    state: Any = restored.state
-    model = Transformer(config.model)
-    model.load_state_dict(state["model"])
-    model.compute_dtype = choose_dtype(config.train.dtype, where)
-    return _subject(run_dir, restored.step, model.to(where).eval())
+    trained = load_trained(run_dir, step=step, device=device)
+    return _subject(run_dir, trained.step, trained.model)
 
 
 def open_checkpoint(folder: Path, *, device: str = "auto") -> Subject:

@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from matilda_ckpt import Checkpointer, NoValidCheckpointError
-from matilda_data import Tokenizer, load_tokenizer
+from matilda_data import Tokenizer
 from matilda_model import Transformer, count_params
-from matilda_train.hardware import choose_device, choose_dtype, device_name
+from matilda_train.hardware import device_name
 from matilda_train.metrics_log import read_rows
-from matilda_train.run_dir import RunDir
 from matilda_train.serve.completion import CompletionRequest, complete
 from matilda_train.serve.turnstile import BusyError, Turnstile
+from matilda_train.trained_model import load_trained
 
 __all__ = ["CompletionServer", "open_server"]
 
@@ -57,35 +56,26 @@ def open_server(
     """A server of a run's newest healthy checkpoint, or of the one at `step`, not serving yet.
 
     Port 0 takes a free one. `names` are host names by which it may be asked besides `localhost` and
-    addresses. Raises `ValueError` when the directory holds no run, `CheckpointError` when no such
-    checkpoint, `OSError` when the port is taken.
+    addresses. Raises `ValueError` when the directory holds no run or no checkpoint yet,
+    `CheckpointError` when none is valid, `OSError` when the port is taken.
     """
-    config = RunDir.config(run_dir)
-    where = choose_device(device)
-    checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
-    restored = checkpoints.restore({"model": None}, step=step)
-    if restored is None:
-        raise NoValidCheckpointError(f"The run {str(run_dir)!r} holds no checkpoint yet.")
-    state: Any = restored.state
-    model = Transformer(config.model)
-    model.load_state_dict(state["model"])
-    model.compute_dtype = choose_dtype(config.train.dtype, where)
-    rows = [r for r in read_rows(Path(run_dir) / "metrics.jsonl") if r["step"] <= restored.step]
+    trained = load_trained(run_dir, step=step, device=device)
+    config, model = trained.config, trained.model
+    rows = [r for r in read_rows(Path(run_dir) / "metrics.jsonl") if r["step"] <= trained.step]
     card = {
         "run": Path(run_dir).resolve().name,
-        "step": restored.step,
-        "tokens": config.plan.tokens(restored.step),
+        "step": trained.step,
+        "tokens": config.plan.tokens(trained.step),
         "parameters": count_params(config.model),
         "tokenizer": config.data.tokenizer,
         "longest_sequence": config.model.max_seq_len,
-        "device": device_name(where),
+        "device": device_name(model.embed.weight.device),
         **{
             name: next((row[name] for row in reversed(rows) if name in row), None)
             for name in ("loss_nats", "val_loss_nats", "val_bits_per_byte")
         },
     }
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    return CompletionServer(model.to(where).eval(), tokenizer, card, (host, port), names)
+    return CompletionServer(model, trained.tokenizer, card, (host, port), names)
 
 
 class CompletionServer(ThreadingHTTPServer):
