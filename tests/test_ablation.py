@@ -57,9 +57,9 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     assert not (disturbed / "runs" / "again" / "seed-1" / "checkpoints").exists()
 
     page = tmp_path / "docs" / "ABLATIONS.md"
-    by_worker = study(tmp_path / "quiet", "--write", str(page))
-    assert by_worker.returncode == 0, by_worker.stderr
-    result = json.loads(by_worker.stdout)
+    quiet = study(tmp_path / "quiet", "--in-process", "--write", str(page))
+    assert quiet.returncode == 0, quiet.stderr
+    result = json.loads(quiet.stdout)
     assert without_clocks(json.loads(ended.stdout)) == without_clocks(result)
 
     rows = {row["name"]: row for row in result["rows"]}

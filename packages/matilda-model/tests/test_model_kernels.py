@@ -113,36 +113,43 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
                 assert error(other_ce, ce.detach()) < 5e-6
                 assert error(other_zl, zl.detach()) < 5e-6
                 assert error(other, exact.grad) < bound(dtype)
-            exact.grad = None
-            torch.cat(reference_loss(exact, targets, softcap, 1e-3)).sum().backward()
-            rest = torch.empty(6, vocab, dtype=torch.float8_e5m2, device=device)
-            own = torch.empty(6, device=device)
-            cross_entropy_(
-                x.clone(),
-                targets,
-                softcap=softcap,
-                z_loss=1e-3,
-                with_grad=True,
-                grad8=(rest, own),
-                block=128,
-            )
-            index = targets.clamp_min(0)[:, None]
-            assert error(own[:, None], exact.grad.gather(1, index) * (targets >= 0)[:, None]) < 1e-5
-            expected_rest = exact.grad.scatter(1, index, 0.0)
-            off = (rest.double() / 2**12 - expected_rest).abs()
-            right = off <= expected_rest.abs() / 7.9 + 1e-8  # two bits of mantissa
-            if device == "cpu":  # triton's interpreter loses some carries, and float32's subnormals
-                right |= expected_rest.abs().frexp().mantissa > 1.87 / 2
-                right |= expected_rest.abs() < 1e-37
-            assert right.all()
-            assert (rest.double().gather(1, index) == 0).all()
-            assert (rest[2].double() == 0).all()
+            if vocab == 300 or device == "cuda":
+                check_gradient_in_8_bits(x, targets, softcap)
             untouched = x.clone()
             again, _ = cross_entropy_(
                 untouched, targets, softcap=softcap, z_loss=1e-2, with_grad=False, block=128
             )
             assert torch.equal(again, got_ce)
             assert torch.equal(untouched, x)
+
+
+def check_gradient_in_8_bits(x: Tensor, targets: Tensor, softcap: float | None) -> None:
+    from matilda_model.triton_loss import cross_entropy_
+
+    exact = x.double().requires_grad_()
+    torch.cat(reference_loss(exact, targets, softcap, 1e-3)).sum().backward()
+    rest = torch.empty(*x.shape, dtype=torch.float8_e5m2, device=x.device)
+    own = torch.empty(len(x), device=x.device)
+    cross_entropy_(
+        x.clone(),
+        targets,
+        softcap=softcap,
+        z_loss=1e-3,
+        with_grad=True,
+        grad8=(rest, own),
+        block=128,
+    )
+    index = targets.clamp_min(0)[:, None]
+    assert error(own[:, None], exact.grad.gather(1, index) * (targets >= 0)[:, None]) < 1e-5
+    expected_rest = exact.grad.scatter(1, index, 0.0)
+    off = (rest.double() / 2**12 - expected_rest).abs()
+    right = off <= expected_rest.abs() / 7.9 + 1e-8  # two bits of mantissa
+    if x.device.type == "cpu":  # triton's interpreter loses some carries, and float32's subnormals
+        right |= expected_rest.abs().frexp().mantissa > 1.87 / 2
+        right |= expected_rest.abs() < 1e-37
+    assert right.all()
+    assert (rest.double().gather(1, index) == 0).all()
+    assert (rest[2].double() == 0).all()
 
 
 def check_nan_is_not_hidden(device: str, dtype: torch.dtype) -> None:

@@ -10,7 +10,6 @@ from matilda_ckpt import Checkpointer
 from matilda_data import Tokenizer, load_tokenizer
 from matilda_model import Transformer
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict
 from matilda_train.hardware import choose_device, choose_dtype
 from matilda_train.run_dir import RunDir
 
@@ -43,8 +42,7 @@ def load_trained(
     Raises `ValueError` when there is no run or no checkpoint yet, `CheckpointError` when none is
     valid.
     """
-    run = RunDir.read(run_dir)
-    config = config_from_dict(run["config"])
+    config, run = RunDir.config(run_dir), RunDir.read(run_dir)
     where = choose_device(device)
     checkpoints = Checkpointer(Path(run_dir) / "checkpoints", read_only=True)
     restored = checkpoints.restore({"model": None}, step=step)
