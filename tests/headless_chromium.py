@@ -92,11 +92,12 @@ class Page:
         self.ask("Page.navigate", url=at if isinstance(at, str) else at.resolve().as_uri())
         self.wait_until("document.documentElement?.dataset.ready === 'true'")
 
-    def wait_until(self, condition: str) -> None:
-        """Wait until a JavaScript expression is true."""
+    def wait_until(self, condition: str, *, expected_error: str | None = None) -> None:
+        """Wait until a JavaScript expression is true; errors but the expected ones fail."""
         deadline = time.monotonic() + SECONDS
         while not self.evaluate(condition):
-            assert not self.errors, self.errors
+            unexpected = [e for e in self.errors if not expected_error or expected_error not in e]
+            assert not unexpected, unexpected
             assert time.monotonic() < deadline, f"it never became true that {condition}"
             time.sleep(0.05)
 

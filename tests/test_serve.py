@@ -280,7 +280,9 @@ def test_the_page_writes_shows_probabilities_and_stops(
         # a mistake is said in the page
         page.evaluate("document.getElementById('temperature').value = -1")
         page.evaluate("document.getElementById('go').click()")
-        page.wait_until("document.getElementById('state').className === 'bad'")
+        page.wait_until(
+            "document.getElementById('state').className === 'bad'", expected_error="400"
+        )
         assert "`temperature`" in page.evaluate("document.getElementById('state').innerText")
         bad = [error for error in page.errors if "400" not in error]
         assert bad == []
