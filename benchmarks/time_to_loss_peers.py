@@ -12,6 +12,7 @@ import ast
 import contextlib
 import math
 import sys
+from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class Shape:
     quick: bool
 
 
-class Peer:
+class Peer(ABC):
     """One system: built for `steps` steps, then stepped with micro-batches of windows."""
 
     recipe: str
@@ -43,17 +44,17 @@ class Peer:
     """Sequences of a micro-batch."""
     model: nn.Module
 
+    @abstractmethod
     def start(self, steps: int) -> None:
         """A new optimizer and the schedules of a run of that many steps."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(self, number: int, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         """One optimizer step on all of the micro-batches."""
-        raise NotImplementedError
 
+    @abstractmethod
     def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats."""
-        raise NotImplementedError
 
     def evaluated(self) -> nn.Module:
         """The model as `matilda_train.evaluate` calls it."""
