@@ -17,6 +17,8 @@ from matilda_data import open_dataset
 from matilda_train.metrics_log import read_rows
 from matilda_train.verify_resume import untimed_rows
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 def assert_goes_on_as_the_twin(
     server: TrainServer, config: Path, run_dir: Path, corpus: Path, twin: Path
@@ -136,5 +138,24 @@ def test_second_process_in_a_run_directory_is_refused_and_the_first_unharmed(
     assert server.run(tiny_config, run_dir, corpus, **slow) == 2
     [said] = [line for line in server.log.read_text().splitlines() if line.startswith("error:")]
     assert "Another process is training in" in said
+    assert state_sha256(run_dir) == state_sha256(twin)
+    assert untimed_rows(run_dir) == untimed_rows(twin)
+
+
+def test_a_run_whose_words_cannot_be_written_is_saved_and_finished_all_the_same(
+    server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    app = {
+        "program": str(ROOT / "apps" / "train.py"),
+        "arguments": [
+            *("--config", str(tiny_config), "--data-dir", str(corpus), "--run-dir", str(run_dir)),
+        ],
+        "cwd": str(tmp_path),
+        "stdout": "/dev/full",  # writing to it fails, as on a full disk or to a `tee` that is gone
+        "log": "/dev/full",
+    }
+    assert server.request({**app, "at_step": 5, "signal": "SIGTERM"}) == 75
+    assert server.request(app) == 0
     assert state_sha256(run_dir) == state_sha256(twin)
     assert untimed_rows(run_dir) == untimed_rows(twin)

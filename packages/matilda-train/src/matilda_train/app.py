@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matilda_train.stop_signals import EXIT_PREEMPTED
+from matilda_train.stop_signals import EXIT_PREEMPTED, say
 
 if TYPE_CHECKING:
     from matilda_train.config import RunConfig
@@ -92,7 +93,8 @@ def conclude(result: TrainResult, *, dry_run: bool = False) -> int:
     """Say on the main process how a call of `train` ended; the exit code for it, on every rank."""
     stopped = result.status == "preempted"
     if _is_main():
-        print(_last_words(result, dry_run=dry_run))
+        with suppress(OSError):  # nobody listens: the exit code tells
+            print(_last_words(result, dry_run=dry_run), flush=True)
     return EXIT_PREEMPTED if stopped else 0
 
 
@@ -124,13 +126,20 @@ def run_app(main: Callable[[], int]) -> None:
     `MATILDA_DEBUG=1` for tracebacks.
     """
     try:
-        sys.exit(main())
+        code = main()
     except Exception as error:
-        code = _exit_code(error)
-        if code is None or os.environ.get("MATILDA_DEBUG") == "1":
+        known = _exit_code(error)
+        if known is None or os.environ.get("MATILDA_DEBUG") == "1":
             raise
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(code)
+        code = known
+        say(f"error: {error}\n")
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            # Nobody takes it any more; Python would try again, and end with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    sys.exit(code)
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
@@ -42,7 +43,11 @@ class SilentDisplay:
 
 class TerminalDisplay:
     """A progress bar with ETA on a terminal; elsewhere, and without rich, a line every `interval`
-    seconds."""
+    seconds.
+
+    What can no longer be written (the disk under a log is full, `tee` has ended) is passed over: a
+    run does not end for want of a reader.
+    """
 
     def __init__(self, *, interval: float = 10.0) -> None:
         self._interval = interval
@@ -69,7 +74,8 @@ class TerminalDisplay:
         self._spoke = self._began - self._interval
         self._progress = _live_bar()
         if self._progress is not None:
-            self._progress.start()
+            with suppress(OSError):
+                self._progress.start()
             self._task = self._progress.add_task(what, total=total, completed=done, detail="")
 
     def advance(self, done: int, detail: str) -> None:
@@ -78,7 +84,8 @@ class TerminalDisplay:
             self._progress.update(self._task, completed=done, detail=detail)
             if now - self._spoke > 0.1 or done >= self._total:
                 self._spoke = now
-                self._progress.refresh()
+                with suppress(OSError):
+                    self._progress.refresh()
         elif now - self._spoke >= self._interval or done >= self._total:
             self._spoke = now
             rate = (done - self._first) / max(now - self._began, 1e-9)
@@ -87,14 +94,16 @@ class TerminalDisplay:
             self.note(f"{self._what} {percent:3.0f} %  {detail}  {eta}")
 
     def note(self, text: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if self._progress is not None:
+                self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
     def _end(self) -> None:
         if self._progress is not None:
-            self._progress.stop()
+            with suppress(OSError):
+                self._progress.stop()
             self._progress = None
 
 

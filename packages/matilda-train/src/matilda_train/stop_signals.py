@@ -10,15 +10,26 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from types import FrameType
 
-__all__ = ["EXIT_PREEMPTED", "STOP_SIGNALS", "StopRequest", "end_on_signals"]
+__all__ = ["EXIT_PREEMPTED", "STOP_SIGNALS", "StopRequest", "end_on_signals", "say"]
 
 EXIT_PREEMPTED = 75
 """Exit code after a clean save on request (EX_TEMPFAIL): a launcher should run it again."""
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 """What a person, a launcher or a cluster sends to have a run saved and stopped."""
+
+
+def say(text: str) -> None:
+    """Write to standard error, if that is still possible; safe in a signal handler.
+
+    The disk under a log may be full, and Ctrl-C ends the `tee` behind a pipe too: neither may keep
+    the run from being saved.
+    """
+    with suppress(OSError):
+        os.write(2, text.encode())
 
 
 def end_on_signals() -> None:
@@ -32,7 +43,7 @@ def end_on_signals() -> None:
 
 
 def _end_before_anything(number: int, frame: FrameType | None) -> None:
-    os.write(2, f"\n{signal.Signals(number).name}: stopped before anything began.\n".encode())
+    say(f"\n{signal.Signals(number).name}: stopped before anything began.\n")
     os._exit(EXIT_PREEMPTED)
 
 
@@ -84,7 +95,7 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal_name == "SIGINT":
-            os.write(2, b"\nStopped at once; the newest checkpoint stands.\n")
+            say("\nStopped at once; the newest checkpoint stands.\n")
             os._exit(128 + signal.SIGINT)
         if not self._begun:
             _end_before_anything(number, frame)
@@ -93,13 +104,12 @@ class StopRequest:
         if first:
             note = f"\n{self.signal_name}: saving at the next step, then stopping."
             hint = " Press Ctrl-C again to stop at once." if number == signal.SIGINT else ""
-            os.write(2, f"{note}{hint}\n".encode())
+            say(f"{note}{hint}\n")
 
     def _enforce(self, arrived: int) -> None:
         assert self._grace_seconds is not None
         while os.read(arrived, 1)[0] not in STOP_SIGNALS:
             pass
         time.sleep(self._grace_seconds)
-        text = f"\nNot done within {self._grace_seconds:g} s; the newest checkpoint stands.\n"
-        os.write(2, text.encode())
+        say(f"\nNot done within {self._grace_seconds:g} s; the newest checkpoint stands.\n")
         os._exit(EXIT_PREEMPTED)

@@ -26,6 +26,7 @@ from typing import Any, Protocol
 
 from matilda_train.metrics_log import EventLog
 from matilda_train.phases import PhaseClock
+from matilda_train.stop_signals import say
 
 __all__ = ["EXIT_HUNG", "Watchdog"]
 
@@ -120,7 +121,7 @@ class Watchdog:
             f"\nerror: rank {self._rank} hangs: {state}; it ends itself with exit code "
             f"{EXIT_HUNG}, and the newest checkpoint stands (`train.hang_seconds`).\n"
         )
-        os.write(2, headline.encode())
+        say(headline)
         faulthandler.dump_traceback(file=2, all_threads=True)
         # A disk or a store that hangs must not hold this up.
         record = threading.Thread(target=self._record, args=(headline, silence), daemon=True)
@@ -131,7 +132,7 @@ class Watchdog:
 
     def _record(self, headline: str, silence: float) -> None:
         peers = self._ask_peers()
-        os.write(2, peers.encode())
+        say(peers)
         if self._run_dir is None or not (self._run_dir / "run.json").is_file():
             return
         step = self._step()
