@@ -18,6 +18,9 @@ from matilda_train.distributed import Ranks
 
 __all__ = ["Evaluation", "evaluate"]
 
+NO_SOURCE = -1
+"""Of windows that only fill up a batch."""
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -58,33 +61,39 @@ def evaluate(
 ) -> Evaluation | None:
     """Evaluate the first windows of `stream`, the same ones each time; None if asked to stop.
 
-    At most `max_tokens` tokens (at least one window a rank) in micro-batches of one fixed shape.
+    As many as `max_tokens` holds, one at least, whatever the micro-batch and however many ranks
+    share them. All micro-batches have one shape, which needs compiling once: the last are filled up
+    with windows that count for nothing.
     `model(input_ids, targets, per_token=True)` must return the cross-entropy of each target, in
     nats and float32.
     """
-    windows = max(ranks.world_size, min(stream.n_windows, max_tokens // seq_len))
-    share = max(1, min(micro_batch_size, windows // ranks.world_size))
-    rounds = max(1, windows // (share * ranks.world_size))
+    windows = max(1, min(stream.n_windows, max_tokens // seq_len))
+    share = min(micro_batch_size, -(-windows // ranks.world_size))
     size = share * ranks.world_size
-    names, sources = _sources(stream, rounds * size, seq_len)
+    names, sources = _sources(stream, windows, seq_len)
+
+    def read_filled_up(first: int, count: int) -> NDArray[np.uint16]:
+        rows = stream.windows(first, min(count, windows - first))
+        return np.pad(rows, ((0, count - len(rows)), (0, 0)), mode="edge")
+
     reader = BatchReader(
-        stream.windows, batch_size=size, rank=ranks.rank, world_size=ranks.world_size
+        read_filled_up, batch_size=size, rank=ranks.rank, world_size=ranks.world_size
     )
     nats = torch.zeros(len(names), dtype=torch.float64, device=device)
     n_bytes = np.zeros(len(names), dtype=np.int64)
     was_training = model.training
     model.eval()
     try:
-        for round_ in range(rounds):
+        for begin in range(0, windows, size):
             if ranks.any(should_stop()):
                 return None
-            batch = reader.read(round_ * size, prefetch=round_ + 1 < rounds)
-            first = round_ * size + ranks.rank * share
+            batch = reader.read(begin, prefetch=begin + size < windows)
+            first = begin + ranks.rank * share
             own = sources[first : first + share, 1:].astype(np.int64)
+            own = np.pad(own, ((0, share - len(own)), (0, 0)), constant_values=NO_SOURCE)
             targets_bT = batch.tokens[:, 1:].numpy().view(np.uint16)
-            n_bytes += np.bincount(
-                own.ravel(), weights=token_bytes[targets_bT].ravel(), minlength=len(names)
-            ).astype(np.int64)
+            for number in range(len(names)):
+                n_bytes[number] += token_bytes[targets_bT[own == number]].sum()
             of_source = torch.from_numpy(own).to(device)
             for inputs, targets in batch.micro_batches(share, device):
                 losses = model(inputs, targets, per_token=True).double()
@@ -93,14 +102,13 @@ def evaluate(
     finally:
         reader.close()
         model.train(was_training)
-    text = torch.from_numpy(n_bytes).to(nats)
-    totals = torch.cat([nats, text, nats.new_tensor([rounds * share * seq_len])])
-    *sums, tokens = ranks.mean_(totals).tolist()
+    totals = torch.cat([nats, torch.from_numpy(n_bytes).to(nats)])
+    sums = (ranks.mean_(totals) * ranks.world_size).tolist()
     in_nats, in_bytes = sums[: len(names)], sums[len(names) :]
     return Evaluation(
-        val_loss_nats=sum(in_nats) / tokens,
+        val_loss_nats=sum(in_nats) / (windows * seq_len),
         val_bits_per_byte=sum(in_nats) / math.log(2) / max(sum(in_bytes), 1.0),
-        val_tokens=round(tokens * ranks.world_size),
+        val_tokens=windows * seq_len,
         val_bits_per_byte_by_source={
             name: loss / math.log(2) / size_
             for name, loss, size_ in zip(names, in_nats, in_bytes, strict=True)
