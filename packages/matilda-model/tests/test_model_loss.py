@@ -22,7 +22,7 @@ def formula(h: Tensor, w: Tensor, targets: Tensor, softcap: float | None, z: flo
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     lse = torch.log(torch.exp(logits).sum(-1))
-    per_token = lse - logits[torch.arange(len(h)), targets] + z * lse**2
+    per_token = lse - logits[torch.arange(len(h)), targets.clamp_min(0)] + z * lse**2
     return per_token[targets >= 0].mean()
 
 
@@ -63,11 +63,11 @@ def test_the_loss_of_each_token_equals_the_float64_formula(
     )
     ids = torch.randint(0, 64, (3, 21))
     inputs, targets = ids[:, :-1], ids[:, 1:].clone()
-    targets[1, 3] = -1
+    targets[1, 3], targets[1, 4] = -1, -100
     losses = model(inputs, targets, per_token=True)
     expected = -model(inputs).double().log_softmax(-1).gather(-1, targets.clamp_min(0)[..., None])
     assert losses.shape == targets.shape
-    assert losses[1, 3] == 0.0
+    assert losses[1, 3] == losses[1, 4] == 0.0
     assert not losses.requires_grad
     kept = targets >= 0
     torch.testing.assert_close(losses[kept], expected[..., 0][kept].float(), rtol=1e-5, atol=1e-5)
@@ -102,6 +102,7 @@ def test_soft_cap_bounds_what_the_loss_can_reach(backend: str) -> None:
 def test_ignored_targets_count_for_nothing(backend: str, z_loss: float) -> None:
     h, w, targets = case()
     targets[::3] = -1
+    targets[::6] = -100  # torch's own mark of an ignored target
     out = linear_cross_entropy(h, w, targets, softcap=5.0, z_loss=z_loss, backend=backend)
     torch.testing.assert_close(out.loss, formula(h, w, targets, 5.0, z_loss).float())
     (dh,) = torch.autograd.grad(out.loss, h)
@@ -127,6 +128,22 @@ def test_chunked_loss_without_gradient_keeps_none() -> None:
         out = linear_cross_entropy(h, w, targets, backend="chunked")
     assert not out.loss.requires_grad
     torch.testing.assert_close(out.loss, formula(h, w, targets, None, 0.0).float().detach())
+
+
+def test_targets_that_do_not_belong_to_the_tokens_are_refused() -> None:
+    h, w, targets = case()
+    for backend in ("plain", "chunked"):
+        for wrong in (targets[:-1], targets[:1]):  # one target would be broadcast over all rows
+            with pytest.raises(ValueError, match="do not fit 37 tokens"):
+                linear_cross_entropy(h, w, wrong, backend=backend)
+    model = Transformer(
+        ModelConfig(vocab_size=50, d_model=16, n_layers=1, n_heads=2, n_kv_heads=1, max_seq_len=8)
+    )
+    ids = torch.randint(0, 50, (2, 8))
+    with pytest.raises(ValueError, match=r"shape \(8, 2\), `input_ids_BT` \(2, 8\)"):
+        model(ids, ids.T)
+    with pytest.raises(ValueError, match="give `targets_BT`"):
+        model(ids, per_token=True)
 
 
 def test_an_unknown_or_unusable_back_end_is_refused() -> None:

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from matilda_model.device import has_hopper_triton, has_triton
 
-IGNORE = -1
 _CHUNK_TOKENS = 8192
 _CPU_CHUNK_LOGITS = 1 << 22
 
@@ -49,8 +48,9 @@ def linear_cross_entropy(
 ) -> LossOutput:
     """Mean loss of `h_ND` (compute dtype) through the head `weight_VD` (float32 master weight).
 
-    `targets_N` is int64. A target of -1 is ignored by every back end but `"liger"`, whose targets
-    must all be real. Back ends:
+    `targets_N` is int64. A negative target (-1, torch's -100) is ignored by every back end but
+    `"liger"`, whose targets must all be real. Raises ValueError unless each row of `h_ND` has one
+    target. Back ends:
 
     - `"plain"`: all logits at once, differentiated by autograd: the reference.
     - `"chunked"`: rows in chunks, gradients taken while the chunk's logits exist; float32 sums.
@@ -61,6 +61,7 @@ def linear_cross_entropy(
       see docs/RESULTS.md for losses beside bf16's; Hopper or later, bf16, sizes divisible by 16.
     - `"auto"`: fused on CUDA where triton is, else chunked.
     """
+    _check_targets(h_ND, targets_N)
     if backend == "auto":
         backend = "fused" if h_ND.device.type == "cuda" and has_triton() else "chunked"
     if backend == "plain":
@@ -91,6 +92,7 @@ def token_cross_entropy(
 
     The arguments are those of `linear_cross_entropy`; logits exist for a chunk of rows at a time.
     """
+    _check_targets(h_ND, targets_N)
     w_VD = weight_VD.to(h_ND.dtype)
     rows = _chunk_tokens(h_ND.device.type, w_VD.shape[0])
     losses = []
@@ -99,7 +101,7 @@ def token_cross_entropy(
         if softcap is not None:
             z.div_(softcap).tanh_().mul_(softcap)
         picked = z.gather(-1, targets.clamp_min(0)[:, None])[:, 0]
-        losses.append((torch.logsumexp(z, dim=-1) - picked) * (targets != IGNORE))
+        losses.append((torch.logsumexp(z, dim=-1) - picked) * (targets >= 0))
     return torch.cat(losses)
 
 
@@ -107,16 +109,25 @@ def _plain(
     h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None, z_loss: float
 ) -> LossOutput:
     logits_NV = softcap_logits(F.linear(h_ND, weight_VD.to(h_ND.dtype)).float(), softcap)
-    valid_N = targets_N != IGNORE
+    valid_N = targets_N >= 0
     count = valid_N.sum().clamp_min(1)
     if z_loss == 0.0:
-        ce = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORE, reduction="sum") / count
+        known_N = targets_N.clamp_min(-1)
+        ce = F.cross_entropy(logits_NV, known_N, ignore_index=-1, reduction="sum") / count
         return LossOutput(ce, ce.detach(), torch.zeros_like(ce))
     lse_N = torch.logsumexp(logits_NV, dim=-1)
     target_N = logits_NV.gather(-1, targets_N.clamp_min(0)[:, None])[:, 0]
     ce = ((lse_N - target_N) * valid_N).sum() / count
     zl = z_loss * (lse_N.square() * valid_N).sum() / count
     return LossOutput(ce + zl, ce.detach(), zl.detach())
+
+
+def _check_targets(h_ND: Tensor, targets_N: Tensor) -> None:
+    if targets_N.shape != h_ND.shape[:1]:
+        raise ValueError(
+            f"targets of shape {tuple(targets_N.shape)!r} do not fit {h_ND.shape[0]!r} tokens: "
+            "give one target for each"
+        )
 
 
 def _check_fp8(h_ND: Tensor, weight_VD: Tensor) -> None:
@@ -157,7 +168,7 @@ class _SweepLoss(torch.autograd.Function):
             sweep = partial(linear_cross_entropy_op, fp8=backend == "fused_fp8")
         w_VD = weight_VD.to(h_ND.dtype)
         ce, zl, dh_ND, dw_VD = sweep(h_ND, w_VD, targets_N, softcap, z_loss, with_grad)
-        count = (targets_N != IGNORE).sum().clamp_min(1).float()
+        count = (targets_N >= 0).sum().clamp_min(1).float()
         if with_grad:
             ctx.save_for_backward(dh_ND, dw_VD, count)
         ce, zl = ce / count, zl / count
@@ -186,7 +197,7 @@ def _chunked_sweep(
     dh_chunks = []
     rows = _chunk_tokens(h_ND.device.type, w_VD.shape[0])
     for h, targets in zip(torch.split(h_ND, rows), torch.split(targets_N, rows), strict=True):
-        valid = (targets != IGNORE).float()
+        valid = (targets >= 0).float()
         index = targets.clamp_min(0)[:, None]
         z = (h @ w_VD.T).float()
         if softcap is not None:

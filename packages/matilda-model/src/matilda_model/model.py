@@ -137,13 +137,25 @@ class Transformer(nn.Module):
         """Logits [B, T, V] in float32 after the soft-cap or, with targets, the mean loss.
 
         `input_ids_BT` and `targets_BT` are int64 of one shape; targets are already shifted (target
-        t is the token after input t) and -1 is ignored (except by the `"liger"` back end).
-        `per_token` gives each target's cross-entropy instead, [B, T] in float32 nats, for
+        t is the token after input t) and negative ones are ignored (except by the `"liger"` back
+        end). `per_token` gives each target's cross-entropy instead, [B, T] in float32 nats, for
         evaluation: without gradient or z-loss. With a `cache` the ids continue it; see `KVCache`.
+
+        Raises ValueError for other shapes, `per_token` without targets or a cache with them, and
+        sequences longer than `max_seq_len`.
         """
-        h_BTD = self.hidden(input_ids_BT, cache=cache)
         if targets_BT is None:
-            return self.logits(h_BTD)
+            if per_token:
+                raise ValueError("`per_token` gives the loss of each target: give `targets_BT`")
+            return self.logits(self.hidden(input_ids_BT, cache=cache))
+        if cache is not None:
+            raise ValueError("a `cache` is for generation: give either it or `targets_BT`")
+        if targets_BT.shape != input_ids_BT.shape:
+            raise ValueError(
+                f"`targets_BT` has shape {tuple(targets_BT.shape)!r}, `input_ids_BT` "
+                f"{tuple(input_ids_BT.shape)!r}: give one target for each token"
+            )
+        h_BTD = self.hidden(input_ids_BT)
         if per_token:
             losses_N = token_cross_entropy(
                 h_BTD.flatten(0, 1),
