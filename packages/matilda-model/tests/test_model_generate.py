@@ -50,11 +50,24 @@ def test_cached_decoding_equals_the_full_forward(change: dict[str, object]) -> N
     with torch.no_grad():
         full = net(ids)
         parts = [net(ids[:, :7], cache=cache)]
-        cache.advance(7)
         for t in range(7, 20):
             parts.append(net(ids[:, t : t + 1], cache=cache))
-            cache.advance(1)
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_takes_no_more_than_it_holds_and_no_targets() -> None:
+    net = model()
+    ids = torch.zeros(1, 4, dtype=torch.int64)
+    with pytest.raises(ValueError, match="`capacity` 49 exceeds the model's `max_seq_len` 48"):
+        KVCache(net.config, 1, 49, device="cpu", dtype=torch.float32)
+    cache = KVCache(net.config, 1, 6, device="cpu", dtype=torch.float32)
+    net(ids, cache=cache)
+    with pytest.raises(ValueError, match="one token per row at a time, not 2"):
+        net(ids[:, :2], cache=cache)
+    with pytest.raises(ValueError, match="holds 6 tokens and 8 are asked for"):
+        net(ids, cache=cache)
+    with pytest.raises(ValueError, match="a `cache` is for generation"):
+        net(ids, ids, cache=cache)  # type: ignore[call-overload]
 
 
 def test_greedy_generation_equals_argmax_of_the_full_forward() -> None:

@@ -70,8 +70,10 @@ class LayerCache:
 class KVCache:
     """The caches of all layers and the length of each row.
 
-    Pass it to `Transformer.forward(ids, cache=...)`: first the padded prompts [B, T], then one
-    token per row [B, 1] at a time.
+    Pass it to `Transformer.forward(ids, cache=...)`: first the prompts [B, T], then one token per
+    row [B, 1] at a time; each call adds its tokens. `capacity` is the most tokens a row can have.
+    Prompts of unequal length are padded on the right; after them call `keep(lengths_B)`, and each
+    row goes on from its own end. Raises ValueError for a `capacity` that exceeds `max_seq_len`.
     """
 
     def __init__(
@@ -83,6 +85,10 @@ class KVCache:
         device: torch.device | str,
         dtype: torch.dtype,
     ) -> None:
+        if capacity > config.max_seq_len:
+            raise ValueError(
+                f"`capacity` {capacity!r} exceeds the model's `max_seq_len` {config.max_seq_len!r}"
+            )
         shape = (batch, config.n_kv_heads, capacity, config.resolved_head_dim)
         self.capacity = capacity
         self.filled = 0  # longest row; a Python number, so that no step waits for the device
@@ -137,10 +143,11 @@ class KVCache:
             seen_BS = seen_BS & (self.documents_BS == own_B1)
         return seen_BS[:, None, None, :]
 
-    def advance(self, n_new: int, lengths_B: Tensor | None = None) -> None:
-        """Count `n_new` tokens as cached; `lengths_B` gives the true lengths of padded prompts."""
+    def advance(self, n_new: int) -> None:
+        """Count `n_new` tokens as cached; `Transformer` does."""
         self.filled += n_new
-        if lengths_B is None:
-            self.positions_B = self.positions_B + n_new
-        else:
-            self.positions_B = lengths_B.to(self.positions_B)
+        self.positions_B = self.positions_B + n_new
+
+    def keep(self, lengths_B: Tensor) -> None:
+        """Of padded prompts, the true lengths: what was cached past them will be written over."""
+        self.positions_B = lengths_B.to(self.positions_B)

@@ -226,10 +226,9 @@ def _steps(
         with torch.no_grad():
             logits_BTV = model(ids_BT, cache=cache)
             if index == 0:
-                cache.advance(longest, lengths_B)
+                cache.keep(lengths_B)
                 logits_BV = logits_BTV[torch.arange(len(prompts), device=device), lengths_B - 1]
             else:
-                cache.advance(1)
                 logits_BV = logits_BTV[:, -1]
             logits_BV = logits_BV[:, :limit]
             tokens_B = sample(

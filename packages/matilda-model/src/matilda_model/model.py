@@ -206,5 +206,7 @@ class Transformer(nn.Module):
                 x_BTD = r.to(x_BTD.dtype) * x_BTD + e.to(x_BTD.dtype) * embedding_BTD
             layer = None if cache is None else cache.layers[index]
             x_BTD = block(x_BTD, cos, sin, input_ids_BT, layer)
+        if cache is not None:
+            cache.advance(n_tokens)
         out: Tensor = self.norm(x_BTD)
         return out if self.config.logit_scale == 1.0 else out * self.config.logit_scale
