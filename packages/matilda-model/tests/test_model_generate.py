@@ -182,6 +182,40 @@ def test_top_k_and_top_p_restrict_the_draw() -> None:
     assert abs(hot - weights[0] / sum(weights)) < 0.04
 
 
+def test_top_k_keeps_no_more_than_k_of_equal_logits() -> None:
+    # logits from a bfloat16 product are often equal
+    draws = sample(torch.tensor([[1.0, 2.0, 2.0, 2.0]]).expand(500, -1), top_k=1)
+    assert len(set(draws.tolist())) == 1
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-6])
+def test_a_temperature_near_zero_takes_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, 2.9]])
+    assert sample(logits, temperature=temperature).tolist() == [1]
+
+
+def test_a_row_with_its_own_generator_draws_the_same_in_any_batch() -> None:
+    net = model()
+
+    def draws(prompts: list[list[int]], seeds: list[int]) -> list[list[int]]:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return generate(net, prompts, max_new_tokens=8, generator=generators)
+
+    together = draws([[1, 2], [5], [9, 9, 9]], [3, 4, 5])
+    assert draws([[1, 2]], [3]) == together[:1]
+    assert draws([[9, 9, 9], [5]], [5, 4]) == together[:0:-1]
+
+
+def test_prompts_may_be_tensors_arrays_and_lists_of_tensors() -> None:
+    net = model()
+    rows = [[1, 2, 3], [7, 8, 9]]
+    expected = generate(net, rows, max_new_tokens=3, temperature=0)
+    for prompts in (torch.tensor(rows), [torch.tensor(row) for row in rows], map(list, rows)):
+        assert generate(net, prompts, max_new_tokens=3, temperature=0) == expected  # type: ignore[call-overload]
+    got = list(stream_tokens(net, torch.tensor(rows[1]), max_new_tokens=3, temperature=0))
+    assert got == expected[1]
+
+
 def test_generation_works_in_bfloat16() -> None:
     net = model()
     net.compute_dtype = torch.bfloat16
@@ -193,16 +227,29 @@ def test_generation_works_in_bfloat16() -> None:
     [
         ({"prompt_ids": []}, "`prompt_ids` is empty"),
         ({"prompt_ids": [[1], []]}, "`prompt_ids` is empty"),
-        ({"prompt_ids": [64]}, "ids outside 0..63"),
-        ({"prompt_ids": [55], "vocab_limit": 50}, "ids outside 0..49"),
+        ({"prompt_ids": [5, 64]}, "holds 64, which is outside 0..63"),
+        ({"prompt_ids": [5, -1]}, "holds -1, which is outside 0..63"),
+        ({"prompt_ids": [55], "vocab_limit": 50}, "holds 55, which is outside 0..49"),
+        ({"prompt_ids": "text"}, "must be token ids, or several rows of them.*encode text first"),
+        ({"prompt_ids": [1.5]}, "must be token ids"),
+        ({"prompt_ids": [1, [2]]}, "must be token ids"),
         ({"max_new_tokens": 48}, "exceed the model's `max_seq_len` 48"),
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
-        ({"top_k": 0}, "`top_k` must be at least 1"),
+        ({"top_k": 0}, "`top_k` must be an integer of at least 1"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\]"),
         ({"vocab_limit": 65}, "`vocab_limit` must be in 1..64"),
+        ({"generator": [torch.Generator()] * 2}, "2 generators for 1 prompts"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
     call: dict[str, object] = {"prompt_ids": [1], "max_new_tokens": 4} | arguments
     with pytest.raises(ValueError, match=message):
         generate(model(), **call)  # type: ignore[call-overload]
+    with pytest.raises(ValueError):  # when it is called, not at its first token
+        stream_tokens(model(), **call)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("options", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}])
+def test_sample_refuses_what_generate_refuses(options: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(options))):
+        sample(torch.zeros(1, 4), **options)

@@ -15,7 +15,14 @@ if TYPE_CHECKING:
     from matilda_model.errors import KernelMismatchError
     from matilda_model.export import export_transformers
     from matilda_model.flops import count_matmul_params, count_params, flops_per_token
-    from matilda_model.generation import Choice, generate, sample, stream_choices, stream_tokens
+    from matilda_model.generation import (
+        Choice,
+        Sampling,
+        generate,
+        sample,
+        stream_choices,
+        stream_tokens,
+    )
     from matilda_model.loss import LossOutput, linear_cross_entropy
     from matilda_model.model import Block, Transformer
     from matilda_model.pretrained import load_pretrained, save_pretrained
@@ -28,6 +35,7 @@ __all__ = [
     "KernelMismatchError",
     "LossOutput",
     "ModelConfig",
+    "Sampling",
     "Transformer",
     "count_matmul_params",
     "count_params",
@@ -50,7 +58,7 @@ _HOME = {
     "errors": ("KernelMismatchError",),
     "export": ("export_transformers",),
     "flops": ("count_matmul_params", "count_params", "flops_per_token"),
-    "generation": ("Choice", "generate", "sample", "stream_choices", "stream_tokens"),
+    "generation": ("Choice", "Sampling", "generate", "sample", "stream_choices", "stream_tokens"),
     "loss": ("LossOutput", "linear_cross_entropy"),
     "model": ("Block", "Transformer"),
     "pretrained": ("load_pretrained", "save_pretrained"),

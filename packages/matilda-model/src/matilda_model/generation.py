@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from typing import cast, overload
+from functools import partial
+from operator import index
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -15,6 +17,31 @@ from torch import Tensor
 from matilda_model.cache import KVCache
 from matilda_model.model import Transformer
 
+Prompt = Sequence[int] | Tensor
+"""Token ids; a tensor [T] too."""
+
+_GREEDY = 1e-5  # temperatures below divide float32 logits out of range, and draw the same
+
+
+class Sampling(TypedDict, total=False):
+    """How tokens are drawn: keyword arguments of `generate`, `stream_tokens`, `stream_choices`."""
+
+    temperature: float
+    """1.0 by default; 0 (or under 1e-5) takes the likeliest token."""
+    top_k: int | None
+    """Draw from this many likeliest tokens only."""
+    top_p: float | None
+    """Draw from the likeliest tokens that together have this probability (nucleus, Holtzman et al.
+    2020)."""
+    stop_ids: Collection[int]
+    """Ids that end a row; not returned."""
+    vocab_limit: int | None
+    """The tokenizer's true size: ids from there on, padding of the vocabulary, are not produced."""
+    generator: torch.Generator | Sequence[torch.Generator] | None
+    """Source of the draws, on the model's device; None is torch's default one. One generator is
+    shared by the rows of a batch, so that a row's draws depend on its neighbours: a list with one
+    for each row makes them independent."""
+
 
 @overload
 def generate(
@@ -22,77 +49,50 @@ def generate(
     prompt_ids: Sequence[int],
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
     stop_when: Callable[[Sequence[int]], bool] | None = None,
-    generator: torch.Generator | None = None,
-    vocab_limit: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> list[int]: ...
 
 
 @overload
 def generate(
     model: Transformer,
-    prompt_ids: Sequence[Sequence[int]] | Tensor,
+    prompt_ids: Sequence[Prompt] | Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
     stop_when: Callable[[Sequence[int]], bool] | None = None,
-    generator: torch.Generator | None = None,
-    vocab_limit: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> list[list[int]]: ...
 
 
 def generate(
     model: Transformer,
-    prompt_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
+    prompt_ids: Sequence[int] | Sequence[Prompt] | Tensor,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
     stop_when: Callable[[Sequence[int]], bool] | None = None,
-    generator: torch.Generator | None = None,
-    vocab_limit: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> list[int] | list[list[int]]:
     """Continue one prompt (a list of ids) or several (a list of lists, or a tensor [B, T]).
 
     Returns the new ids only, without the prompt and without the stop id that ended a row: a list
     for one prompt, a list of lists for several. Prompts may have unequal lengths.
 
-    `temperature` 0 takes the likeliest token; `top_k` and `top_p` (nucleus, Holtzman et al. 2020)
-    restrict the draw; `vocab_limit` is the tokenizer's true size, ids at or above it (padding rows
-    of the embedding) are never produced. `stop_when` is asked with a row's new ids after each one
-    and ends the row, which keeps it, when true. `generator` must live on the model's device; None
-    uses torch's default one. Raises ValueError for values out of range and when prompt plus
+    `stop_when` is asked with a row's new ids after each one and ends the row, which keeps it, when
+    true. The other arguments are `Sampling`'s: `temperature`, `top_k`, `top_p`, `stop_ids`,
+    `vocab_limit`, `generator`. Raises ValueError for values out of range and when prompt plus
     `max_new_tokens` exceed the model's `max_seq_len`.
     """
     prompts, single = _as_prompts(prompt_ids)
     rows: list[list[int]] = [[] for _ in prompts]
     ended = [False] * len(prompts)
-    for step, _ in _steps(
-        model,
-        prompts,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=stop_ids,
-        generator=generator,
-        vocab_limit=vocab_limit,
-    ):
-        for index, token in enumerate(step):
-            if token is None or ended[index]:
-                ended[index] = True
+    for step, _ in _decode(model, prompts, max_new_tokens, **sampling):
+        for row, token in enumerate(step):
+            if token is None or ended[row]:
+                ended[row] = True
                 continue
-            rows[index].append(token)
-            ended[index] = stop_when is not None and stop_when(rows[index])
+            rows[row].append(token)
+            ended[row] = stop_when is not None and stop_when(rows[row])
         if all(ended):
             break
     return rows[0] if single else rows
@@ -100,30 +100,14 @@ def generate(
 
 def stream_tokens(
     model: Transformer,
-    prompt_ids: Sequence[int],
+    prompt_ids: Prompt,
     *,
     max_new_tokens: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    generator: torch.Generator | None = None,
-    vocab_limit: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[int]:
     """As `generate` for one prompt, yielding each id as soon as it is drawn."""
-    for step, _ in _steps(
-        model,
-        [_one_prompt(prompt_ids)],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=stop_ids,
-        generator=generator,
-        vocab_limit=vocab_limit,
-    ):
-        if step[0] is not None:
-            yield step[0]
+    steps = _decode(model, [_one_prompt(prompt_ids)], max_new_tokens, **sampling)
+    return (token for (token,), _ in steps if token is not None)
 
 
 @dataclass(frozen=True)
@@ -139,105 +123,128 @@ class Choice:
 
 def stream_choices(
     model: Transformer,
-    prompt_ids: Sequence[int],
+    prompt_ids: Prompt,
     *,
     max_new_tokens: int,
     candidates: int = 10,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    stop_ids: Collection[int] = (),
-    generator: torch.Generator | None = None,
-    vocab_limit: int | None = None,
+    **sampling: Unpack[Sampling],
 ) -> Iterator[Choice]:
     """As `stream_tokens`, with the probabilities of the `candidates` likeliest ids at a place."""
     if candidates < 0:
         raise ValueError(f"`candidates` must be at least 0, not {candidates!r}")
-    for step, logits_BV in _steps(
-        model,
-        [_one_prompt(prompt_ids)],
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        stop_ids=stop_ids,
-        generator=generator,
-        vocab_limit=vocab_limit,
-    ):
-        token = step[0]
-        if token is not None:
-            probs_V = logits_BV[0].float().softmax(dim=-1)
-            top = probs_V.topk(min(candidates, len(probs_V)))
-            likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-            yield Choice(token, float(probs_V[token]), tuple(likeliest))
+    steps = _decode(model, [_one_prompt(prompt_ids)], max_new_tokens, **sampling)
+    return (
+        _choice(logits[0], token, candidates) for (token,), logits in steps if token is not None
+    )
 
 
-def _one_prompt(prompt_ids: Sequence[int]) -> list[int]:
+def _choice(logits_V: Tensor, token: int, candidates: int) -> Choice:
+    probs_V = logits_V.float().softmax(dim=-1)
+    top = probs_V.topk(min(candidates, len(probs_V)))
+    likeliest = zip(top.indices.tolist(), top.values.tolist(), strict=True)
+    return Choice(token, float(probs_V[token]), tuple(likeliest))
+
+
+def _one_prompt(prompt_ids: Prompt) -> list[int]:
     prompts, single = _as_prompts(prompt_ids)
     if not single:
         raise ValueError("`prompt_ids` must be one prompt to stream: use `generate` for several")
     return prompts[0]
 
 
-def _as_prompts(
-    prompt_ids: Sequence[int] | Sequence[Sequence[int]] | Tensor,
-) -> tuple[list[list[int]], bool]:
-    values = prompt_ids.tolist() if isinstance(prompt_ids, Tensor) else prompt_ids
-    single = not any(isinstance(value, Sequence) for value in values)
-    rows = cast("list[Sequence[int]]", [values] if single else values)
-    if any(len(row) == 0 for row in rows):
+def _as_prompts(prompt_ids: Any) -> tuple[list[list[int]], bool]:
+    """Plain rows of ids, and whether one prompt was meant."""
+    try:
+        values = [_plain(value) for value in _plain(prompt_ids)]
+        single = not any(isinstance(value, Sequence) for value in values)
+        rows = [[index(token) for token in row] for row in ([values] if single else values)]
+    except TypeError as error:
+        raise ValueError(
+            f"`prompt_ids` must be token ids, or several rows of them ({error}): encode text first"
+        ) from error
+    if not all(rows):
         raise ValueError("`prompt_ids` is empty: give at least one token, such as end-of-text")
-    return [[int(token) for token in row] for row in rows], single
+    return rows, single
+
+
+def _plain(values: Any) -> Any:
+    """A tensor or array as Python's lists and numbers."""
+    return values.tolist() if hasattr(values, "tolist") else values
+
+
+def _decode(
+    model: Transformer,
+    prompts: list[list[int]],
+    max_new_tokens: int,
+    *,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    stop_ids: Collection[int] = (),
+    vocab_limit: int | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+) -> Iterator[tuple[list[int | None], Tensor]]:
+    """Check the arguments now; then each step's new token per row, None for a row that has
+    stopped, and its logits [B, V]."""
+    config = model.config
+    _check_sampling(temperature, top_k, top_p)
+    if max_new_tokens < 0:
+        raise ValueError(f"`max_new_tokens` must be at least 0, not {max_new_tokens!r}")
+    longest = max(len(prompt) for prompt in prompts)
+    if longest + max_new_tokens > config.max_seq_len:
+        raise ValueError(
+            f"{longest!r} prompt tokens plus `max_new_tokens` {max_new_tokens!r} exceed the "
+            f"model's `max_seq_len` {config.max_seq_len!r}: shorten the prompt or ask for fewer"
+        )
+    limit = config.vocab_size if vocab_limit is None else vocab_limit
+    if not 1 <= limit <= config.vocab_size:
+        raise ValueError(f"`vocab_limit` must be in 1..{config.vocab_size}, not {limit!r}")
+    for token in (token for prompt in prompts for token in prompt):
+        if not 0 <= token < limit:
+            raise ValueError(f"`prompt_ids` holds {token!r}, which is outside 0..{limit - 1}")
+    if isinstance(generator, Sequence) and len(generator) != len(prompts):
+        raise ValueError(
+            f"`generator` has {len(generator)!r} generators for {len(prompts)!r} prompts: "
+            "give one, or one for each"
+        )
+    draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
+    return _steps(model, prompts, max_new_tokens, set(stop_ids), limit, draw)
 
 
 def _steps(
     model: Transformer,
     prompts: list[list[int]],
-    *,
     max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    stop_ids: Collection[int],
-    generator: torch.Generator | None,
-    vocab_limit: int | None,
+    stops: set[int],
+    limit: int,
+    draw: Callable[[Tensor], Tensor],
 ) -> Iterator[tuple[list[int | None], Tensor]]:
-    """Each step's new token per row, None for a row that has stopped; and its logits [B, V]."""
-    config = model.config
-    limit = config.vocab_size if vocab_limit is None else vocab_limit
-    longest = max(len(prompt) for prompt in prompts)
-    _check(model, prompts, max_new_tokens, temperature, top_k, top_p, limit)
     device = model.embed.weight.device
+    longest = max(len(prompt) for prompt in prompts)
     ids_BT = torch.tensor(
         [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device
     )
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    rows_B = torch.arange(len(prompts), device=device)
     cache = KVCache(
-        config,
+        model.config,
         len(prompts),
         longest + max_new_tokens,
         device=device,
         dtype=model.compute_dtype,
     )
-    stops = set(stop_ids)
     alive = [True] * len(prompts)
     # grad mode is switched around each step: it must not leak to the caller of a paused iterator
-    for index in range(max_new_tokens):
+    for count in range(max_new_tokens):
         with torch.no_grad():
             logits_BTV = model(ids_BT, cache=cache)
-            if index == 0:
+            if count == 0:
                 cache.keep(lengths_B)
-                logits_BV = logits_BTV[torch.arange(len(prompts), device=device), lengths_B - 1]
+                logits_BV = logits_BTV[rows_B, lengths_B - 1]
             else:
                 logits_BV = logits_BTV[:, -1]
             logits_BV = logits_BV[:, :limit]
-            tokens_B = sample(
-                logits_BV,
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                generator=generator,
-            )
+            tokens_B = draw(logits_BV)
         ids_BT = tokens_B[:, None]
         step: list[int | None] = []
         for row, token in enumerate(tokens_B.tolist()):
@@ -254,52 +261,35 @@ def sample(
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
-    """Draw one id per row, int64 [B], from `softmax(logits / temperature)` as restricted."""
-    if temperature == 0.0:
+    """Draw one id per row, int64 [B], from `softmax(logits / temperature)` as restricted.
+
+    The arguments are those of `Sampling`. Raises ValueError for values out of range.
+    """
+    _check_sampling(temperature, top_k, top_p)
+    if temperature < _GREEDY:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / temperature
     if top_k is not None and top_k < logits_BV.shape[-1]:
-        threshold = logits_BV.topk(top_k, dim=-1).values[:, -1:]
-        logits_BV = logits_BV.masked_fill(logits_BV < threshold, -torch.inf)
+        kept = logits_BV.topk(top_k, dim=-1)  # these alone, also where others have equal logits
+        logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
     probs_BV = logits_BV.softmax(dim=-1)
     if top_p is not None and top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
         # a token stays while the mass before it is under top_p, so the likeliest always stays
         outside = sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p
         probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
+    if isinstance(generator, Sequence):
+        rows = zip(probs_BV, generator, strict=True)
+        return torch.cat([torch.multinomial(row, 1, generator=own) for row, own in rows])
     return torch.multinomial(probs_BV, 1, generator=generator)[:, 0]
 
 
-def _check(
-    model: Transformer,
-    prompts: list[list[int]],
-    max_new_tokens: int,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    limit: int,
-) -> None:
-    config = model.config
-    longest = max(len(prompt) for prompt in prompts)
-    if max_new_tokens < 0:
-        raise ValueError(f"`max_new_tokens` must be at least 0, not {max_new_tokens!r}")
-    if longest + max_new_tokens > config.max_seq_len:
-        raise ValueError(
-            f"{longest!r} prompt tokens plus `max_new_tokens` {max_new_tokens!r} exceed the "
-            f"model's `max_seq_len` {config.max_seq_len!r}: shorten the prompt or ask for fewer"
-        )
+def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` must be at least 0, not {temperature!r}")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1 or None, not {top_k!r}")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise ValueError(f"`top_k` must be an integer of at least 1, or None, not {top_k!r}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"`top_p` must be in (0, 1] or None, not {top_p!r}")
-    if not 1 <= limit <= config.vocab_size:
-        raise ValueError(f"`vocab_limit` must be in 1..{config.vocab_size}, not {limit!r}")
-    largest = max(max(prompt) for prompt in prompts)
-    if largest >= limit or min(min(prompt) for prompt in prompts) < 0:
-        raise ValueError(
-            f"`prompt_ids` holds ids outside 0..{limit - 1}: {largest!r} is the largest"
-        )
