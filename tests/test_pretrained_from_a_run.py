@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from matilda_ckpt import Checkpointer
 from matilda_model import load_pretrained
 from matilda_train import load_run_model
 
@@ -18,6 +19,19 @@ def test_the_model_of_a_run_is_that_of_its_checkpoint(twin: Path) -> None:
     for place in (twin, newest):
         found = load_pretrained(place).state_dict()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_weights_that_fill_several_files_are_read_whole(twin: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(twin, tmp_path / "run"))
+    model = load_pretrained(run_dir)
+    model.embed.weight.data.add_(1.0)
+    checkpoints = Checkpointer(run_dir / "checkpoints", shard_bytes=10_000)
+    checkpoints.save(10**6, {"model": model.state_dict()})
+    checkpoints.close()
+    newest = run_dir / "checkpoints" / "step-01000000"
+    assert len(list(newest.glob("model-*.safetensors"))) > 1
+    found = load_pretrained(run_dir).state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())
 
 
 def test_a_bit_that_changed_on_the_disk_is_seen(twin: Path, tmp_path: Path) -> None:

@@ -17,6 +17,9 @@ from matilda_model import (
     load_pretrained,
     save_pretrained,
 )
+from matilda_model.tensor_file import write_tensors
+
+LAST = "model-00002-of-00002.safetensors"
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32
@@ -38,10 +41,20 @@ def as_run(model: Transformer, folder: Path, steps: tuple[int, ...] = (10,)) -> 
     section = {"config": {"model": dataclasses.asdict(model.config)}}
     (folder / "run.json").write_text(json.dumps(section))
     for step in steps:
-        checkpoint = save_pretrained(model, folder / "checkpoints" / f"step-{step:08d}")
-        (checkpoint / "config.json").unlink()
-        digest = hashlib.sha256((checkpoint / "model.safetensors").read_bytes()).hexdigest()
-        manifest = {"files": {"model.safetensors": {"sha256": digest}}, "health": {"healthy": True}}
+        checkpoint = folder / "checkpoints" / f"step-{step:08d}"
+        checkpoint.mkdir(parents=True)
+        weights = {name: value.detach() for name, value in model.named_parameters()}
+        names = sorted(weights)
+        files = {}
+        for i, keys in enumerate((names[:3], names[3:])):  # a file has 256 MiB at the most
+            file = checkpoint / f"model-{i + 1:05d}-of-00002.safetensors"
+            write_tensors(file, {name: weights[name] for name in keys})
+            files[file.name] = {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
+        manifest = {
+            "files": files,
+            "state": {"model": {"tensors": list(files)}},
+            "health": {"healthy": True},
+        }
         (checkpoint / "MANIFEST.json").write_text(json.dumps(manifest))
         (checkpoint / "COMMIT").write_text("{}")
     return folder
@@ -55,6 +68,22 @@ def test_a_saved_model_loads_with_equal_bits(tie: bool, tmp_path: Path) -> None:
     assert not loaded.training
     for (name, a), b in zip(model.named_parameters(), loaded.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
+    model = made()
+    compiled = torch.compile(model, backend="eager")
+    loaded = load_pretrained(save_pretrained(compiled, tmp_path / "model"))  # type: ignore[arg-type]
+    assert torch.equal(loaded.embed.weight, model.embed.weight)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_cast_model_is_saved_as_it_is_and_loads_in_float32(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = made().to(dtype)
+    loaded = load_pretrained(save_pretrained(model, tmp_path / "model"))
+    assert torch.equal(loaded.embed.weight, model.embed.weight.float())
 
 
 def test_the_file_is_one_that_the_safetensors_package_reads(tmp_path: Path) -> None:
@@ -80,8 +109,8 @@ def test_an_uncommitted_or_unhealthy_checkpoint_is_passed_over(tmp_path: Path) -
     (run / "checkpoints" / "step-00000015" / "COMMIT").unlink()
     manifest = run / "checkpoints" / "step-00000010" / "MANIFEST.json"
     manifest.write_text(manifest.read_text().replace("true", "false"))
-    (run / "checkpoints" / "step-00000015" / "model.safetensors").write_bytes(b"")
-    (run / "checkpoints" / "step-00000010" / "model.safetensors").write_bytes(b"")
+    (run / "checkpoints" / "step-00000015" / LAST).write_bytes(b"")
+    (run / "checkpoints" / "step-00000010" / LAST).write_bytes(b"")
     load_pretrained(run)
     (run / "checkpoints" / "step-00000005" / "COMMIT").unlink()
     with pytest.raises(ValueError, match="no committed, healthy checkpoint"):
@@ -90,11 +119,17 @@ def test_an_uncommitted_or_unhealthy_checkpoint_is_passed_over(tmp_path: Path) -
 
 def test_a_flipped_bit_in_a_checkpoint_is_refused(tmp_path: Path) -> None:
     run = as_run(made(), tmp_path / "run")
-    weights = run / "checkpoints" / "step-00000010" / "model.safetensors"
+    weights = run / "checkpoints" / "step-00000010" / LAST
     data = bytearray(weights.read_bytes())
     data[-100] ^= 1
     weights.write_bytes(bytes(data))
-    with pytest.raises(ValueError, match="is damaged: its SHA-256"):
+    with pytest.raises(ValueError, match="is damaged or missing"):
+        load_pretrained(run)
+    weights.unlink()
+    with pytest.raises(ValueError, match="is damaged or missing"):
+        load_pretrained(run)
+    (weights.parent / "MANIFEST.json").write_text('{"files": {}}')
+    with pytest.raises(ValueError, match="lists no weights of a model"):
         load_pretrained(run)
 
 
@@ -117,6 +152,15 @@ def test_damaged_or_foreign_folders_are_refused_by_name(tmp_path: Path) -> None:
         load_pretrained(folder)
     config.write_text(text.replace('"d_model"', '"d_modle"'))
     with pytest.raises(ValueError, match="unknown field 'd_modle'"):
+        load_pretrained(folder)
+    config.write_text(text.replace('"n_heads": 4', '"n_heads": 3'))
+    with pytest.raises(ValueError, match=r"the config of '.*model' is wrong: `n_heads` 3"):
+        load_pretrained(folder)
+    config.write_text('{"format": "matilda-model/1"}')
+    with pytest.raises(ValueError, match="has no section `model`"):
+        load_pretrained(folder)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"model\.safetensors' is no readable"):
         load_pretrained(folder)
     config.write_text("[")
     with pytest.raises(ValueError, match="cannot be read as JSON"):

@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from matilda_model import ModelConfig, Transformer
+from matilda_model import ModelConfig, Transformer, save_pretrained
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16,
@@ -36,7 +36,7 @@ def one_process(tmp_path: Path) -> Iterator[None]:
 @pytest.mark.usefixtures("one_process")
 @pytest.mark.filterwarnings("ignore")  # torch warns of its own interfaces here
 @pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
-def test_wrapped_loss_and_gradients_equal_the_bare_model(wrapper: str) -> None:
+def test_wrapped_loss_and_gradients_equal_the_bare_model(wrapper: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     bare = Transformer(CONFIG)
     model = copy.deepcopy(bare)
@@ -51,6 +51,8 @@ def test_wrapped_loss_and_gradients_equal_the_bare_model(wrapper: str) -> None:
         for block in model.blocks:
             fully_shard(block, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
+        with pytest.raises(ValueError, match=r"`embed\.weight` is sharded over ranks"):
+            save_pretrained(model, tmp_path / "model")
     out = wrapped(inputs, targets)
     out.loss.backward()
     assert not out.ce.requires_grad

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.model import Transformer
+from matilda_model.pretrained import whole_weights
 from matilda_model.tensor_file import write_tensors
 
 _NAMES = {
@@ -131,17 +132,17 @@ def _logit_difference(model: Transformer, exported: Any, ids_BT: Tensor) -> floa
 
 def _renamed(model: Transformer) -> dict[str, Tensor]:
     tensors = {}
-    for name, parameter in model.named_parameters():
+    for name, weight in whole_weights(model).items():
         if name.startswith("blocks."):
             _, index, rest = name.split(".", 2)
-            tensors[f"model.layers.{index}.{_NAMES[rest]}"] = parameter.detach()
+            tensors[f"model.layers.{index}.{_NAMES[rest]}"] = weight
         else:
             outer = {
                 "embed.weight": "model.embed_tokens.weight",
                 "norm.weight": "model.norm.weight",
                 "head.weight": "lm_head.weight",
             }
-            tensors[outer[name]] = parameter.detach()
+            tensors[outer[name]] = weight
     if model.config.logit_scale != 1.0:  # the final norm's weight takes the factor
         tensors["model.norm.weight"] = tensors["model.norm.weight"] * model.config.logit_scale
     return tensors

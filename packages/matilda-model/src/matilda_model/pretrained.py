@@ -19,10 +19,15 @@ _FORMAT = "matilda-model/1"
 
 
 def save_pretrained(model: Transformer, folder: str | Path) -> Path:
-    """Write config and float32 weights to `folder`, made if missing; the folder."""
+    """Write config and weights to `folder`, made if missing; the folder.
+
+    A compiled model is saved as the one it was made from. Raises ValueError for one that is sharded
+    over ranks.
+    """
     folder = Path(folder)
+    weights = whole_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
-    write_tensors(folder / "model.safetensors", _weights(model))
+    write_tensors(folder / "model.safetensors", weights)
     description = {"format": _FORMAT, "model": dataclasses.asdict(model.config)}
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
     return folder
@@ -47,7 +52,7 @@ def load_pretrained(
         if config.get("format") != _FORMAT:
             raise ValueError(f"{str(path / 'config.json')!r} does not say `format` {_FORMAT!r}")
         tensors = read_tensors(path / "model.safetensors")
-        return _build(config["model"], tensors, path, device, compute_dtype)
+        return _build(config.get("model"), tensors, path, device, compute_dtype)
     checkpoint = _newest_checkpoint(path) if (path / "run.json").is_file() else path
     run_file = checkpoint.parent.parent / "run.json"
     if not ((checkpoint / "COMMIT").is_file() and run_file.is_file()):
@@ -55,12 +60,28 @@ def load_pretrained(
             f"{str(path)!r} is no saved model, run or checkpoint of a run: give a folder with "
             "`config.json` or `run.json`, or a `step-…` folder inside a run's `checkpoints`"
         )
-    weights = checkpoint / "model.safetensors"
-    entry = _read_json(checkpoint / "MANIFEST.json")["files"]["model.safetensors"]
-    if not _is_intact(weights.read_bytes(), entry):
-        raise ValueError(f"{str(weights)!r} is damaged: its SHA-256 differs from the manifest's")
-    model_section = _read_json(run_file)["config"]["model"]
-    return _build(model_section, read_tensors(weights), checkpoint, device, compute_dtype)
+    section = _read_json(run_file).get("config", {}).get("model")
+    return _build(section, _checkpoint_tensors(checkpoint), checkpoint, device, compute_dtype)
+
+
+def _checkpoint_tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """The weights of a run's checkpoint, from as many files as its manifest spreads them over."""
+    manifest = _read_json(checkpoint / "MANIFEST.json")
+    tensors: dict[str, Tensor] = {}
+    try:
+        files = {name: manifest["files"][name] for name in manifest["state"]["model"]["tensors"]}
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f"the manifest of {str(checkpoint)!r} lists no weights of a model"
+        ) from error
+    for name, entry in files.items():
+        path = checkpoint / name
+        if not _is_intact(path.read_bytes() if path.is_file() else b"", entry):
+            raise ValueError(
+                f"{str(path)!r} is damaged or missing: its SHA-256 is not the manifest's"
+            )
+        tensors |= read_tensors(path)
+    return tensors
 
 
 def _is_intact(raw: bytes, entry: dict[str, Any]) -> bool:
@@ -87,12 +108,14 @@ def _newest_checkpoint(run: Path) -> Path:
 
 
 def _build(
-    section: dict[str, Any],
+    section: Any,
     tensors: dict[str, Tensor],
     where: Path,
     device: str | torch.device,
     compute_dtype: torch.dtype,
 ) -> Transformer:
+    if not isinstance(section, dict):
+        raise ValueError(f"the config of {str(where)!r} has no section `model`")
     known = {field.name for field in dataclasses.fields(ModelConfig)}
     unknown = sorted(set(section) - known)
     if unknown:
@@ -100,7 +123,10 @@ def _build(
             f"the config of {str(where)!r} has the unknown field {unknown[0]!r}: it was written by "
             "another version of matilda-model"
         )
-    model = Transformer(ModelConfig(**section))
+    try:
+        model = Transformer(ModelConfig(**section))
+    except ValueError as error:
+        raise ValueError(f"the config of {str(where)!r} is wrong: {error}") from error
     expected = dict(model.named_parameters())
     different = sorted(set(expected) ^ set(tensors))
     if different:
@@ -117,8 +143,17 @@ def _build(
     return model.to(device).eval()
 
 
-def _weights(model: Transformer) -> dict[str, Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+def whole_weights(model: Transformer) -> dict[str, Tensor]:
+    """Every parameter by its own name, also of what `torch.compile` returned."""
+    plain: Transformer = getattr(model, "_orig_mod", model)
+    weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    for name, weight in weights.items():
+        if hasattr(weight, "full_tensor"):
+            raise ValueError(
+                f"`{name}` is sharded over ranks: load the full state into a plain `Transformer` "
+                "and save that"
+            )
+    return weights
 
 
 def _read_json(path: Path) -> dict[str, Any]:

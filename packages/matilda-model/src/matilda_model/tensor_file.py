@@ -17,7 +17,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _LARGEST_HEADER = 100_000_000
 
@@ -50,10 +55,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Every tensor of `path`, on the CPU. Raises ValueError naming the file when it is damaged."""
+    """Every tensor of `path`, on the CPU. Raises ValueError naming the file when it is missing or
+    damaged."""
     _require_little_endian()
-    data = path.read_bytes()
     try:
+        data = path.read_bytes()
         (size,) = struct.unpack("<Q", data[:8])
         if size > min(len(data) - 8, _LARGEST_HEADER):
             raise ValueError("its header is cut off")
@@ -69,7 +75,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
             dtype = _DTYPES[entry["dtype"]]
             flat = torch.frombuffer(bytearray(body[start:end]), dtype=dtype)
             tensors[name] = flat.view(entry["shape"])
-    except (ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, struct.error) as error:
         raise ValueError(
             f"{str(path)!r} is no readable safetensors file ({error}): copy or export it again"
         ) from error
