@@ -137,6 +137,35 @@ def test_a_model_built_on_meta_is_initialised_after_to_empty() -> None:
     assert torch.equal(model(ids), expected(ids))
 
 
+def test_the_rope_table_is_true_after_the_meta_device_and_after_casts() -> None:
+    expected = Transformer(TINY)
+    ids = torch.randint(0, 128, (1, 16))
+    with torch.device("meta"):
+        model = Transformer(TINY)
+    model.to_empty(device="cpu").load_state_dict(expected.state_dict())
+    assert torch.equal(model(ids), expected(ids))
+    for cast in (torch.bfloat16, torch.float64):
+        model.to(cast)
+        assert model.cos.dtype == model.sin.dtype == torch.float32
+        assert torch.equal(model.cos, expected.cos)
+        model.compute_dtype = cast
+        model(ids[:, :-1], ids[:, 1:]).loss.backward()
+        assert model.embed.weight.grad is not None
+        assert model.embed.weight.grad.dtype == cast
+        model.zero_grad()
+
+
+def test_only_back_ends_can_be_chosen_anew() -> None:
+    model = Transformer(TINY)
+    model.choose_backends(loss="plain", attention="math")
+    assert (model.config.loss, model.config.attention) == ("plain", "math")
+    assert model.blocks[0].attn.backend == "math"
+    with pytest.raises(ValueError, match="`loss` must be one of"):
+        model.choose_backends(loss="fast")
+    with pytest.raises(TypeError, match="n_heads"):
+        model.choose_backends(n_heads=8)  # type: ignore[call-arg]
+
+
 def test_training_on_a_cpu_is_bitwise_repeatable() -> None:
     def gradients() -> list[torch.Tensor]:
         torch.manual_seed(0)

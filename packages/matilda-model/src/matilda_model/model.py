@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, overload
+from collections.abc import Callable
+from typing import Any, Literal, Self, overload
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -54,7 +55,8 @@ class Transformer(nn.Module):
     Parameters are float32 master weights on torch's default device. Activations have
     `compute_dtype` (float32 until set: `model.compute_dtype = torch.bfloat16`); norms, RoPE,
     logits and loss are float32 whatever it is. Initial values come from torch's default generator,
-    so `torch.manual_seed` fixes them; on the meta device call `init_weights` after `to_empty`.
+    so `torch.manual_seed` fixes them; a model made on the meta device has its values from
+    `init_weights` or `load_state_dict` after `to_empty`.
     """
 
     cos: Tensor
@@ -97,15 +99,35 @@ class Transformer(nn.Module):
                 outputs = 0.0 if config.zero_init_outputs else config.init_std
                 std = outputs / math.sqrt(2 * config.n_layers)
             parameter.normal_(0.0, std, generator=generator)
-        cos, sin = rope_table(
+        self._fill_rope()
+
+    def _fill_rope(self) -> None:
+        """Set the RoPE table, float32 whatever the parameters are, on its device."""
+        config = self.config
+        self.cos, self.sin = rope_table(
             config.max_seq_len, config.resolved_head_dim, config.rope_theta, self.cos.device
         )
-        self.cos.copy_(cos)
-        self.sin.copy_(sin)
 
-    def choose_backends(self, **backends: str) -> None:
-        """Change `attention`, `loss`, `matmul` or `norm` of the config; before compiling."""
-        self.config = dataclasses.replace(self.config, **backends)  # type: ignore[arg-type]
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """What `to`, `to_empty`, `bfloat16` and their like do, keeping the RoPE table true."""
+        was_meta = self.cos.is_meta
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if was_meta or self.cos.dtype != torch.float32:
+            self._fill_rope()
+        return self
+
+    def choose_backends(
+        self,
+        *,
+        attention: str | None = None,
+        loss: str | None = None,
+        matmul: str | None = None,
+        norm: str | None = None,
+    ) -> None:
+        """Change these fields of the config, those that are not None; before compiling."""
+        named = {"attention": attention, "loss": loss, "matmul": matmul, "norm": norm}
+        chosen: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
+        self.config = dataclasses.replace(self.config, **chosen)
         for module in self.modules():
             if isinstance(module, Attention):
                 module.backend, module.norm = self.config.attention, self.config.norm
