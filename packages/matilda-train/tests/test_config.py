@@ -48,7 +48,13 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
     [
         ("optim.lrr=1", "Did you mean `optim.lr`?"),
         ("optm.lr=1", "Did you mean `optim`?"),
-        ("optim.lr=fast", "`optim.lr` is 'fast', but must be of type float."),
+        ("optim.lr=fast", "`optim.lr` is 'fast', but must be of type float and finite."),
+        ("optim.lr=Infinity", "must be of type float and finite"),
+        ("optim.adamw_lr=x", "but must be of type float and finite or null."),
+        ("data.mix=prose=83,code=17", "but must be a list of str values."),
+        ("data.mix=3", "`data.mix` is 3, but must be a list of str values."),
+        ("data.mix=[3]", "`data.mix[0]` is 3, but must be of type str."),
+        ("train.seed=-1", "`train.seed` is -1, but must be 0 or more and below 2^32."),
         ("optim.lr=-1", "`optim.lr` is -1.0, but must be positive."),
         ("train.total_steps=1.5", "`train.total_steps` is 1.5, but must be of type int."),
         ("train.total_steps=true", "must be of type int"),
@@ -59,8 +65,8 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
         ("model.n_kv_heads=3", "n_kv_heads"),
         ("eval.every=sometimes", "`eval.every`: 'sometimes' is no duration"),
         ("ckpt.every=0 min", "`ckpt.every` is '0 min', but must be above 0"),
-        ("log.every=true", "must be of type str"),
-        ("train.micro_batch_size=automatic", "must be of type int"),
+        ("log.every=true", "must be of type int or of type str or null"),
+        ("train.micro_batch_size=automatic", "must be 'auto' or of type int."),
         ("train.micro_batch_size=0", "1 or more, or 'auto'"),
         ("optim.decay_fraction=1", "1000 steps of decay and 10 of `optim.warmup_steps` do not fit"),
         ("lr=1", "`--set` takes section.field=value"),
@@ -82,7 +88,10 @@ def test_missing_file_suggests_its_neighbour(config_file: Path) -> None:
         load_config(config_file.with_name("smal.json"))
 
 
-@pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"model": 3}'])
+REPEATED = '{"train": {"total_steps": 5}, "train": {"seed": 3}}'
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "\xff", '{"model": 3}', REPEATED])
 def test_malformed_file_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "bad.json"
     path.write_bytes(text.encode("latin-1"))

@@ -266,6 +266,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_steps", "tokens_per_step", "max_consecutive_skips"):
             _require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
+        _require(0 <= self.seed < 2**32, "train.seed", self.seed, "0 or more and below 2^32")
         size = self.micro_batch_size
         _require(
             size == "auto" or size >= 1, "train.micro_batch_size", size, "1 or more, or 'auto'"

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
@@ -65,8 +67,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     if not path.is_file():
         raise ValueError(f"Config file {str(path)!r} does not exist.{_nearby_config(path)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+    except ValueError as error:
         raise ValueError(f"Config file {str(path)!r} is not valid JSON: {error}.") from None
     if not isinstance(raw, dict):
         raise ValueError(f"Config file {str(path)!r} must hold one JSON object of sections.")
@@ -117,6 +119,15 @@ def config_differences(
         kind = rounding if name.startswith(ROUNDING_ON_RESUME) else recipe
         kind[name] = f"{before.get(name)!r} → {after.get(name)!r}"
     return recipe, rounding
+
+
+def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object; of a repeated name, JSON's own reader would silently take the last."""
+    names = [name for name, _ in pairs]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"`{name}` is there twice in one object; keep one")
+    return dict(pairs)
 
 
 def _nearby_config(path: Path) -> str:
@@ -175,35 +186,43 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
             return None
-        options = [a for a in args if a is not type(None)]
-        for option in options[:-1]:
-            try:
+        for option in args:
+            with contextlib.suppress(ValueError):
                 return _checked(value, option, name)
-            except ValueError:
-                continue
-        return _checked(value, options[-1], name)
-    if origin is typing.Literal:
-        if value not in args:
-            close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
-            hint_text = f" Did you mean {close[0]!r}?" if close else ""
-            raise ValueError(
-                f"`{name}` is {value!r}, but must be one of {', '.join(map(repr, args))}."
-                f"{hint_text}"
-            )
+    elif origin is typing.Literal:
+        if value in args:
+            return value
+    elif origin is tuple:
+        items = args
+        if isinstance(value, list | tuple):
+            items = args[:1] * len(value) if args[-1] is Ellipsis else args
+            if len(value) == len(items):
+                return tuple(
+                    _checked(v, t, f"{name}[{i}]")
+                    for i, (v, t) in enumerate(zip(value, items, strict=True))
+                )
+    elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):
+        if math.isfinite(value):
+            return float(value)
+    elif isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
         return value
+    words = [str(a) for a in args if isinstance(a, str)]
+    close = difflib.get_close_matches(str(value), words, n=1)
+    hint_text = f" Did you mean {close[0]!r}?" if close else ""
+    raise ValueError(f"`{name}` is {value!r}, but must be {_expected(hint)}.{hint_text}")
+
+
+def _expected(hint: Any) -> str:
+    """What `_checked` takes for `hint`, in words."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join("null" if a is type(None) else _expected(a) for a in args)
+    if origin is typing.Literal:
+        return f"{'one of ' * (len(args) > 1)}{', '.join(map(repr, args))}"
     if origin is tuple:
-        items = args[:1] * len(value) if args[-1:] == (Ellipsis,) else args
-        if not isinstance(value, list | tuple) or len(value) != len(items):
-            raise ValueError(f"`{name}` is {value!r}, but must be a list of {len(items)} values.")
-        return tuple(
-            _checked(v, t, f"{name}[{i}]")
-            for i, (v, t) in enumerate(zip(value, items, strict=True))
-        )
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"`{name}` is {value!r}, but must be of type {hint.__name__}.")
-    return value
+        count = f"{args[0].__name__} values" if args[-1] is Ellipsis else f"{len(args)} values"
+        return f"a list of {count}"
+    return f"of type {hint.__name__}{' and finite' * (hint is float)}"
 
 
 def flatten_sections(sections: Mapping[str, Any]) -> dict[str, Any]:
