@@ -72,7 +72,9 @@ def test_end_of_text_spelled_in_a_document_is_plain_text() -> None:
 
 
 PIECES = st.lists(
-    st.sampled_from(["a", "bc", " ", "  ", "\n", "\n\n", "\r\n", "\t", "1", "'s", "é", "!"])
+    st.sampled_from(
+        ["a", "bc", " ", "  ", "\n", "\n\n", "\r\n", "\t", "1", "'s", "é", "!", "\xa0", "\x1c"]
+    )
 )
 
 
@@ -85,6 +87,14 @@ def test_long_text_in_pieces_has_the_same_ids(pieces: list[str]) -> None:
         patch.setattr(tokenizer_module, "PIECE_CHARS", 3)
         assert gpt2.encode(text).tolist() == whole.tolist()
         assert "".join(tokenizer_module._pieces(text)) == text
+
+
+def test_a_million_spaces_before_a_word_are_encoded() -> None:
+    gpt2 = load_tokenizer("gpt2")
+    text = "a" + " " * 1_100_000 + "word "  # tiktoken alone gives up on so many
+    expected = [64, *[220] * 1_099_999, *gpt2.encode(" word ")]
+    assert gpt2.encode(text).tolist() == expected
+    assert gpt2.batch_encoder("tiktoken")[0]([text])[0].tolist() == expected
 
 
 def test_unknown_tokenizer_names_the_nearest() -> None:

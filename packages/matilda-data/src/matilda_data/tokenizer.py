@@ -7,6 +7,7 @@ import difflib
 import functools
 import hashlib
 import importlib.resources
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -29,8 +30,12 @@ BYTE_EOT = 256
 
 BACKENDS = ("auto", "tiktoken", "fastokens")
 
-# Longer texts are encoded in pieces of about this many characters, which bounds memory.
-PIECE_CHARS = 1 << 20
+# Longer texts are encoded in pieces of about this many characters, which bounds memory. tiktoken's
+# regular expressions fail on a million spaces before a word, which pieces never have.
+PIECE_CHARS = 1 << 19
+# `\s` of those expressions: Unicode's White_Space, which is not quite Python's.
+SPACE = r"\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+CUT = re.compile(rf"(?<=[^{SPACE}])\n(?=[^{SPACE}])|[{SPACE}](?=[{SPACE}][^{SPACE}])")
 
 
 class Tokenizer:
@@ -264,24 +269,16 @@ def _gpt2_tokenizer() -> Tokenizer:
 
 
 def _pieces(text: str) -> list[str]:
-    """Cut a long text where the ids cannot change: after a lone newline between non-spaces.
+    """Cut a long text where the ids cannot change.
 
-    GPT-2's pattern never joins a newline with the non-space after it, and a single newline is a
-    piece of its own whether or not text follows. A text without such a place stays whole.
+    GPT-2's pattern never joins a newline with the non-space after it, and takes a run of spaces but
+    for the last one as a piece, whether or not text follows. A text without such a place stays
+    whole.
     """
     pieces, start = [], 0
-    while len(text) - start > PIECE_CHARS:
-        at = start + PIECE_CHARS
-        while True:
-            at = text.find("\n", at)
-            if at == -1 or at + 1 >= len(text):
-                at = len(text) - 1
-                break
-            if not text[at - 1].isspace() and not text[at + 1].isspace():
-                break
-            at += 1
-        pieces.append(text[start : at + 1])
-        start = at + 1
+    while len(text) - start > PIECE_CHARS and (cut := CUT.search(text, start + PIECE_CHARS)):
+        pieces.append(text[start : cut.end()])
+        start = cut.end()
     if start < len(text):
         pieces.append(text[start:])
     return pieces
