@@ -9,9 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from matilda_data import BinStream, DataError, open_bin, open_dataset, prepare_text, verify
+from matilda_data import (
+    BinStream,
+    DataError,
+    documents_of,
+    open_bin,
+    open_dataset,
+    prepare_text,
+    verify,
+)
 from matilda_data.archive import compress_dataset
 from matilda_data.cli import main
+from matilda_data.convert import import_bin
 
 
 @pytest.fixture
@@ -88,6 +97,42 @@ def test_export_and_import_keep_every_token(
     capsys.readouterr()
     assert main(arguments) == 2
     assert "already holds a data set" in capsys.readouterr().err
+
+
+def test_shards_are_never_written_over_themselves(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["export-bin", str(data_dir), "--out-dir", str(data_dir)]) == 2
+    assert "holds the data set itself" in capsys.readouterr().err
+    verify(data_dir, deep=True)
+    (tmp_path / "plain").mkdir()
+    shard = tmp_path / "plain" / "bin_train_000000.bin"  # the name that its copy would get
+    shutil.copy(data_dir / "text_train_000000.bin", shard)
+    before = shard.read_bytes()
+    assert main(["convert", str(shard), "--out-dir", str(tmp_path / "plain")]) == 2
+    assert "holds shards to convert" in capsys.readouterr().err
+    assert shard.read_bytes() == before
+
+
+def test_shards_that_begin_in_mid_document_are_traced_from_their_first_token(
+    tmp_path: Path,
+) -> None:
+    # llm.c's second training shard begins with the rest of the first one's last document.
+    eot = 256
+    for name, tokens in {"a": [5, 6, 7, eot, 1, 2, 3, eot, *[9] * 50], "b": [5] * 60}.items():
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(tokens)
+        path = tmp_path / f"{name}.bin"
+        path.write_bytes(header.tobytes() + np.array(tokens, dtype="<u2").tobytes())
+        out = tmp_path / name
+        import_bin([path], out, tokenizer="byte")
+        verify(out, deep=True)
+        stream = BinStream(out, seq_len=8, seed=0, shuffle=False)
+        spans = [(s.id, s.first, s.stop) for s in documents_of(stream, 0)]
+        assert spans[0] == (f"{name}.bin:0", 0, 3 if name == "a" else 9)
+        packed = BinStream(out, seq_len=8, seed=0, rows="documents")
+        rows = packed.packed(0, packed.n_windows)
+        assert rows.loss_mask.sum() == len(tokens) - (3 if name == "a" else 1)
 
 
 def test_trace_names_documents_and_batch(

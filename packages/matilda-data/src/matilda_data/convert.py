@@ -21,6 +21,7 @@ from matilda_data.manifest import (
     ShardEntry,
     SourceEntry,
     canonical_json,
+    read_manifest,
     write_manifest,
 )
 from matilda_data.shard import ShardHeader, ShardWriter
@@ -42,15 +43,18 @@ def import_bin(
 ) -> Manifest:
     """Copy plain `.bin` shards into a data set with hashes, a manifest and a document index.
 
-    Documents are what end-of-text tokens begin; they are called `<file>:<number>`. The held-out
-    split is what `val` lists.
+    Documents are what end-of-text tokens begin, and what a split's first shard has before any; they
+    are called `<file>:<number>`. The held-out split is what `val` lists.
 
     Raises:
-        DataError: `out_dir` holds a data set already, or a shard cannot be used.
+        DataError: `out_dir` holds a data set already or the shards themselves, or a shard cannot be
+            used.
     """
     directory = Path(out_dir)
     if (directory / MANIFEST_NAME).exists():
         raise DataError(f"{str(directory)!r} already holds a data set; choose another directory")
+    if any(Path(path).resolve().parent == directory.resolve() for path in (*train, *val)):
+        raise DataError(f"{str(directory)!r} holds shards to convert; choose another directory")
     encoder = load_tokenizer(tokenizer)
     listed = {"train": list(train), "val": list(val)}
     opened = {
@@ -109,7 +113,9 @@ def _copy_shards(dataset: TokenDataset, directory: Path, name: str) -> list[Shar
         shard.verify()
         for first in range(0, shard.n_tokens, COPY_TOKENS):
             piece = shard.tokens[first : first + COPY_TOKENS]
-            begins = np.flatnonzero(piece == dataset.eot_id)
+            is_start = piece == dataset.eot_id
+            is_start[0] |= number == first == 0
+            begins = np.flatnonzero(is_start)
             starts.append(begins + first)
             writer.write(piece, len(begins))
         fields = writer.finish()
@@ -147,19 +153,16 @@ def export_bin(data_dir: PathLike, out_dir: PathLike) -> list[Path]:
     that insist on zeros after the third header word. Every chunk is verified on the way.
 
     Raises:
-        DataError: not a data set, or damaged.
+        DataError: not a data set, damaged, or `out_dir` is the data set.
     """
     target = Path(out_dir)
+    if target.resolve() == Path(data_dir).resolve():
+        raise DataError(f"{str(target)!r} holds the data set itself; choose another directory")
+    manifest = read_manifest(Path(data_dir))
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
-    for split in SPLITS:
-        try:
-            dataset = open_dataset(data_dir, split)
-        except DataError:
-            if split == "val" and written:  # nothing held out
-                continue
-            raise
-        for source in dataset.sources:
+    for split in (split for split in SPLITS if manifest.total_tokens(split)):
+        for source in open_dataset(data_dir, split).sources:
             for shard in source.shards:
                 shard.verify()
                 with durable_file(target / shard.path.name) as file:

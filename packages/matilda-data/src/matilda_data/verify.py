@@ -76,7 +76,7 @@ def _verify_contents(directory: Path, entry: ShardEntry, manifest: Manifest) -> 
         raise DataError(f"shard {str(path)!r} does not have the SHA-256 its manifest states")
     _, columns = read_index(directory, entry)
     starts = columns["starts"]
-    begins = tokens[starts]
+    begins = tokens[starts[starts > 0]]  # imported shards may begin in mid-document
     if len(starts) != entry.documents or (begins != manifest.tokenizer["eot_id"]).any():
         raise DataError(
             f"document index {str(directory / entry.index_file)!r} does not fit its shard"
