@@ -24,6 +24,7 @@ from matilda_data import (
     prepare_text,
     verify,
 )
+from matilda_data.archive import compress_dataset
 from matilda_data.shard import read_header
 
 
@@ -191,10 +192,40 @@ def test_exact_copies_are_dropped_across_sources(corpus: Path, tmp_path: Path) -
 
 
 def test_rerun_returns_the_finished_set_untouched(corpus: Path, tmp_path: Path) -> None:
+    def times() -> dict[str, int]:
+        files = (tmp_path / "out").iterdir()  # a stamp of the verification may join them
+        return {file.name: file.stat().st_mtime_ns for file in files if file.name[0] != "."}
+
     first = prepare(corpus, tmp_path / "out")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    before = times()
     assert prepare(corpus, tmp_path / "out") == first
-    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    assert times() == before
+    compress_dataset(tmp_path / "out")
+    packed = times()
+    assert prepare(corpus, tmp_path / "out") == first
+    assert times() == packed, "archives are not expanded for that"
+
+
+def test_rerun_mends_a_damaged_set(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "out"
+    prepare(corpus, out)
+    whole = tree_sha256(out)
+    for name in ("text_train_000000.bin", "text_val_000000.idx", "text_val_000000.bin"):
+        raw = bytearray((out / name).read_bytes())
+        raw[len(raw) // 2] ^= 1
+        (out / name).write_bytes(raw)
+        caplog.clear()
+        prepare(corpus, out)
+        assert [name in record.message for record in caplog.records] == [True]
+        assert {**tree_sha256(out), **whole} == tree_sha256(out)
+        (out / name).unlink()
+        prepare(corpus, out)
+        assert {**tree_sha256(out), **whole} == tree_sha256(out)
+    (out / "manifest.json").write_bytes(b"{}")
+    with pytest.raises(DataError, match="in another directory or after deleting this one"):
+        prepare(corpus, out)
 
 
 def test_other_inputs_or_options_never_overwrite(corpus: Path, tmp_path: Path) -> None:

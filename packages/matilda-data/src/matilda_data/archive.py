@@ -12,7 +12,7 @@ from matilda_data.errors import DataError
 from matilda_data.manifest import ShardEntry, read_manifest
 from matilda_data.shard import file_sha256
 
-__all__ = ["compress_dataset", "ensure_expanded"]
+__all__ = ["compress_dataset", "ensure_expanded", "is_archived"]
 
 LEVEL = 3
 BLOCK_BYTES = 1 << 20
@@ -20,6 +20,11 @@ BLOCK_BYTES = 1 << 20
 
 def _archive(path: Path) -> Path:
     return path.with_name(path.name + ".zst")
+
+
+def is_archived(path: Path) -> bool:
+    """Whether only the archive of shard `path` is there."""
+    return not path.exists() and _archive(path).exists()
 
 
 def compress_dataset(data_dir: str | os.PathLike[str]) -> tuple[int, int]:
@@ -36,7 +41,7 @@ def compress_dataset(data_dir: str | os.PathLike[str]) -> tuple[int, int]:
     for entry in read_manifest(directory).shards:
         path = directory / entry.file
         archive = _archive(path)
-        if not path.exists() and archive.exists():
+        if is_archived(path):
             after += archive.stat().st_size
             before += entry.bytes
             continue
@@ -68,9 +73,9 @@ def ensure_expanded(path: Path, entry: ShardEntry) -> None:
     Raises:
         DataError: the archive is damaged or holds another shard.
     """
-    archive = _archive(path)
-    if path.exists() or not archive.exists():
+    if not is_archived(path):
         return
+    archive = _archive(path)
     damaged = DataError(
         f"archive {str(archive)!r} is damaged; restore it or prepare the data set again"
     )

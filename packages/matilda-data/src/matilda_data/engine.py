@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matilda_data.contamination import load_evaluation_set, report
+from matilda_data.contamination import (
+    EvaluationSet,
+    load_evaluation_set,
+    report,
+    store_evaluation_set,
+)
 from matilda_data.documents import ReadOptions
 from matilda_data.durable import TEMP_PREFIX, fsync_directory, write_durably
 from matilda_data.errors import DataError
@@ -34,15 +40,19 @@ from matilda_data.manifest import (
     Manifest,
     read_incomplete,
     read_manifest,
+    write_incomplete,
     write_manifest,
 )
 from matilda_data.packer import PackOptions, SourceParts, pack
 from matilda_data.parts import DamagedPartError, PartRecord
 from matilda_data.progress import Meter
 from matilda_data.tokenizer import Tokenizer
+from matilda_data.verify import verify_unless_stamped
 from matilda_data.worker import EncodeSettings, run_units
 
-__all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "finished_manifest", "locked"]
+__all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "prepared"]
+
+logger = logging.getLogger("matilda_data")
 
 WORK_DIR = ".prepare"
 REPORT_NAME = "contamination.json"
@@ -266,15 +276,54 @@ def tidy(directory: Path) -> None:
     shutil.rmtree(directory / WORK_DIR, ignore_errors=True)
 
 
+def prepared(
+    directory: Path,
+    preparation: Mapping[str, Any],
+    evaluation: EvaluationSet | None,
+    command: str | None,
+    prepare: Callable[[Journal], Manifest],
+) -> Manifest:
+    """The data set of `preparation` in `directory`: the one there if undamaged, else `prepare`'s.
+
+    Raises:
+        DataError: as `prepare`, `locked` and `finished_manifest`.
+    """
+    manifest = finished_manifest(directory, preparation)
+    if manifest and not (directory / WORK_DIR).exists() and not _damage(directory, manifest):
+        return manifest
+    with locked(directory) as journal:
+        if (manifest := finished_manifest(directory, preparation)) is not None:
+            if not (damage := _damage(directory, manifest)):
+                tidy(directory)
+                return manifest
+            logger.warning("%s (which is done now)", damage)
+        write_incomplete(directory, command or "")
+        if evaluation is not None:
+            store_evaluation_set(evaluation, directory / WORK_DIR)
+        return prepare(journal)
+
+
+def _damage(directory: Path, manifest: Manifest) -> str:
+    """What is wrong with a finished data set; empty if nothing is."""
+    try:
+        verify_unless_stamped(directory, manifest)
+    except DataError as error:
+        return str(error)
+    return ""
+
+
 def finished_manifest(directory: Path, preparation: Mapping[str, Any]) -> Manifest | None:
     """The manifest if `directory` holds the very data set of `preparation`; None if none yet.
 
     Raises:
-        DataError: it holds another finished data set.
+        DataError: it holds another finished data set, or a manifest that nobody can read.
     """
     if not (directory / MANIFEST_NAME).exists() or read_incomplete(directory) is not None:
         return None
-    manifest = read_manifest(directory)
+    try:
+        manifest = read_manifest(directory)
+    except DataError as error:
+        raise DataError(f"{error}, in another directory or after deleting this one") from None
     if any(manifest.preparation.get(name) != value for name, value in preparation.items()):
         raise DataError(
             f"{str(directory)!r} already holds a data set of other inputs or options; "

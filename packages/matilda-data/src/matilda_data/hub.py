@@ -13,12 +13,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from matilda_data.contamination import build_evaluation_set, store_evaluation_set
+from matilda_data.contamination import build_evaluation_set
 from matilda_data.documents import ReadOptions
-from matilda_data.engine import WORK_DIR, Engine, PlannedSource, finished_manifest, locked, tidy
+from matilda_data.engine import WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
 from matilda_data.hub_client import HubFiles, HubSource, take_over_plans
-from matilda_data.manifest import Manifest, write_incomplete
+from matilda_data.journal import Journal
+from matilda_data.manifest import Manifest
 from matilda_data.packer import select
 from matilda_data.persistence import Retry
 from matilda_data.prepare import PathLike, Settings, check_partition, take_over
@@ -90,17 +91,10 @@ def prepare_hub(
         {"target_tokens": target_tokens, "sources": [asdict(source) for source in sources]}
     )
     directory = Path(out_dir)
-    finished = finished_manifest(directory, preparation)
-    if finished is not None and not (directory / WORK_DIR).exists():
-        return finished
-    with locked(directory) as journal:
-        if (finished := finished_manifest(directory, preparation)) is not None:
-            tidy(directory)
-            return finished
-        write_incomplete(directory, command or "")
-        if evaluation is not None:
-            store_evaluation_set(evaluation, directory / WORK_DIR)
-        meter = Meter(progress, target_tokens)
+
+    def prepare(journal: Journal) -> Manifest:
+        goal = target_tokens and -(-target_tokens // (partition or (0, 1))[1])
+        meter = Meter(progress, goal)
         for other in merge:
             take_over_plans(Path(other) / WORK_DIR, directory / WORK_DIR)
         hub = HubFiles(directory / WORK_DIR / "hub", settings, retry or Retry(), meter)
@@ -111,6 +105,8 @@ def prepare_hub(
             return _run(engine, hub, sources, target_tokens, preparation, partition)
         finally:
             hub.close()
+
+    return prepared(directory, preparation, evaluation, command, prepare)
 
 
 def _run(

@@ -12,20 +12,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from matilda_data.contamination import build_evaluation_set, store_evaluation_set
+from matilda_data.contamination import build_evaluation_set
 from matilda_data.documents import ReadOptions
-from matilda_data.engine import (
-    WORK_DIR,
-    Engine,
-    PlannedSource,
-    finished_manifest,
-    locked,
-    tidy,
-)
+from matilda_data.engine import WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
 from matilda_data.inputs import find_files, plan_units
 from matilda_data.journal import Journal
-from matilda_data.manifest import Manifest, canonical_json, write_incomplete
+from matilda_data.manifest import Manifest, canonical_json
 from matilda_data.packer import PackOptions
 from matilda_data.progress import Meter, ProgressCallback
 from matilda_data.shard import MAX_TOKENS
@@ -170,8 +163,9 @@ def prepare_text(
 ) -> Manifest:
     """Write `inputs` as verified uint16 shards with a manifest into `out_dir`.
 
-    Call it again after any interruption and it continues; on a finished data set of the same
-    inputs and options it returns at once. The bytes written depend only on the inputs' content
+    Call it again after any interruption and it continues; a finished data set of the same inputs
+    and options is verified, as far as anything has touched it since that was last done, and
+    prepared once more if it is damaged. The bytes written depend only on the inputs' content
     and names (relative to the input directory, a file's own directory, or the fixed start of a
     glob) and on the options above `backend`; not on workers, runner, partitions, interruptions or
     absolute paths.
@@ -241,26 +235,19 @@ def prepare_text(
         [[source.name, source.weight, [key for key, _ in source.units]] for source in sources]
     )
     directory = Path(out_dir)
-    finished = finished_manifest(directory, preparation)
-    if finished is not None and not (directory / WORK_DIR).exists():
-        return finished
-    with locked(directory) as journal:
-        if (finished := finished_manifest(directory, preparation)) is not None:
-            tidy(directory)
-            return finished
-        write_incomplete(directory, command or "")
-        if evaluation is not None:
-            store_evaluation_set(evaluation, directory / WORK_DIR)
+
+    def prepare(journal: Journal) -> Manifest:
         engine = settings.engine(directory, journal, Meter(progress))
         for other in merge:
             take_over(Path(other), engine)
-        if partition is not None:
-            sources = _own_share(sources, partition)
-        engine.expect(sources)
-        engine.encode(sources)
+        mine = sources if partition is None else _own_share(sources, partition)
+        engine.expect(mine)
+        engine.encode(mine)
         if partition is not None:
             return Manifest(tokenizer={}, sources=(), shards=(), preparation=preparation)
         return engine.publish(sources, preparation)
+
+    return prepared(directory, preparation, evaluation, command, prepare)
 
 
 def check_partition(partition: tuple[int, int] | None) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from matilda_data.archive import is_archived
 from matilda_data.dataset import ShardFile, check_entry
 from matilda_data.documents_index import read_index
 from matilda_data.errors import DataError
@@ -15,7 +16,7 @@ from matilda_data.manifest import Manifest, ShardEntry, read_manifest
 from matilda_data.shard import file_sha256
 from matilda_data.stamps import Stamps
 
-__all__ = ["VerifyReport", "verify"]
+__all__ = ["VerifyReport", "verify", "verify_unless_stamped"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +64,23 @@ def verify(
         bytes_hashed=hashed,
         seconds=time.monotonic() - began,
     )
+
+
+def verify_unless_stamped(directory: Path, manifest: Manifest) -> None:
+    """Verify all contents but those of shards that were verified before and not touched since.
+
+    Archived shards are left alone: what expands them verifies them.
+
+    Raises:
+        DataError: something is not what the manifest says; names the first such file.
+    """
+    stamps = Stamps(directory, manifest.data_id)
+    for entry in manifest.shards:
+        if not is_archived(directory / entry.file):
+            check_entry(directory, entry)
+            if not stamps.holds(entry.file, entry.sha256):
+                _verify_contents(directory, entry, manifest)
+        read_index(directory, entry)
 
 
 def _verify_contents(directory: Path, entry: ShardEntry, manifest: Manifest) -> int:
