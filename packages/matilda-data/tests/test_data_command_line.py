@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import errno
 import os
+import resource
 import signal
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import matilda_data.inputs as inputs_module
 from matilda_data import (
     DataError,
     Manifest,
@@ -20,6 +21,7 @@ from matilda_data import (
     parse_weights,
     prepare_text,
     run_preparation,
+    verify,
 )
 
 
@@ -54,7 +56,7 @@ def test_whole_and_in_parts_print_the_same_data_id(
 
 
 def test_failures_are_one_sentence_and_an_exit_code(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = parse("--out-dir", tmp_path / "out")
 
@@ -62,15 +64,33 @@ def test_failures_are_one_sentence_and_an_exit_code(
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("not stopped")
 
-    def full(**_: Any) -> Manifest:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
     assert run_preparation(prepare_text, options, inputs=tmp_path / "none") == 2
     assert capsys.readouterr().err.count("error: ") == 1
-    assert run_preparation(full, options) == 4
-    assert "No space left on device; run the same command again" in capsys.readouterr().err
     assert run_preparation(stopped, options) == 75
     assert "run the same command again to go on" in capsys.readouterr().err
+    options = parse("--out-dir", corpus / "z.jsonl")
+    assert run_preparation(prepare_text, options, inputs=corpus) == 2
+    assert "Not a directory; choose another output directory" in capsys.readouterr().err
+
+
+def test_disk_that_is_full_for_a_worker_is_one_sentence_and_the_rerun_goes_on(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 30_000)
+    options = parse("--out-dir", tmp_path / "out", "--workers", "2")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))  # workers inherit it
+        assert run_preparation(prepare_text, options, inputs=corpus) == 4
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert "File too large; run the same command again to go on" in capsys.readouterr().err
+    options.workers = 1
+    assert run_preparation(prepare_text, options, inputs=corpus) == 0
+    verify(tmp_path / "out", deep=True)
 
 
 def test_weights_and_partitions_are_parsed_or_refused() -> None:

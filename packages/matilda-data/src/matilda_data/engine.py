@@ -233,11 +233,17 @@ def locked(directory: Path) -> Iterator[Journal]:
     After a bad input with nothing worth keeping, the disk is left as it was.
 
     Raises:
-        DataError: another process is preparing this directory.
+        DataError: another process is preparing this directory, or it cannot be written in.
     """
     created = not directory.exists()
     work = directory / WORK_DIR
-    (work / "parts").mkdir(parents=True, exist_ok=True)
+    try:
+        (work / "parts").mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise DataError(
+            f"cannot write a data set in {str(directory)!r}: {error.strerror}; choose another "
+            "output directory"
+        ) from None
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Generator, Sequence
-from dataclasses import asdict
 from typing import Any
 
-from matilda_data.documents import ReadOptions
 from matilda_data.errors import DataError
 from matilda_data.inputs import Unit
 from matilda_data.parts import PartRecord
-from matilda_data.worker import EncodeSettings
+from matilda_data.worker import EncodeSettings, record_of, reply_to
 
 __all__ = ["run_units_on_ray"]
 
@@ -25,13 +23,9 @@ RETRIES = 10
 
 
 def encode_remotely(settings: str, key: str, unit: str) -> dict[str, Any]:
-    """One unit in a Ray worker; errors of the input come back as data, not as exceptions."""
-    value = json.loads(settings)
-    decoded = EncodeSettings(**{**value, "options": ReadOptions(**value["options"])})
-    try:
-        return {"record": decoded.encode(Unit.from_json(json.loads(unit)), key).to_json()}
-    except DataError as error:
-        return {"error": str(error)}
+    """One unit in a Ray worker; errors come back as data, not as exceptions."""
+    decoded = Unit.from_json(json.loads(unit))
+    return reply_to(decoded, key, EncodeSettings.from_json(settings))
 
 
 def run_units_on_ray(
@@ -43,6 +37,7 @@ def run_units_on_ray(
 
     Raises:
         DataError: Ray is not installed, or an input cannot be used.
+        OSError: a full disk and the like.
     """
     try:
         ray = importlib.import_module("ray")
@@ -53,7 +48,7 @@ def run_units_on_ray(
     if not ray.is_initialized():
         ray.init(log_to_driver=False)
     remote = ray.remote(num_cpus=1, max_retries=RETRIES)(encode_remotely)
-    packed = json.dumps(asdict(settings))
+    packed = settings.to_json()
     in_flight = max(2 * int(ray.cluster_resources().get("CPU", 1)), 2)
     waiting = iter(work)
     running: list[Any] = []
@@ -65,10 +60,7 @@ def run_units_on_ray(
             if not running:
                 return
             done, running = ray.wait(running, num_returns=1)
-            reply = ray.get(done[0])
-            if "error" in reply:
-                raise DataError(reply["error"])
-            yield PartRecord(**reply["record"])
+            yield record_of(ray.get(done[0]))
     finally:
         for task in running:
             ray.cancel(task, force=True)

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -25,7 +25,7 @@ from matilda_data.errors import DataError
 from matilda_data.inputs import Unit
 from matilda_data.parts import PartRecord, encode_unit
 
-__all__ = ["RUNNERS", "EncodeSettings", "load_runner", "run_units"]
+__all__ = ["RUNNERS", "EncodeSettings", "load_runner", "record_of", "reply_to", "run_units"]
 
 RUNNERS = ("local", "ray")
 
@@ -46,6 +46,14 @@ class EncodeSettings:
     backend: str
     options: ReadOptions
 
+    def to_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> EncodeSettings:
+        value = json.loads(text)
+        return cls(**{**value, "options": ReadOptions(**value["options"])})
+
     def encode(self, unit: Unit, key: str) -> PartRecord:
         """Encode `unit` in this process."""
         return encode_unit(
@@ -65,7 +73,8 @@ def run_units(
 
     Raises:
         DataError: what a worker found wrong with its input; the other workers are stopped.
-        RuntimeError: a unit whose worker died `TRIES` times.
+        OSError: what kept a worker from its work, such as a full disk; a `ChildProcessError` for a
+            unit whose worker died `TRIES` times.
     """
     if workers <= 1:
         for key, unit in work:
@@ -102,15 +111,16 @@ def run_units(
                         break
                     if stopping.is_set():
                         return
+                    process.kill()  # also one that lives and answers nonsense
                     process.wait()
                     if attempt == TRIES - 1:
                         names = ", ".join(file.name for file in item[1].files[:3])
-                        raise RuntimeError(
+                        raise ChildProcessError(
                             f"a worker died {TRIES} times on {names} (exit status "
                             f"{process.returncode}; -9 often means out of memory)"
                         )
                     process = start()
-                done.put(_record(reply))
+                done.put(record_of(reply))
         except BaseException as error:
             done.put(error)
 
@@ -168,12 +178,13 @@ def _start_worker(settings: EncodeSettings) -> subprocess.Popen[str]:
     search = os.pathsep.join(filter(None, [package_root, os.environ.get("PYTHONPATH")]))
     return subprocess.Popen(
         # Not `-m`: the package imports this module, so that would run it twice, with a warning.
-        [sys.executable, "-c", WORKER_PROGRAM, json.dumps(asdict(settings))],
+        [sys.executable, "-c", WORKER_PROGRAM, settings.to_json()],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         encoding="utf-8",
         env={**os.environ, "PYTHONPATH": search, "RAYON_NUM_THREADS": "1"},
+        process_group=0,  # Ctrl-C is for the parent alone
     )
 
 
@@ -190,11 +201,26 @@ def _ask(process: subprocess.Popen[str], key: str, unit: Unit) -> dict[str, Any]
     return reply
 
 
-def _record(reply: dict[str, Any] | None) -> PartRecord:
-    if reply is None or "fault" in reply:
-        raise RuntimeError(f"a worker failed: {reply and reply['fault']}")
+def reply_to(unit: Unit, key: str, settings: EncodeSettings) -> dict[str, Any]:
+    """Encode `unit` in this process; what `record_of` takes, so that errors too can travel."""
+    try:
+        return {"record": settings.encode(unit, key).to_json()}
+    except DataError as error:
+        return {"error": str(error)}
+    except OSError as error:
+        return {"os_error": [error.errno, error.strerror, error.filename]}
+    except Exception as error:
+        return {"fault": f"{type(error).__name__}: {error}"}
+
+
+def record_of(reply: Mapping[str, Any]) -> PartRecord:
+    """The record in a reply of `reply_to`, or the error."""
     if "error" in reply:
         raise DataError(reply["error"])
+    if "os_error" in reply:
+        raise OSError(*reply["os_error"])
+    if "fault" in reply:
+        raise RuntimeError(f"a worker failed: {reply['fault']}")
     return PartRecord(**reply["record"])
 
 
@@ -202,8 +228,7 @@ def main() -> None:
     """Serve units until standard input ends."""
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         signal.signal(number, signal.SIG_IGN)  # the parent's to handle; it ends this one's input
-    value = json.loads(sys.argv[1])
-    settings = EncodeSettings(**{**value, "options": ReadOptions(**value["options"])})
+    settings = EncodeSettings.from_json(sys.argv[1])
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def listen() -> None:
@@ -214,12 +239,6 @@ def main() -> None:
     threading.Thread(target=listen, daemon=True).start()
     while True:
         request = json.loads(requests.get())
-        try:
-            record = settings.encode(Unit.from_json(request["unit"]), request["key"])
-            reply: dict[str, Any] = {"record": record.to_json()}
-        except DataError as error:
-            reply = {"error": str(error)}
-        except Exception as error:
-            reply = {"fault": f"{type(error).__name__}: {error}"}
+        reply = reply_to(Unit.from_json(request["unit"]), request["key"], settings)
         sys.stdout.write(json.dumps(reply) + "\n")
         sys.stdout.flush()
