@@ -139,10 +139,12 @@ def _evaluation(items: list[object]) -> EvaluationSet:
 
 def test_overlap_of_a_data_set_and_of_its_text_is_the_same(corpus: Path, tmp_path: Path) -> None:
     (corpus / "a" / "bad.txt").write_text(f"Ünter uns. {RUN.title()}, and so on.")
-    first, second = tmp_path / "first_val.jsonl", tmp_path / "second_test.jsonl.gz"
-    first.write_text(json.dumps({"id": "q7", "ctx": RUN}) + "\n" + json.dumps({"id": "q8"}) + "\n")
-    items = [{"x": "unrelated"}, {"ctx": [RUN]}]
-    second.write_bytes(gzip.compress("\n".join(map(json.dumps, items)).encode()))
+    (tmp_path / "other").mkdir()
+    first, second = tmp_path / "test.jsonl.gz", tmp_path / "other" / "test.jsonl.gz"
+    questions: list[object] = [{"id": "q7", "ctx": RUN}, {"id": "q8"}]
+    others: list[object] = [{"x": "unrelated"}, {"ctx": [RUN]}]
+    for path, items in ((first, questions), (second, others)):
+        path.write_bytes(gzip.compress("\n".join(map(json.dumps, items)).encode()))
     told: list[float] = []
     prepare_text(corpus, tmp_path / "out", tokenizer="gpt2", val_fraction=0.2, workers=1)
     reports = [measure_overlap([first, second], inputs=[corpus])]

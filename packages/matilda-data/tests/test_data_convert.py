@@ -105,6 +105,8 @@ def test_shards_are_never_written_over_themselves(
     assert main(["export-bin", str(data_dir), "--out-dir", str(data_dir)]) == 2
     assert "holds the data set itself" in capsys.readouterr().err
     verify(data_dir, deep=True)
+    assert main(["export-bin", str(data_dir), "--out-dir", str(data_dir / "manifest.json")]) == 2
+    assert "File exists" in capsys.readouterr().err
     (tmp_path / "plain").mkdir()
     shard = tmp_path / "plain" / "bin_train_000000.bin"  # the name that its copy would get
     shutil.copy(data_dir / "text_train_000000.bin", shard)
@@ -148,6 +150,9 @@ def test_trace_names_documents_and_batch(
     assert {line.split()[0] for line in out.splitlines()[1:]} == {"8", "9", "10", "11"}
     assert main(base) == 2
     assert "--sample or --step" in capsys.readouterr().err
+    for wrong in (["--step", "0", "--batch-size", "0"], ["--sample", str(2**70)]):
+        assert main([*base, *wrong]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_missing_archive_and_shard_is_refused(data_dir: Path) -> None:

@@ -99,6 +99,16 @@ def test_mixture_visits_each_source_in_order_without_gaps(
     assert mixture.counts(n).tolist() == np.bincount(source, minlength=len(weights)).tolist()
 
 
+@pytest.mark.parametrize("weights", [(83, 17), (15, 3, 2), (1, 1, 1), (0, 5, 7, 0, 1)])
+def test_slots_go_to_the_largest_deficit(weights: tuple[int, ...]) -> None:
+    block = Mixture([Phase(start=0, weights=weights)], 0)._blocks[0]
+    total, taken = sum(weights), np.zeros(len(weights), dtype=np.int64)
+    for slot, source in enumerate(block._table.tolist()):
+        assert source == np.argmax((slot + 1) * np.array(weights) - total * taken)
+        assert (block._prefix[:, slot] == taken).all()
+        taken[source] += 1
+
+
 @given(weights=WEIGHTS, seed=st.integers(0, 99))
 def test_mixture_counts_are_exact_at_every_prefix(weights: list[int], seed: int) -> None:
     total = sum(weights)

@@ -183,12 +183,14 @@ def test_exact_copies_are_dropped_across_sources(corpus: Path, tmp_path: Path) -
         TextSource(name="first", inputs=corpus, weight=83),
         TextSource(name="second", inputs=[tmp_path / "copy", corpus / "z.jsonl"], weight=17),
     ]
-    manifest = prepare(sources, tmp_path / "out")
-    assert manifest.preparation["dropped"] == {"duplicates": 60, "empty": 0, "contaminated": 0}
-    assert sum(manifest.sources[0].documents.values()) == 60
-    assert sum(manifest.sources[1].documents.values()) == 0
+    with pytest.raises(DataError, match="source 'second' has no training document that is not"):
+        prepare(sources, tmp_path / "out")
     manifest = prepare(sources, tmp_path / "all", deduplicate=False)
     assert sum(manifest.sources[1].documents.values()) == 60
+    (tmp_path / "copy" / "new.txt").write_text("something of its own")
+    manifest = prepare(sources, tmp_path / "out", val_fraction=0)
+    assert manifest.preparation["dropped"] == {"duplicates": 60, "empty": 0, "contaminated": 0}
+    assert [sum(source.documents.values()) for source in manifest.sources] == [60, 1]
 
 
 def test_rerun_returns_the_finished_set_untouched(corpus: Path, tmp_path: Path) -> None:
@@ -278,6 +280,8 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "missing.txt", "matches no file")
     refuse(tmp_path, str(tmp_path / "*.txt"), "matches no file")
     refuse(tmp_path, [], "no documents")
+    (tmp_path / "in" / "caf\udce9.txt").write_text("named in latin-1")
+    refuse(tmp_path, tmp_path / "in", "name of input .* is not UTF-8")
     (tmp_path / "in" / "image.png").write_bytes(b"x")
     refuse(tmp_path, tmp_path / "in" / "image.png", "unknown type")
 
@@ -292,7 +296,8 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
         (b'{"text": 5}', "line 2 .*has no string `text`"),
         (b'{"text": "\xff"}', "line 2 .*is not UTF-8 at byte 10"),
         (b'{"text": "\\ud800"}', "line 2 .*lone surrogate"),
-        (b"[" * 100_000, "line 2 .*is not JSON"),
+        (b"[" * 100_000, "line 2 .*is not JSON .too deeply nested"),
+        (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 2 .*is not JSON .*4300"),
     ],
 )
 def test_bad_lines_are_named(tmp_path: Path, line: bytes, match: str, workers: int) -> None:

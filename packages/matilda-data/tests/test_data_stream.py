@@ -246,8 +246,15 @@ def test_bad_arguments_are_refused(data_dir: Path, tmp_path: Path) -> None:
         BinStream(data_dir, seq_len=0, seed=0)
     with pytest.raises(DataError, match="fewer than one sample"):
         BinStream(data_dir, seq_len=10**6, seed=0)
-    with pytest.raises(DataError, match="samples -1 to 3"):
-        BinStream(data_dir, seq_len=10, seed=0).windows(-1, 4)
+    stream = BinStream(data_dir, seq_len=10, seed=0)
+    for first, count in ((-1, 4), (0, -1), (2**62, 1), (2**70, 1)):
+        with pytest.raises(DataError, match=f"samples {first} to {first + count} do not exist"):
+            stream.windows(first, count)
+    for weights in ({}, {"text": 0}, []):
+        with pytest.raises(DataError, match="take nothing"):
+            BinStream(data_dir, seq_len=10, seed=0, weights=weights)
+    with pytest.raises(ValueError, match="read-only"):
+        stream.positions(0, 4)[1][0] = 7  # a view of what later batches are made of
 
 
 def test_order_does_not_depend_on_the_directory(data_dir: Path, tmp_path: Path) -> None:

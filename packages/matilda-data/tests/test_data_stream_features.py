@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -124,6 +125,12 @@ def test_max_repeats_refuses_the_first_sample_past_it(base: Path) -> None:
         stream.windows(last, 1)
     assert stream.epochs(stream.n_windows) == {"code": 1.0}
     assert stream.epochs(0) == {"code": 0.0}
+    plain = stream_of(base, shuffle=False, max_repeats=1)
+    edu, code = plain._n_windows.tolist()
+    assert plain.epochs(edu + 1) == {"edu": 1.0, "code": 1 / code}  # source after source
+    plain.windows(0, plain.n_windows)
+    with pytest.raises(DataError, match="the data is used up after 1 epochs"):
+        plain.windows(plain.n_windows, 1)
 
 
 def test_epochs_count_repetitions_by_source(base: Path) -> None:
@@ -171,11 +178,22 @@ def test_prefetcher_state_counts_what_was_handed_out(base: Path) -> None:
 
 
 def test_prefetch_keeps_a_batch_for_depth_more(base: Path) -> None:
-    with Prefetcher(stream_of(base), batch_size=4, depth=2) as batches:
-        held = next(batches)
-        copy = held.copy()
-        next(batches)
-        assert (held == copy).all()
+    stream = stream_of(base)
+    with Prefetcher(stream, batch_size=4, depth=2) as batches:
+        for moved in range(7):  # also when the stream is moved in between
+            held = next(batches)
+            copy = held.copy()
+            stream.next_sample = 100 * moved
+            next(batches)
+            wait_until(lambda: batches._reader is not None and batches._reader._ready.full())
+            assert (held == copy).all()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def test_prefetch_uses_the_buffers_it_is_given(base: Path) -> None:
@@ -201,8 +219,9 @@ def test_prefetch_raises_what_reading_raised_at_its_place(base: Path) -> None:
             with pytest.raises(DataError, match="used up"):
                 next(batches)
     assert stream.next_sample == 4 * whole
-    with pytest.raises(DataError, match="cannot share batches of 4 as rank 0 of 3"):
-        Prefetcher(stream, batch_size=4, world_size=3)
+    for world_size in (0, 3, 8, -2):
+        with pytest.raises(DataError, match=f"cannot share batches of 4 as rank 0 of {world_size}"):
+            Prefetcher(stream, batch_size=4, world_size=world_size)
 
 
 def test_documents_of_a_sample_are_its_tokens(base: Path) -> None:

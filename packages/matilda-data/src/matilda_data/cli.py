@@ -47,9 +47,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BrokenPipeError:  # the reader, `head` perhaps, has what it wanted
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except DataError as error:
+    except (DataError, OSError) as error:
         print(f"matilda-data: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -146,6 +148,8 @@ def _trace(options: argparse.Namespace) -> None:
     first, count = options.sample, 1
     if options.step is not None:
         first, count = options.step * options.batch_size, options.batch_size
+    if first < 0 or count < 1:
+        raise DataError("`trace` needs a sample or step from 0 on and a batch of 1 or more")
     digest = batch_sha256(stream.windows(first, count))
     print(f"samples {first} to {first + count - 1}, sha256 {digest}")
     for sample in range(first, first + count):

@@ -118,7 +118,8 @@ def _read_lines(unit: Unit, options: ReadOptions) -> Iterator[Document]:
         except DataError:
             raise
         except (ValueError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or "too deeply nested"
+            deep = isinstance(error, RecursionError)
+            reason = "too deeply nested" if deep else getattr(error, "msg", str(error))
             raise DataError(f"{where} is not JSON ({reason}); repair or remove it") from None
         if not isinstance(record, dict) or not isinstance(record.get(options.text_field), str):
             raise DataError(
@@ -139,15 +140,20 @@ def _label(value: object, default: str) -> str:
 
 def _lines_between(file: InputFile, start: int, stop: int) -> Iterator[bytes]:
     """Lines of the uncompressed bytes [start, stop); both are at line starts or the end."""
-    left, pending = stop - start, b""
+    left = stop - start
+    pending: list[bytes] = []  # a line may be many blocks long
     for block in blocks(file, start):
-        *lines, pending = (pending + block[:left]).split(b"\n")
-        yield from lines
+        first, *more = block[:left].split(b"\n")
+        pending.append(first)
+        if more:
+            yield b"".join(pending)
+            yield from more[:-1]
+            pending = more[-1:]
         left -= len(block)
         if left <= 0:
             break
-    if pending:
-        yield pending
+    if last := b"".join(pending):
+        yield last
 
 
 def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:

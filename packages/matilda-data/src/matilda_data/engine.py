@@ -167,7 +167,7 @@ class Engine:
         Parts that prove damaged are made again.
 
         Raises:
-            DataError: there is no document at all.
+            DataError: there is no document at all, or none of a mixture's source.
         """
         while True:
             try:
@@ -184,6 +184,12 @@ class Engine:
         shutil.rmtree(shards_dir, ignore_errors=True)
         shards_dir.mkdir()
         packed = pack(parts, self.parts, shards_dir, self.tokenizer, self.pack_options)
+        for source in packed.sources:
+            if len(packed.sources) > 1 and not source.tokens["train"]:
+                raise DataError(
+                    f"source {source.name!r} has no training document that is not a copy of an "
+                    "earlier one, so no mixture has a share of it; give it text or leave it out"
+                )
         preparation = {**preparation, "dropped": packed.dropped}
         if self.read_options.evaluation_sha256:
             evaluation = load_evaluation_set(self.work, self.read_options.evaluation_sha256)

@@ -99,6 +99,8 @@ def find_files(
             name = path.relative_to(root).as_posix()
             if _excluded(name, exclude) or (include is not None and not include(name)):
                 continue
+            if not name.isascii() and name.encode("utf-8", "replace").decode("utf-8") != name:
+                raise DataError(f"the name of input {name!r} is not UTF-8; rename or exclude it")
             try:
                 stat = path.stat()
             except OSError as error:

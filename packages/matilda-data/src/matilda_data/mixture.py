@@ -100,15 +100,16 @@ class _Block:
                 f"smaller integers (at most {MAX_BLOCK} together)"
             )
         self._key = np.uint64(key)
-        taken = np.zeros(len(weights), dtype=np.int64)
-        self._table = np.empty(self._size, dtype=np.int64)
-        self._prefix = np.zeros((len(weights), self._size + 1), dtype=np.int64)
+        # By largest deficit, the first of equals: in plain integers, for a block may be long.
+        reduced = self._weights.tolist()
+        table, deficits = [0] * self._size, [0] * len(reduced)
         for slot in range(self._size):
-            deficit = (slot + 1) * self._weights - self._size * taken
-            source = int(np.argmax(deficit))
-            self._table[slot] = source
-            taken[source] += 1
-            self._prefix[:, slot + 1] = taken
+            deficits = [a + b for a, b in zip(deficits, reduced, strict=True)]
+            table[slot] = source = deficits.index(max(deficits))
+            deficits[source] -= self._size
+        self._table = np.array(table, dtype=np.int64)
+        self._prefix = np.zeros((len(reduced), self._size + 1), dtype=np.int64)
+        np.cumsum(self._table == np.arange(len(reduced))[:, None], axis=1, out=self._prefix[:, 1:])
 
     def _rotation(self, block: Int64Array) -> Int64Array:
         mixed = mix64(block.astype(np.uint64) ^ self._key)

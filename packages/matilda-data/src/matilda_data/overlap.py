@@ -83,10 +83,11 @@ def measure_overlap(
             progress(min(done / max(total, 1), 1.0), number)
     progress(1.0, number)
     told = report(evaluation, found)
-    touched = {name for row in told["documents"] for name in row["items"]}
+    touched, first = {item for _, _, items in found for item in items}, 0
     for file, path in zip(told["files"], map(Path, evaluations), strict=True):
-        ids = item_ids(path)
-        file["ids"] = [ids[i] for i in range(len(ids)) if f"{file['name']}:{i + 1}" in touched]
+        ids = enumerate(item_ids(path), start=first)
+        file["ids"] = [name for item, name in ids if item in touched]
+        first += file["items"]
     return {"format": FORMAT, "searched": {**looked_at, "documents": number}, **told}
 
 

@@ -51,7 +51,7 @@ class Prefetcher:
         depth: int = 2,
         make_buffer: Callable[[tuple[int, int]], TokenArray] | None = None,
     ) -> None:
-        if batch_size < 1 or batch_size % world_size or not 0 <= rank < world_size or depth < 1:
+        if not 0 <= rank < world_size <= batch_size or batch_size % world_size or depth < 1:
             raise DataError(
                 f"cannot share batches of {batch_size} as rank {rank} of {world_size} with depth "
                 f"{depth}; make `batch_size` a multiple of `world_size`, 0 ≤ rank < world_size"
@@ -64,7 +64,7 @@ class Prefetcher:
         shape = (self._share, stream.seq_len + 1)
         make = make_buffer or (lambda shape: np.empty(shape, dtype=np.uint16))
         self._buffers = [make(shape) for _ in range(2 * depth + 1)]
-        self._turn = 0
+        self._turn = 0  # batches handed out; what is dropped when the stream moves does not count
         self._reader: _Reader | None = None
 
     def __iter__(self) -> Iterator[TokenArray]:
@@ -119,18 +119,18 @@ class _Reader:
 
     def __init__(self, owner: Prefetcher, first: int) -> None:
         self.position = first
-        self._owner = owner
+        self._owner, self._turn = owner, owner._turn
         self._ready: queue.Queue[TokenArray | BaseException] = queue.Queue(owner._depth)
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="matilda-data-prefetch", daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        owner, first = self._owner, self.position
+        owner, first, turn = self._owner, self.position, self._turn
         while not self._stopping.is_set():
             # Ready, being read and handed out never exceed 2 × depth + 1 buffers.
-            buffer = owner._buffers[owner._turn % len(owner._buffers)]
-            owner._turn += 1
+            buffer = owner._buffers[turn % len(owner._buffers)]
+            turn += 1
             try:
                 item: TokenArray | BaseException = owner.stream.windows(
                     first + owner._offset, owner._share, out=buffer
@@ -148,6 +148,7 @@ class _Reader:
             self._ready.put(item)  # asking again gives the same answer
             raise item
         self.position += self._owner.batch_size
+        self._owner._turn += 1
         return item
 
     def stop(self) -> None:

@@ -23,6 +23,7 @@ __all__ = ["BinStream", "batch_sha256", "cu_seqlens"]
 FORMAT = "matilda-stream/1"
 ROWS = ("windows", "documents")
 CACHED_KEYS = 256
+MAX_SAMPLES = 2**62
 # Orders are computed for aligned blocks of samples: numpy's cost is by call, not by number.
 BLOCK, CACHED_BLOCKS = 1024, 4
 
@@ -41,7 +42,7 @@ class BinStream:
     With `shuffle`, each source gives every one of its `n_tokens // seq_len` windows once an epoch,
     in an order keyed by (data set, seed, source, epoch); window borders move from epoch to epoch,
     and the last window wraps round to the first token. Sources mix by integer weights. Without
-    `shuffle`, windows come in file order, source after source: for evaluation.
+    `shuffle`, they come in file order, source after source, whatever the weights: for evaluation.
 
     Attributes:
         next_sample: THE position; `take` advances it.
@@ -73,7 +74,7 @@ class BinStream:
             shuffle: False for file order.
             weights: integer weight for each source name (sources not named are left out); a list
                 of (first sample, weights) changes the mixture on the way, for annealing; None
-                takes the manifest's weights.
+                takes the manifest's weights. Without `shuffle` they only choose sources.
             skip: half-open intervals of sample numbers to leave out, as after a loss spike.
             max_repeats: refuse samples past this many epochs of any source.
             rows: `"windows"`, or `"documents"` for rows of whole documents, packed; then an epoch
@@ -148,12 +149,12 @@ class BinStream:
         Raises:
             DataError: a negative number, samples past `max_repeats`, or a damaged shard.
         """
+        source, start = self.positions(first, count)
         shape = (count, self.seq_len + 1)
         if out is None:
             out = np.empty(shape, dtype=np.uint16)
         elif out.shape != shape or out.dtype != np.uint16:
             raise DataError(f"`out` is {out.dtype}{list(out.shape)}; give uint16{list(shape)}")
-        source, start = self.positions(first, count)
         places = enumerate(zip(source.tolist(), start.tolist(), strict=True))
         if self._packings:
             for row, (number, first_row) in places:
@@ -195,8 +196,11 @@ class BinStream:
     def positions(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
         """Where samples come from: int64[count] numbers into `source_names`, and int64[count]
         positions of their first tokens among that source's tokens (row numbers when packed)."""
-        if first < 0 or count < 0:
-            raise DataError(f"samples {first!r} to {first + count!r} do not exist; start at 0")
+        if first < 0 or count < 0 or first + count > MAX_SAMPLES:
+            raise DataError(
+                f"samples {first!r} to {first + count!r} do not exist; give numbers from 0 to "
+                f"{MAX_SAMPLES}"
+            )
         if not 0 < count <= BLOCK or self.max_repeats is not None:
             return self._locate(first, count)
         number, place = divmod(first, BLOCK)
@@ -215,6 +219,8 @@ class BinStream:
         found = self._blocks.get(number)
         if found is None:
             found = self._locate(number * BLOCK, BLOCK)
+            for array in found:
+                array.setflags(write=False)  # callers get views
             if len(self._blocks) >= CACHED_BLOCKS:
                 self._blocks.clear()
             self._blocks[number] = found
@@ -223,7 +229,8 @@ class BinStream:
     def _locate(self, first: int, count: int) -> tuple[Int64Array, Int64Array]:
         samples = self._skip.original(np.arange(first, first + count, dtype=np.int64))
         if not self.shuffle:
-            window = samples % self.n_windows
+            epoch, window = np.divmod(samples, self.n_windows)
+            self._check_repeats(epoch, "the data")
             source = np.searchsorted(self._ends, window, side="right").astype(np.int64)
             begin = self._ends[source] - self._n_windows[source]
             return source, (window - begin) * (1 if self._packings else self.seq_len)
@@ -238,11 +245,7 @@ class BinStream:
         """First tokens of a source's windows `index`, counted over epochs."""
         n_windows, n_tokens = int(self._n_windows[source]), self._sources[source].n_tokens
         epoch, window = np.divmod(index, n_windows)
-        if self.max_repeats is not None and (epoch >= self.max_repeats).any():
-            raise DataError(
-                f"source {self._sources[source].name!r} is used up after {self.max_repeats} "
-                "epochs (`max_repeats`); prepare more text, lower its weight or allow more repeats"
-            )
+        self._check_repeats(epoch, f"source {self._sources[source].name!r}")
         start = np.empty_like(window)
         for each in distinct(epoch):
             members = epoch == each
@@ -252,6 +255,13 @@ class BinStream:
                 place = (place * self.seq_len + int(key[8]) % n_tokens) % n_tokens
             start[members] = place
         return start
+
+    def _check_repeats(self, epoch: Int64Array, what: str) -> None:
+        if self.max_repeats is not None and (epoch >= self.max_repeats).any():
+            raise DataError(
+                f"{what} is used up after {self.max_repeats} epochs (`max_repeats`); prepare more "
+                "text, lower its weight or allow more repeats"
+            )
 
     def _key(self, source: int, epoch: int) -> npt.NDArray[np.uint64]:
         """Nine keys: eight for the permutation's rounds, one for the window borders."""
@@ -289,9 +299,12 @@ class BinStream:
         used = self.next_sample if samples is None else samples
         last = int(self._skip.original(np.array([max(used - 1, 0)], dtype=np.int64))[0])
         total = last + 1 if used else 0
-        if not self.shuffle:
-            return dict.fromkeys(self.source_names, total / self.n_windows)
-        counts = self._mixture.counts(total)
+        if self.shuffle:
+            counts = self._mixture.counts(total)
+        else:
+            epoch, window = divmod(total, self.n_windows)
+            begins = self._ends - self._n_windows
+            counts = epoch * self._n_windows + np.clip(window - begins, 0, self._n_windows)
         return dict(zip(self.source_names, (counts / self._n_windows).tolist(), strict=True))
 
     def take(self, count: int) -> TokenArray:
@@ -367,6 +380,8 @@ def _resolve_phases(
         for name in row:
             if name not in names:
                 raise DataError(f"no source {name!r} in the data set; it has {', '.join(names)}")
+    if not any(weight for _, row in rows for weight in row.values()):
+        raise DataError(f"mixture weights {weights!r} take nothing; give one source 1 or more")
     return [(int(start), [row.get(name, 0) for name in names]) for start, row in rows]
 
 
