@@ -108,6 +108,7 @@ def run_units(
                 for attempt in range(TRIES):
                     reply = _ask(process, *item)
                     if reply is not None:
+                        done.put(record_of(reply))
                         break
                     if stopping.is_set():
                         return
@@ -120,7 +121,6 @@ def run_units(
                             f"{process.returncode}; -9 often means out of memory)"
                         )
                     process = start()
-                done.put(record_of(reply))
         except BaseException as error:
             done.put(error)
 
