@@ -90,7 +90,9 @@ def test_shard_that_is_damaged_while_training_is_in_no_checkpoint(
     assert_goes_on_as_the_twin(server, tiny_config, run_dir, data, twin)
 
 
-@pytest.mark.parametrize("torn", [b"", b'\xff\x00\n{"step": 8, "loss_na'])
+@pytest.mark.parametrize(
+    "torn", [b"", b"\xff\x00\n" + b"[" * 9999 + b"\n" + b"1" * 9999 + b'\n{"step": 8, "loss_na']
+)
 def test_metrics_cut_short_by_a_kill_end_as_if_nothing_had_been(
     torn: bytes,
     server: TrainServer,
@@ -111,6 +113,38 @@ def test_metrics_cut_short_by_a_kill_end_as_if_nothing_had_been(
     for line in (run_dir / "metrics.jsonl").read_text().splitlines():
         json.loads(line)
     assert read_rows(run_dir / "events.jsonl")[-1]["event"] == "finish"
+
+
+def test_run_that_has_saved_never_begins_from_scratch_by_itself(
+    server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    assert server.run(tiny_config, run_dir, corpus, at_step=8) == -9
+    rows = (run_dir / "metrics.jsonl").read_bytes()
+    (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
+    server.log.write_text("")
+    assert server.run(tiny_config, run_dir, corpus) == 4
+    assert "The run saved step" in server.log.read_text()
+    assert (run_dir / "metrics.jsonl").read_bytes() == rows
+    (tmp_path / "elsewhere").rename(run_dir / "checkpoints")
+    assert_goes_on_as_the_twin(server, tiny_config, run_dir, corpus, twin)
+
+
+@pytest.mark.parametrize("lost", ["step-00000012", "step-00000012/COMMIT"])
+def test_finished_run_without_its_last_checkpoint_makes_it_again(
+    lost: str, server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(twin, run_dir)
+    gone = run_dir / "checkpoints" / lost
+    is_whole = gone.is_dir()
+    shutil.rmtree(gone) if is_whole else gone.unlink()
+    request = ["--config", str(tiny_config), "--data-dir", str(corpus), "--run-dir", str(run_dir)]
+    done = server.run_program(ROOT / "apps/train.py", request, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert ("step 12 is gone" if is_whole else "`COMMIT` is missing") in done.stderr
+    assert state_sha256(run_dir) == state_sha256(twin)
+    assert untimed_rows(run_dir) == untimed_rows(twin)
 
 
 def test_calendar_clock_that_jumps_changes_nothing(

@@ -132,7 +132,7 @@ def run_app(main: Callable[[], int]) -> None:
         if known is None or os.environ.get("MATILDA_DEBUG") == "1":
             raise
         code = known
-        say(f"error: {error}\n")
+        say(f"error: {_sentence(error)}\n")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -140,6 +140,13 @@ def run_app(main: Callable[[], int]) -> None:
             # Nobody takes it any more; Python would try again, and end with a code of its own.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _sentence(error: Exception) -> str:
+    """An error of the operating system with what to do about it; others say so themselves."""
+    if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
+        return str(error)
+    return f"{error.strerror}: {error.filename!r}; mend that and give the same command again."
 
 
 def _exit_code(error: Exception) -> int | None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["TrainingDivergedError"]
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["TrainingDivergedError", "naming"]
 
 
 class TrainingDivergedError(RuntimeError):
@@ -13,3 +17,14 @@ class TrainingDivergedError(RuntimeError):
             f"{reason}; the newest checkpoint stands. Lower `optim.lr` in a new `--run-dir`, or "
             "look at the data of those steps (`apps/trace.py`, `autopsies/` in the run directory)."
         )
+
+
+@contextmanager
+def naming(file: Path) -> Iterator[None]:
+    """Name the file in an `OSError` that names none, as that of a write to a full disk does."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error

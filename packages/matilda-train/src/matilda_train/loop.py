@@ -39,6 +39,7 @@ from matilda_train.group_rms import GroupRms
 from matilda_train.guards import StepGuard, clip_gradients, diverged_if_not_finite
 from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
 from matilda_train.loop_state import LoopState, TrainResult
+from matilda_train.lost_checkpoints import describe_lost, finished_step
 from matilda_train.meter import Meter, describe_row
 from matilda_train.metrics_log import EventLog, MetricsLog
 from matilda_train.micro_batch import settle_micro_batch
@@ -137,9 +138,9 @@ def train(
                 display.note(f"`{name}` {change}: no longer bit for bit as the earlier part")
         ranks.barrier()
         run = RunDir.read(run_dir)
-        finished = EventLog(run_dir / "events.jsonl").last("finish")
+        finished = finished_step(run_dir)
         if finished is not None:
-            return TrainResult("already_finished", run_dir, int(finished["step"]))
+            return TrainResult("already_finished", run_dir, finished)
 
         seed_generators(config.train.seed)
         model = build_model(config, device, choose_dtype(config.train.dtype, device))
@@ -182,6 +183,8 @@ def train(
         rollbacks = Rollbacks(run_dir, config, stream, events)
         with phase.during("restoring"), ranks.main_first():
             restored = checkpoints.restore(everything, accept=rollbacks.accept)
+        for lost in describe_lost(run_dir, restored):
+            display.note(lost)
         with ranks.main_first():
             metrics = MetricsLog(
                 run_dir / "metrics.jsonl",

@@ -10,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
+from matilda_train.errors import naming
+
 __all__ = ["MACHINE_FIELDS", "EventLog", "MetricsLog", "is_evaluation", "read_rows"]
 
 MACHINE_FIELDS = (
@@ -84,11 +86,11 @@ class MetricsLog:
             return
         if discarded:
             aside = path.with_name(f"{path.stem}.discarded.jsonl")
-            with aside.open("a", encoding="utf-8") as file:
+            with naming(aside), aside.open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in discarded)
                 _make_durable(file)
             replacement = path.with_name(f".{path.name}.tmp")
-            with replacement.open("w", encoding="utf-8") as file:
+            with naming(replacement), replacement.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in kept)
                 _make_durable(file)
             replacement.replace(path)
@@ -108,7 +110,7 @@ class MetricsLog:
         return {
             name: value
             for name, value in newest.items()
-            if name.startswith("val_") and not isinstance(value, dict)
+            if name.startswith("val_") and isinstance(value, int | float)
         }
 
     def write(self, row: Mapping[str, Any]) -> None:
@@ -117,18 +119,21 @@ class MetricsLog:
         if "val_loss_nats" in plain:
             self.evaluations.append(plain)
         if self._file is not None:
-            self._file.write(json.dumps(plain) + "\n")
-            self._file.flush()
+            with naming(self._path):
+                self._file.write(json.dumps(plain) + "\n")
+                self._file.flush()
 
     def sync(self) -> None:
         """Make all rows durable; called before a checkpoint that they belong to is committed."""
         if self._file is not None:
-            _make_durable(self._file)
+            with naming(self._path):
+                _make_durable(self._file)
 
     def close(self) -> None:
         """Close the file; rows already written stay."""
         if self._file is not None:
-            self._file.close()
+            with naming(self._path):
+                self._file.close()
             self._file = None
 
 
@@ -145,7 +150,7 @@ class EventLog:
             return
         row = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         fields = {name: _json_number(value) for name, value in fields.items()}
-        with self._path.open("a+b") as file:
+        with naming(self._path), self._path.open("a+b") as file:
             # A kill may have cut the last line short; a fresh line keeps this one readable.
             torn = file.tell() > 0 and not _ends_with_newline(file)
             file.write(("\n" * torn + json.dumps(row | fields) + "\n").encode())
@@ -168,21 +173,23 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         return []
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
-            continue
-        if isinstance(row, dict):
+        row = _parse_object(line)
+        if row is not None:
             rows.append(row)
     return rows
 
 
-def _parse_row(line: str) -> dict[str, Any] | None:
+def _parse_object(line: str) -> dict[str, Any] | None:
     try:
         row = json.loads(line)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, a deep nest
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
+    return row if isinstance(row, dict) else None
+
+
+def _parse_row(line: str) -> dict[str, Any] | None:
+    row = _parse_object(line)
+    return row if row is not None and type(row.get("step")) is int else None
 
 
 def _json_number(value: Any) -> Any:

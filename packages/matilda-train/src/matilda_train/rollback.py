@@ -51,14 +51,17 @@ class Rollback:
 
 
 def read_rollbacks(run_dir: Path) -> list[Rollback]:
-    """The rollbacks of a run, oldest first."""
+    """The rollbacks of a run, oldest first; `ValueError` when one cannot be understood."""
     names = [field.name for field in fields(Rollback)]
-    rows = read_rows(run_dir / "events.jsonl")
-    return [
-        Rollback(**{name: int(row[name]) for name in names})
-        for row in rows
-        if row.get("event") == "rollback"
-    ]
+    file = run_dir / "events.jsonl"
+    rows = [row for row in read_rows(file) if row.get("event") == "rollback"]
+    try:
+        return [Rollback(**{name: int(row[name]) for name in names}) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{str(file)!r} tells of a rollback that cannot be understood ({error!r}); restore "
+            "the file from a backup, or start anew in another `--run-dir`."
+        ) from None
 
 
 def is_restorable(

@@ -32,6 +32,7 @@ from matilda_train.config_load import (
     config_identity,
     config_to_dict,
 )
+from matilda_train.errors import naming
 
 __all__ = ["RunDir", "check_run_dir", "write_durably"]
 
@@ -91,8 +92,8 @@ class RunDir:
             )
         try:
             description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-            _ = description["config"], description["data_id"], description["run_id"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            _ = description["data_id"], description["run_id"], description["config"].items()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(
                 f"{str(file)!r} is damaged ({error}); restore it from a backup, or start anew in "
                 "another `--run-dir`."
@@ -192,7 +193,7 @@ def _take_lock(path: Path) -> int:
 def write_durably(target: Path, text: str) -> None:
     """Put `text` in `target`, whole or not at all, there after a power cut too."""
     temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
+    with naming(temporary), temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
