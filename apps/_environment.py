@@ -1,6 +1,7 @@
 """Imported first by every app: a wrong Python is told in one sentence, not by a traceback.
 
-For that it must itself run on every Python 3.
+For that it must itself run on every Python 3. Then it settles the standard streams, before
+anything is opened.
 """
 
 import importlib.util
@@ -15,3 +16,7 @@ else:
 if trouble:
     sys.stderr.write(f"error: {trouble}; give the command as `uv run {sys.argv[0]}`.\n")
     sys.exit(2)
+
+from matilda_train.standard_streams import settle_streams
+
+settle_streams()

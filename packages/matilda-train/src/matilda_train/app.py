@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -128,11 +129,12 @@ def run_app(main: Callable[[], int]) -> None:
     try:
         code = main()
     except Exception as error:
-        known = _exit_code(error)
+        known = 0 if isinstance(error, BrokenPipeError) and _is_unheard() else _exit_code(error)
         if known is None or os.environ.get("MATILDA_DEBUG") == "1":
             raise
         code = known
-        say(f"error: {_sentence(error)}\n")
+        if code != 0:
+            say(f"error: {_sentence(error)}\n")
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()
@@ -140,6 +142,13 @@ def run_app(main: Callable[[], int]) -> None:
             # Nobody takes it any more; Python would try again, and end with a code of its own.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
+
+
+def _is_unheard() -> bool:
+    """Whether the reader of standard output, `head` perhaps, has had enough."""
+    look = select.poll()
+    look.register(1, 0)
+    return bool(look.poll(0))
 
 
 def _sentence(error: Exception) -> str:

@@ -29,7 +29,7 @@ def say(text: str) -> None:
     the run from being saved.
     """
     with suppress(OSError):
-        os.write(2, text.encode())
+        os.write(2, text.encode(errors="backslashreplace"))
 
 
 def end_on_signals() -> None:
