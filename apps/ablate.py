@@ -14,10 +14,18 @@ import shlex
 import sys
 from pathlib import Path
 
-from matilda_train.app import EXIT_ENVIRONMENT, run_app
+from matilda_train.app import (
+    EXIT_ENVIRONMENT,
+    add_data_option,
+    add_json_option,
+    run_app,
+    show,
+)
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
+  uv run apps/ablate.py --config configs/quickstart.json --out runs/try --variants mha,adamw \\
+      --seeds 2 --set train.total_steps=40 optim.warmup_steps=5
   uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
       --variants no_qk_norm,mha,mqa,adamw --seeds 3 --write docs/ABLATIONS.md
   uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
@@ -41,24 +49,62 @@ def parse_arguments() -> argparse.Namespace:
     rows = "\n".join(f"  {name:18}{variant.reason}" for name, variant in VARIANTS.items())
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES + rows)
     add = parser.add_argument
-    add("--config", required=True, type=Path, help="JSON config of the baseline")
-    add("--set", nargs="+", action="extend", default=[], metavar="a.b=c", help="overrides of it")
-    add("--data-dir", type=Path, help="prepared data set (default: data.dir)")
-    add("--out", required=True, type=Path, help="directory of the study")
+    add("--config", required=True, type=Path, metavar="FILE", help="JSON config of the baseline")
+    add(
+        "--set",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="a.b=c",
+        help="override config fields of every row, e.g. train.total_steps=200",
+    )
+    add_data_option(parser)
+    add("--out", required=True, type=Path, metavar="DIR", help="directory of the study")
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--variants", nargs="+", metavar="ROW", help="names, NAME:field=value,…")
-    what.add_argument("--grid", nargs="+", metavar="a.b=X,Y", help="every combination a row")
-    add("--halving", type=int, default=1, metavar="R", help="rounds of a grid: the better half of")
-    add("--seeds", type=int, default=3, help="runs a row (%(default)s)")
-    add("--gpus", type=int, help="GPUs to use (default: the one that torch takes)")
-    add("--jobs-per-gpu", type=int, default=1, help="runs at once on each (%(default)s)")
+    what.add_argument(
+        "--variants",
+        nargs="+",
+        metavar="ROW",
+        help="names of rows listed below, or a new one as NAME:a.b=c,…",
+    )
+    what.add_argument(
+        "--grid",
+        nargs="+",
+        metavar="a.b=X,Y",
+        help="values of fields to try; every combination is a row",
+    )
+    add(
+        "--halving",
+        type=int,
+        default=1,
+        metavar="N",
+        help="rounds of a grid: after each the worse half of the rows ends (default: %(default)s)",
+    )
+    add("--seeds", type=int, default=3, metavar="N", help="runs of a row (default: %(default)s)")
+    add("--gpus", type=int, metavar="N", help="GPUs to use (default: the one that torch takes)")
+    add(
+        "--jobs-per-gpu",
+        type=int,
+        default=1,
+        metavar="N",
+        help="runs at once on each GPU (default: %(default)s)",
+    )
     add("--in-process", action="store_true", help="one run after another, in this process")
-    add("--stop-after", type=float, metavar="S", help="save and stop after S seconds")
-    add("--discard-checkpoints", action="store_true", help="of finished runs; their metrics stay")
+    add(
+        "--stop-after",
+        type=float,
+        metavar="S",
+        help="save and stop after S seconds, with 75 (default: when all is done)",
+    )
+    add(
+        "--discard-checkpoints",
+        action="store_true",
+        help="remove those of runs that have finished; their metrics stay",
+    )
     add("--report", action="store_true", help="train nothing, only read what there is")
-    add("--write", type=Path, metavar="PAGE", help="put the table into this Markdown page")
-    add("--name", help="of the page's section (default: the last part of --out)")
-    add("--json", action="store_true", help="print the result as JSON")
+    add("--write", type=Path, metavar="PAGE", help="put the table into this Markdown page as well")
+    add("--name", help="section of that page (default: the last part of --out)")
+    add_json_option(parser)
     return parser.parse_args()
 
 
@@ -101,7 +147,7 @@ def main() -> int:
     described = ablation.describe_grid if args.grid else ablation.describe_study
     as_json = json.dumps(result.to_dict(), indent=1) + "\n"
     study.out.joinpath("ablation.json").write_text(as_json, encoding="utf-8")
-    print(as_json if args.json else described(result))
+    show(described(result), result.to_dict(), args.json)
     if args.write:
         write = ablation.write_grid if args.grid else ablation.write_document
         given = [word for word in sys.argv[1:] if word != "--report"]  # what made the runs

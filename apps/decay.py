@@ -17,21 +17,29 @@ from matilda_train.arguments import TeachingParser
 from matilda_train.duration import parse_count
 
 EXAMPLES = """examples:
+  uv run apps/decay.py --run runs/quickstart --from-step 200 --tokens 100K
   uv run apps/decay.py --run runs/hero --from-step 5000 --tokens 500M
   uv run apps/decay.py --run runs/hero --from-step 10000 --tokens 1B --shape 1-sqrt \\
       --final-lr-fraction 0.05 --run-dir runs/hero-5B
 
-The run goes on with the same data where the checkpoint stood, in RUN-decay-STEP-TOKENS; the parent
-is only read. Running the same command again goes on where it stopped. Checkpoints of the stable
-phase that later ones would replace are kept by `ckpt.keep_every`. Exit codes as train.py's.
+The run goes on with the same data where the checkpoint stood; the parent is only read. The same
+command goes on where it stopped. Checkpoints of the stable phase that later ones would replace are
+kept by `ckpt.keep_every`. Exit codes: 0 finished, 2 bad input, 3 diverged, 4 disk or checkpoint
+failure, 5 hung, 75 stopped by a signal after a clean save.
 """
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--run", required=True, type=Path, help="run directory of the parent")
     parser.add_argument(
-        "--from-step", required=True, type=int, metavar="S", help="step of one of its checkpoints"
+        "--run", required=True, type=Path, metavar="DIR", help="run directory of the parent"
+    )
+    parser.add_argument(
+        "--from-step",
+        required=True,
+        type=int,
+        metavar="STEP",
+        help="checkpoint of it to begin from (`matilda-ckpt ls DIR` lists them)",
     )
     parser.add_argument(
         "--tokens", required=True, metavar="N", help="tokens of the decay, e.g. 500M or 1_048_576"
@@ -47,7 +55,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     add_run_options(
         parser,
-        run_dir_help="directory of the new run (default: RUN-decay-S-N)",
+        run_dir_help="directory of the new run (default: DIR-decay-STEP-N beside the parent)",
         set_help="override fields that a resume may change, e.g. train.micro_batch_size=32",
     )
     return parser.parse_args()

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 import _environment  # noqa: F401  (first: it names what is missing)
-from matilda_train.app import run_app
+from matilda_train.app import add_device_option, add_json_option, run_app, show
 from matilda_train.arguments import TeachingParser
 
 TASKS = "hellaswag,arc_easy,piqa,lambada_openai,sciq,winogrande"
@@ -16,10 +16,10 @@ EXAMPLES = f"""examples:
   uv run --extra eval apps/evaluate.py --run runs/hero --tasks arc_challenge,lambada_openai
   uv run --extra eval apps/evaluate.py --hf exports/hero --trust-remote-code --task-dir data/evals
 
-Tasks are files of `--task-dir` (`TASK_SPLIT.jsonl` or `.jsonl.gz`) or, without it, tasks of
-lm-evaluation-harness, which loads their data from the Hugging Face hub. Default tasks:
+Tasks are files of `--task-dir` (`TASK.jsonl`, `TASK_SPLIT.jsonl` or `.jsonl.gz`) or, without it,
+tasks of lm-evaluation-harness, which loads their data from the Hugging Face hub. Default tasks:
 {TASKS}.
-What of them is in the training text is measured for `--contamination` by
+For `--contamination`:
   uv run matilda-data overlap --evals data/evals/* --data-dir data/corpus --json overlap.json
 
 A run's scores are kept in it, as `evals/step-XXXXXXXX.json` and as a row of `metrics.jsonl`, unless
@@ -30,19 +30,55 @@ A run's scores are kept in it, as `evals/step-XXXXXXXX.json` and as a row of `me
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--run", type=Path, help="run directory")
-    what.add_argument("--checkpoint", type=Path, help="a `step-…` folder of a run's checkpoints")
-    what.add_argument("--hf", type=Path, metavar="FOLDER", help="a folder of transformers")
-    parser.add_argument("--step", type=int, help="of --run (default: newest healthy checkpoint)")
-    parser.add_argument("--tasks", default=TASKS, help="names, with commas between them")
-    parser.add_argument("--task-dir", type=Path, help="folder of task files")
-    parser.add_argument("--limit", type=int, metavar="N", help="first N items of each task only")
-    parser.add_argument("--compare", default="", metavar="MODELS", help="Pythias, by name")
-    parser.add_argument("--contamination", type=Path, metavar="FILE", help="what overlaps")
-    parser.add_argument("--batch-tokens", type=int, metavar="N", help="tokens run at once")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the results here as well")
-    parser.add_argument("--trust-remote-code", action="store_true", help="run the folder's code")
+    what.add_argument("--run", type=Path, metavar="DIR", help="run directory")
+    what.add_argument(
+        "--checkpoint", type=Path, metavar="DIR", help="a `step-…` folder of a run's checkpoints"
+    )
+    what.add_argument(
+        "--hf", type=Path, metavar="DIR", help="folder of a transformers model (extra `eval`)"
+    )
+    add = parser.add_argument
+    add(
+        "--step",
+        type=int,
+        metavar="N",
+        help="checkpoint of --run to take (default: newest healthy one)",
+    )
+    add("--tasks", default=TASKS, metavar="A,B,…", help="names of tasks (default: those below)")
+    add(
+        "--task-dir",
+        type=Path,
+        metavar="DIR",
+        help="folder of task files (default: lm-evaluation-harness' own, extra `eval`)",
+    )
+    add(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="the first N items of each task only, and keep nothing (default: all)",
+    )
+    add(
+        "--compare",
+        default="",
+        metavar="A,B,…",
+        help="published Pythias to put beside it at the same tokens: pythia-70m, -160m, -410m, -1b "
+        "or -1.4b (default: none)",
+    )
+    add(
+        "--contamination",
+        type=Path,
+        metavar="FILE",
+        help="which items are in the training text, from `matilda-data overlap --json FILE`",
+    )
+    add(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="tokens in one forward pass (default: by the device)",
+    )
+    add_device_option(parser)
+    add_json_option(parser)
+    add("--trust-remote-code", action="store_true", help="let the folder of --hf run its own code")
     return parser.parse_args()
 
 
@@ -54,7 +90,7 @@ def main() -> int:
         RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
     from matilda_train.evals import evaluate_tasks, open_checkpoint, open_folder, open_run
     from matilda_train.evals.pythia import describe, footnotes
-    from matilda_train.evals.results import record_in_run, table, write_results
+    from matilda_train.evals.results import record_in_run, table
 
     if args.hf is not None:
         subject = open_folder(args.hf, device=args.device, trust_remote_code=args.trust_remote_code)
@@ -73,17 +109,16 @@ def main() -> int:
             batch_tokens=args.batch_tokens,
             display=display,
         )
-    print(f"{subject.name}, on {results['device']} in {results['seconds']:.1f} s")
-    print("\n".join(table(results["tasks"])))
+    lines = [f"{subject.name}, on {results['device']} in {results['seconds']:.1f} s"]
+    lines += table(results["tasks"])
     for comparison in comparisons:
-        print("\n".join(["", *describe(comparison)]))
+        lines += ["", *describe(comparison)]
     if comparisons:
-        print("\n".join(["", *footnotes()]))
-    if args.json is not None:
-        write_results(results, args.json)
+        lines += ["", *footnotes()]
     if subject.run_dir is not None and args.limit is None:
         path, missing = record_in_run(results, subject.run_dir)
-        print(f"\nKept in {path}" + (f"; {missing}" if missing else ""))
+        lines += ["", f"Kept in {path}" + (f"; {missing}" if missing else "")]
+    show("\n".join(lines), results, args.json)
     return 0
 
 

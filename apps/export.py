@@ -10,7 +10,7 @@ from matilda_train.app import run_app
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
-  uv run --extra export apps/export.py --run runs/hero --out exports/hero
+  uv run --extra export apps/export.py --run runs/quickstart --out exports/quickstart
   uv run --extra export apps/export.py --run runs/hero --step 20000 --out exports/hero-20k \\
       --check-text docs/DATA.md
   uv run --extra export apps/export.py --run runs/hero --out exports/hero --push-to-hub me/hero
@@ -23,12 +23,21 @@ Exit codes: 0 done, 2 bad input, 4 no usable checkpoint, or the hub failed.
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--run", required=True, type=Path, help="run directory")
-    parser.add_argument("--out", required=True, type=Path, help="new folder")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")
-    parser.add_argument("--check-text", type=Path, help="UTF-8 text to compare on (default: ours)")
-    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="upload it to the hub, too")
-    parser.add_argument("--public", action="store_true", help="make the repository for all to see")
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
+    parser.add_argument("--out", required=True, type=Path, metavar="DIR", help="new folder")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint to take (default: newest healthy one)"
+    )
+    parser.add_argument(
+        "--check-text",
+        type=Path,
+        metavar="FILE",
+        help="UTF-8 text on which tokens and logits must agree (default: a built-in one)",
+    )
+    parser.add_argument(
+        "--push-to-hub", metavar="OWNER/NAME", help="upload it to the Hugging Face hub, too"
+    )
+    parser.add_argument("--public", action="store_true", help="a new repository is for all to see")
     return parser.parse_args()
 
 

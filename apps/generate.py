@@ -3,29 +3,48 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 import _environment  # noqa: F401  (first: it names what is missing)
-from matilda_train.app import run_app
+from matilda_train.app import add_checkpoint_options, run_app
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
   uv run apps/generate.py --run runs/quickstart --prompt 'def '
-  uv run apps/generate.py --run runs/hero --prompt 'The heart has' --temperature 0 --tokens 64
+  uv run apps/generate.py --run runs/quickstart --prompt 'import ' --temperature 0 --tokens 64
+  uv run apps/generate.py --run runs/hero --step 20000 --prompt 'The heart has' --seed 7
+
+Exit codes: 0 done, 2 bad input, 4 no usable checkpoint.
 """
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--run", required=True, type=Path, help="run directory")
+    add_checkpoint_options(parser)
     parser.add_argument("--prompt", default="", help="text to continue (default: a new document)")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")
-    parser.add_argument("--tokens", type=int, default=200, help="most tokens to add (200)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (0.8)")
-    parser.add_argument("--top-k", type=int, default=50, help="draw from the k likeliest (50)")
-    parser.add_argument("--top-p", type=float, help="draw from this much probability")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the draw (0)")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
+    add = parser.add_argument
+    add("--tokens", type=int, default=200, metavar="N", help="most to add (default: %(default)s)")
+    add(
+        "--temperature",
+        type=float,
+        default=0.8,
+        metavar="X",
+        help="0 takes the likeliest token every time (default: %(default)s)",
+    )
+    add(
+        "--top-k",
+        type=int,
+        default=50,
+        metavar="N",
+        help="draw from the N likeliest tokens (default: %(default)s)",
+    )
+    add(
+        "--top-p",
+        type=float,
+        metavar="X",
+        help="draw from the likeliest tokens that have this share of the probability, above 0 to 1 "
+        "(default: all of --top-k)",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
     return parser.parse_args()
 
 

@@ -32,10 +32,19 @@ again: it goes on.
 
 def main() -> int:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--target-tokens", type=int, default=3_000_000_000, help="training tokens")
-    parser.add_argument("--config", default="sample-10BT", help="configuration on the hub")
-    parser.add_argument("--dataset", default=DATASET, help="repository on the hub")
-    parser.add_argument("--revision", default=REVISION, help="commit, or a branch to pin now")
+    add = parser.add_argument
+    add(
+        "--target-tokens",
+        type=int,
+        default=3_000_000_000,
+        metavar="N",
+        help="training tokens to stop at (default: %(default)s)",
+    )
+    add("--config", default="sample-10BT", help="the repository's subset (default: %(default)s)")
+    add("--dataset", default=DATASET, help="repository on the hub (default: %(default)s)")
+    add(
+        "--revision", default=REVISION, help="commit, or a branch to pin now (default: %(default)s)"
+    )
     add_preparation_options(parser, val_fraction=0.005)
     options = parser.parse_args()
     source = HubSource(

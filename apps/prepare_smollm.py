@@ -45,12 +45,29 @@ again: it goes on.
 
 def main() -> int:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--target-tokens", type=int, default=15_000_000_000, help="training tokens")
-    parser.add_argument("--mix", default="83/17", help="83/17, 75/15/10 or NAME=WEIGHT,…")
-    parser.add_argument("--dataset", default=DATASET, help="repository on the hub")
-    parser.add_argument("--revision", default=REVISION, help="commit, or a branch to pin now")
-    parser.add_argument(
-        "--blob-url", default=SOFTWARE_HERITAGE, help="where Python-Edu's texts lie"
+    add = parser.add_argument
+    add(
+        "--target-tokens",
+        type=int,
+        default=15_000_000_000,
+        metavar="N",
+        help="training tokens to stop at (default: %(default)s)",
+    )
+    add(
+        "--mix",
+        default="83/17",
+        help="83/17 of FineWeb-Edu-dedup and Cosmopedia-v2, 75/15/10 with Python-Edu, or "
+        "NAME=WEIGHT,… (default: %(default)s)",
+    )
+    add("--dataset", default=DATASET, help="repository on the hub (default: %(default)s)")
+    add(
+        "--revision", default=REVISION, help="commit, or a branch to pin now (default: %(default)s)"
+    )
+    add(
+        "--blob-url",
+        default=SOFTWARE_HERITAGE,
+        metavar="URL",
+        help="where Python-Edu's texts lie (default: %(default)s)",
     )
     add_preparation_options(parser, val_fraction=0.001)
     options = parser.parse_args()

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 import _environment  # noqa: F401  (first: it names what is missing)
-from matilda_train.app import run_app
+from matilda_train.app import add_data_option, add_json_option, run_app, show
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
-  uv run apps/replay.py runs/hero/autopsies/step-00018211-nonfinite
-  uv run apps/replay.py --run runs/hero --step 18200 --data-dir data/smollm_mix
-  uv run apps/replay.py --run runs/hero --step 18200 --into runs/replay   keep its run directory
+  uv run apps/replay.py --run runs/quickstart --step 310
+  uv run apps/replay.py --run runs/quickstart --step 310 --into runs/replay --json
+  uv run apps/replay.py runs/hero/autopsies/step-00018211-nonfinite --data-dir data/smollm_mix
 
 The same bits on a CPU, and on a GPU with train.deterministic=true; else the difference is stated.
 Exit codes: 0 the same, or nothing to compare with; 1 a difference; 2 bad input; 4 no checkpoint.
@@ -21,12 +22,21 @@ Exit codes: 0 the same, or nothing to compare with; 1 a difference; 2 bad input;
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("bundle", nargs="?", type=Path, help="autopsy bundle to replay")
-    parser.add_argument("--run", type=Path, help="run directory (default: the bundle's)")
-    parser.add_argument("--step", type=int, help="step, counted from 1 (default: the bundle's)")
-    parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")
-    parser.add_argument("--device", help="auto, cpu, cuda or cuda:N (default: the run's)")
-    parser.add_argument("--into", type=Path, help="new directory for the replay's own run")
+    add = parser.add_argument
+    add(
+        "bundle", nargs="?", type=Path, help="autopsy bundle to replay, instead of --run and --step"
+    )
+    add("--run", type=Path, metavar="DIR", help="run directory (default: the bundle's)")
+    add("--step", type=int, metavar="N", help="counted from 1 (default: the bundle's)")
+    add_data_option(parser)
+    add("--device", help="cpu, cuda, cuda:N or auto (default: the run's)")
+    add(
+        "--into",
+        type=Path,
+        metavar="DIR",
+        help="new directory that keeps the replay's own run (default: a temporary one)",
+    )
+    add_json_option(parser)
     args = parser.parse_args()
     if args.bundle is None and (args.run is None or args.step is None):
         parser.error("give a bundle, or --run and --step")
@@ -50,15 +60,17 @@ def main() -> int:
             display=display,
         )
     row = replay.row
-    print(f"Step {replay.step:,}, replayed from step {replay.from_step:,}:")
-    print(f"  loss {row['loss_nats']}, gradient norm {row['grad_norm']}, skipped {row['skipped']}")
-    print(f"  batches so far {row['batch_sha256']}")
+    lines = [
+        f"Step {replay.step:,}, replayed from step {replay.from_step:,}:",
+        f"  loss {row['loss_nats']}, gradient norm {row['grad_norm']}, skipped {row['skipped']}",
+        f"  batches so far {row['batch_sha256']}",
+        *(f"  differs in {difference}" for difference in replay.differences),
+    ]
     if replay.expected is None:
-        print("The run wrote no row of this step to compare with.")
-    for difference in replay.differences:
-        print(f"  differs in {difference}")
-    if replay.expected is not None and not replay.differences:
-        print("The same bits as in the run.")
+        lines.append("The run wrote no row of this step to compare with.")
+    elif not replay.differences:
+        lines.append("The same bits as in the run.")
+    show("\n".join(lines), {**asdict(replay), "differences": replay.differences}, args.json)
     return 1 if replay.differences else 0
 
 

@@ -9,9 +9,8 @@ end_on_signals()  # in the first line: loading a model takes time
 
 import argparse
 import signal
-from pathlib import Path
 
-from matilda_train.app import run_app
+from matilda_train.app import add_checkpoint_options, run_app
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
@@ -26,11 +25,18 @@ checkpoint, or the port is taken.
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--run", required=True, type=Path, help="run directory")
-    parser.add_argument("--step", type=int, help="checkpoint step (default: newest healthy one)")
-    parser.add_argument("--port", type=int, default=8000, help="port, 0 for a free one (8000)")
+    add_checkpoint_options(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="address to listen at (127.0.0.1: this machine only)"
+        "--port",
+        type=int,
+        default=8000,
+        metavar="N",
+        help="0 for a free one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (default: %(default)s, this machine only)",
     )
     parser.add_argument(
         "--allow-host",
@@ -39,7 +45,6 @@ def parse_arguments() -> argparse.Namespace:
         metavar="NAME",
         help="also answer requests made to this host name",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto)")
     return parser.parse_args()
 
 

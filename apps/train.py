@@ -23,22 +23,24 @@ EXAMPLES = """examples:
   uv run apps/train.py --config configs/quickstart.json
   uv run apps/train.py --config configs/base_152m_v2.json --data-dir data/smollm_mix \\
       --run-dir runs/hero --set train.micro_batch_size=16 log.wandb=true
-  uv run apps/train.py --config configs/calibration.json --dry-run \\
-      --set model.d_model=128 model.n_layers=2 train.total_steps=20 train.device=cpu
-
+  uv run apps/train.py --config configs/calibration.json --dry-run --set model.d_model=128 \\
+      model.n_layers=2 train.total_steps=20 train.device=cpu train.compile=false
   uv run apps/train.py --config configs/base_152m_v2.json --data-dir data/smollm_mix \\
       --preflight --dollars-per-hour 2.99
 
-A run that should take over an hour is looked at in the same way before its first step.
-Running the same command again goes on where the run stopped. Exit codes: 0 finished, 2 bad input,
-3 diverged, 4 disk or checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it
-again after 5 and 75).
+The same command goes on where the run stopped. Every field that --set takes is described in
+packages/matilda-train/src/matilda_train/config.py. A run that should take over an hour is looked
+at, as by --preflight, before its first step. Exit codes: 0 finished, 2 bad input, 3 diverged, 4
+disk or checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it again after 5
+and 75).
 """
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES)
-    parser.add_argument("--config", required=True, type=Path, help="JSON config of the run")
+    parser.add_argument(
+        "--config", required=True, type=Path, metavar="FILE", help="JSON config of the run"
+    )
     add_run_options(
         parser,
         run_dir_help="run directory (default: runs/CONFIG-NAME)",

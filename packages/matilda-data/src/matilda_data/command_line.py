@@ -33,15 +33,59 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: float) -> None:
     """Add what every preparation takes; `val_fraction` is the default of that option."""
     add = parser.add_argument
-    add("--out-dir", type=Path, required=True, help="directory of the data set")
-    add("--tokenizer", choices=tuple(TOKENIZERS), default="gpt2", help="(%(default)s)")
-    add("--shard-tokens", type=int, default=100_000_000, help="tokens a shard (%(default)s)")
-    add("--val-fraction", type=float, default=val_fraction, help="held-out share (%(default)s)")
-    add("--workers", type=int, help="processes (default: one a core, as far as they are useful)")
-    add("--runner", choices=RUNNERS, default="local", help="or a Ray cluster (%(default)s)")
-    add("--decontaminate", nargs="+", metavar="FILE", default=[], help="evaluation sets (.jsonl)")
-    add("--partition", type=_partition, metavar="I/N", help="do part I of N (0 to N-1) only")
-    add("--merge", nargs="+", metavar="DIR", default=[], help="join these partitions' work")
+    add("--out-dir", type=Path, required=True, metavar="DIR", help="directory of the data set")
+    add(
+        "--tokenizer",
+        choices=tuple(TOKENIZERS),
+        default="gpt2",
+        help="byte: 257 ids, gpt2: 50,257; both are built in (default: %(default)s)",
+    )
+    add(
+        "--shard-tokens",
+        type=int,
+        default=100_000_000,
+        metavar="N",
+        help="tokens a shard, 2 bytes each (default: %(default)s)",
+    )
+    add(
+        "--val-fraction",
+        type=float,
+        default=val_fraction,
+        metavar="X",
+        help="share of the documents that is held out (default: %(default)s)",
+    )
+    add(
+        "--workers",
+        type=int,
+        metavar="N",
+        help="processes (default: one a core, as far as they are useful)",
+    )
+    add(
+        "--runner",
+        choices=RUNNERS,
+        default="local",
+        help="processes of this machine, or a Ray cluster's (default: %(default)s)",
+    )
+    add(
+        "--decontaminate",
+        nargs="+",
+        metavar="FILE",
+        default=[],
+        help="evaluation sets (.jsonl, .jsonl.gz): documents that share 13 words in a row go",
+    )
+    add(
+        "--partition",
+        type=_partition,
+        metavar="I/N",
+        help="do part I (0 to N-1) of N only, for one of N machines",
+    )
+    add(
+        "--merge",
+        nargs="+",
+        metavar="DIR",
+        default=[],
+        help="with the other options as before: join the --out-dir of all N parts",
+    )
 
 
 def run_preparation(

@@ -18,7 +18,18 @@ if TYPE_CHECKING:
     from matilda_train.config import RunConfig
     from matilda_train.loop_state import TrainResult
 
-__all__ = ["add_preflight_options", "add_run_options", "conclude", "look_before", "run_app"]
+__all__ = [
+    "add_checkpoint_options",
+    "add_data_option",
+    "add_device_option",
+    "add_json_option",
+    "add_preflight_options",
+    "add_run_options",
+    "conclude",
+    "look_before",
+    "run_app",
+    "show",
+]
 
 EXIT_BAD_INPUT = 2
 EXIT_DIVERGED = 3
@@ -29,17 +40,75 @@ LONG_RUN_SECONDS = 3600.0
 
 def add_run_options(parser: argparse.ArgumentParser, *, run_dir_help: str, set_help: str) -> None:
     """Options of every app that trains: where, on what data, overrides, and how long to save."""
-    parser.add_argument("--run-dir", type=Path, help=run_dir_help)
-    parser.add_argument("--data-dir", type=Path, help="prepared data set (default: data.dir)")
+    parser.add_argument("--run-dir", type=Path, metavar="DIR", help=run_dir_help)
+    add_data_option(parser)
     parser.add_argument(
         "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help=set_help
     )
     parser.add_argument(
         "--grace-seconds",
         type=float,
-        metavar="N",
-        help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after N s in any case",
+        metavar="S",
+        help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after S seconds in any case "
+        "(default: however long the save takes)",
     )
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    """Options of every app that opens one checkpoint of a run: which, and on what device."""
+    parser.add_argument("--run", required=True, type=Path, metavar="DIR", help="run directory")
+    parser.add_argument(
+        "--step", type=int, metavar="N", help="checkpoint to take (default: newest healthy one)"
+    )
+    add_device_option(parser)
+
+
+def add_data_option(parser: argparse.ArgumentParser) -> None:
+    """`--data-dir`."""
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        metavar="DIR",
+        help="prepared data set (default: `data.dir` of the config)",
+    )
+
+
+def add_device_option(parser: argparse.ArgumentParser) -> None:
+    """`--device`."""
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="cpu, cuda, cuda:N, or auto: a GPU where there is one (default: auto)",
+    )
+
+
+def add_json_option(parser: argparse.ArgumentParser) -> None:
+    """`--json`, which `show` understands."""
+    parser.add_argument(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="the result as JSON: printed instead of the text, or written to FILE beside it",
+    )
+
+
+def show(text: str, result: object, json_to: str | None) -> None:
+    """Print `text` or, as `--json` said, the JSON of `result`; or print one and write the other.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    if json_to is None:
+        print(text)
+        return
+    as_json = json.dumps(result, indent=1)
+    if json_to == "-":
+        print(as_json)
+        return
+    print(text)
+    Path(json_to).parent.mkdir(parents=True, exist_ok=True)
+    Path(json_to).write_text(as_json + "\n", encoding="utf-8")
 
 
 def add_preflight_options(parser: argparse.ArgumentParser) -> None:
@@ -53,11 +122,13 @@ def add_preflight_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-preflight", action="store_true", help="do not look before a long run either"
     )
-    parser.add_argument("--deep", action="store_true", help="pre-flight: hash every byte of data")
-    parser.add_argument("--json", action="store_true", help="pre-flight: print it as JSON")
     parser.add_argument(
-        "--dollars-per-hour", type=float, metavar="X", help="pre-flight: price of the machine"
+        "--deep", action="store_true", help="pre-flight: hash every byte of the data"
     )
+    parser.add_argument(
+        "--dollars-per-hour", type=float, metavar="X", help="pre-flight: the machine's price"
+    )
+    add_json_option(parser)
 
 
 def look_before(
@@ -84,7 +155,8 @@ def look_before(
         note=lambda text: print(text, file=sys.stderr) if _is_main() else None,
     )
     if _is_main():
-        print(json.dumps(report.to_dict(), indent=2) if args.json else report, flush=True)
+        show(str(report), report.to_dict(), args.json)
+        sys.stdout.flush()
     if args.preflight or not report.ok:
         return 0 if report.ok else EXIT_BAD_INPUT
     return None
