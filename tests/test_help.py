@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import json
 import re
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import matilda_ckpt.cli
 import matilda_data.cli
 from killable_runs import TrainServer
+from matilda_train.app import add_json_option, show
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted(path.stem for path in (ROOT / "apps").glob("[a-z]*.py"))
@@ -59,6 +62,32 @@ def test_a_command_explains_itself_and_mends_slips(
     code, _, err = said("verify", "--jsom", ".")
     assert (code, err) == (2, "error: there is no option `--jsom`; did you mean `--json`?\n")
     assert said()[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "printed", "written"),
+    [
+        ([], "a text\n", None),
+        (["--json"], '{\n "a": 1\n}\n', None),
+        (["--json", "r"], "a text\n", 1),
+    ],
+)
+def test_a_result_is_text_or_json_or_both(
+    words: list[str],
+    printed: str,
+    written: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    parser = argparse.ArgumentParser()
+    add_json_option(parser)
+    show("a text", {"a": 1}, parser.parse_args(words).json)
+    assert capsys.readouterr().out == printed
+    assert [json.loads(file.read_text())["a"] for file in tmp_path.iterdir()] == (
+        [written] if written else []
+    )
 
 
 def test_the_parser_is_the_same_in_the_packages_that_have_it() -> None:
