@@ -99,7 +99,7 @@ def run_preflight(
 
     Unless `thorough`, what data or directory forbid is not tried in real steps, which may take
     minutes. `deep` hashes every byte of the data. `dollars_per_hour` is the price of the whole
-    machine. `note` hears of each trial of a micro-batch. Raises `ValueError` for a device that is
+    machine. `note` hears when that begins, and of each trial of a micro-batch. Raises `ValueError` for a device that is
     not there.
     """
     report = PreflightReport()
@@ -114,6 +114,7 @@ def run_preflight(
     step = _look_at_run_dir(report, config, run_dir, data_id)
     trial = None
     if thorough or report.ok:
+        note(f"Taking real steps on {device_name(device)}: minutes on a CPU …")
         trial = _look_at_memory(report, config, device, world_size, note)
     _look_at_disk(report, config, run_dir, step)
     if trial is not None:
