@@ -34,7 +34,11 @@ def main() -> int:
     from matilda_train.trace import trace_step
 
     trace = trace_step(args.run, args.step, data_dir=args.data_dir)
-    agreed = {True: "as in the metrics", False: "NOT as in the metrics", None: "not in the metrics"}
+    agreed = {
+        True: "as in the metrics",
+        False: "NOT as in the metrics",
+        None: f"not compared: metrics.jsonl lacks step {trace.step - 1} or {trace.step}",
+    }
     last = trace.first_sample + trace.samples - 1
     lines = [
         f"Step {trace.step:,}: samples {trace.first_sample:,} to {last:,}",

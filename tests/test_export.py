@@ -36,10 +36,13 @@ def finished_run(path: Path) -> Path:
     return path
 
 
-def test_a_run_is_exported_with_tokenizer_and_card(tmp_path: Path) -> None:
+def test_a_run_is_exported_with_tokenizer_and_card(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the export extra")
     run = finished_run(tmp_path / "run")
     assert export_run(run, tmp_path / "out") < 1e-4
+    assert "[y/N]" not in capfd.readouterr().out  # transformers asks before it runs a folder's code
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         tmp_path / "out", trust_remote_code=True

@@ -87,7 +87,9 @@ def export_transformers(
         for name, content in (tokenizer_files or {}).items():
             (staging / name).write_text(content, encoding="utf-8")
         if tokenizer_files:
-            _check_tokenizer(AutoTokenizer.from_pretrained(staging), check_text, check_ids_BT[0])
+            # it reads the model's config, too, and asks the user before it trusts our own class
+            tokenizer = AutoTokenizer.from_pretrained(staging, trust_remote_code=own_class)
+            _check_tokenizer(tokenizer, check_text, check_ids_BT[0])
         exported: Any = AutoModelForCausalLM.from_pretrained(
             staging, trust_remote_code=own_class, dtype=torch.float32, attn_implementation="eager"
         )
@@ -109,7 +111,7 @@ def export_transformers(
 
 
 def _check_tokenizer(tokenizer: Any, text: str, expected: Tensor) -> None:
-    ids = tokenizer.encode(text, add_special_tokens=False)
+    ids = tokenizer.encode(text, add_special_tokens=False, verbose=False)
     if len(ids) < len(expected) or ids[: len(expected)] != expected.tolist():
         raise ValueError(
             "not exported: the tokenizer files do not encode the check text to the ids given"

@@ -99,8 +99,8 @@ def run_preflight(
 
     Unless `thorough`, what data or directory forbid is not tried in real steps, which may take
     minutes. `deep` hashes every byte of the data. `dollars_per_hour` is the price of the whole
-    machine. `note` hears when that begins, and of each trial of a micro-batch. Raises `ValueError` for a device that is
-    not there.
+    machine. `note` hears when real steps begin, and of each trial of a micro-batch. Raises
+    `ValueError` for a device that is not there.
     """
     report = PreflightReport()
     device = Ranks(local_rank=int(os.environ.get("LOCAL_RANK", "0"))).own_device(
