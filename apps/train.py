@@ -29,10 +29,9 @@ EXAMPLES = """examples:
       --preflight --dollars-per-hour 2.99
 
 The same command goes on where the run stopped. Every field that --set takes is described in
-packages/matilda-train/src/matilda_train/config.py. A run that should take over an hour is looked
-at, as by --preflight, before its first step. Exit codes: 0 finished, 2 bad input, 3 diverged, 4
-disk or checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it again after 5
-and 75).
+packages/matilda-train/src/matilda_train/config/. A run that should take over an hour is looked at,
+as by --preflight, before its first step. Exit codes: 0 finished, 2 bad input, 3 diverged, 4 disk or
+checkpoint failure, 5 hung, 75 stopped by a signal after a clean save (run it again after 5 and 75).
 """
 
 
