@@ -17,10 +17,10 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["PEERS", "Peer", "functions_of"]
@@ -53,8 +53,8 @@ class Peer(ABC):
         """One optimizer step on all of the micro-batches."""
 
     @abstractmethod
-    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
-        """Mean cross-entropy in nats."""
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy of each target in nats, float32 and of the shape of `targets`."""
 
     def evaluated(self) -> nn.Module:
         """The model as `matilda_train.evaluate` calls it."""
@@ -67,8 +67,9 @@ class _Evaluated(nn.Module):
         self._peer = [peer]
         self.model = peer.model
 
-    def forward(self, ids: Tensor, targets: Tensor) -> SimpleNamespace:
-        return SimpleNamespace(ce=self._peer[0].ce(ids.contiguous(), targets.contiguous()))
+    def forward(self, ids: Tensor, targets: Tensor, *, per_token: bool) -> Tensor:
+        assert per_token
+        return self._peer[0].losses(ids.contiguous(), targets.contiguous())
 
 
 class NanoGPT(Peer):
@@ -121,10 +122,13 @@ class NanoGPT(Peer):
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
 
-    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
-            loss: Tensor = self._compiled(ids, targets)[1]
-        return loss
+            logits_BTV: Tensor = self._compiled(ids, targets)[0]
+        flat = F.cross_entropy(
+            logits_BTV.float().flatten(0, 1), targets.flatten(), reduction="none"
+        )
+        return flat.view(targets.shape)
 
     def _seq_len(self) -> int:
         return int(self.model.config.block_size)  # type: ignore[union-attr, arg-type]
@@ -195,9 +199,9 @@ class NanoChat(Peer):
         self._optimizer.step()
         self.model.zero_grad(set_to_none=True)
 
-    def ce(self, ids: Tensor, targets: Tensor) -> Tensor:
-        loss: Tensor = self._compiled(ids, targets)
-        return loss
+    def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+        flat: Tensor = self._compiled(ids, targets, loss_reduction="none")
+        return flat.view(targets.shape)
 
     def _seq_len(self) -> int:
         return int(self.model.config.sequence_len)  # type: ignore[union-attr, arg-type]

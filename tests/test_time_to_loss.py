@@ -12,7 +12,14 @@ from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor, nn
+
+from matilda_train.data_source import SyntheticStream
+from matilda_train.distributed import Ranks
+from matilda_train.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -72,6 +79,41 @@ def test_schedules_are_taken_from_the_script_without_running_it(
     assert [get_lr(it) for it in (0, 5, 10)] == pytest.approx([2.1, 1.1, 0.1])
     with pytest.raises(ValueError, match="no function get_momentum"):
         peers.functions_of(script, ("get_lr", "get_momentum"), constants)
+
+
+def test_a_peer_is_evaluated_by_the_function_that_evaluates_us(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers = importlib.import_module("time_to_loss_peers")
+
+    class Bigrams(peers.Peer):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.model = nn.Embedding(8, 8)
+
+        def start(self, steps: int) -> None: ...
+
+        def step(self, number: int, micro_batches: Any) -> None: ...
+
+        def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
+            logits_BVT = self.model(ids).transpose(1, 2)
+            return nn.functional.cross_entropy(logits_BVT, targets, reduction="none")
+
+    peer, stream = Bigrams(), SyntheticStream(vocab_size=8, seq_len=16, seed=1)
+    found = evaluate(
+        peer.evaluated(),
+        stream,
+        max_tokens=64,
+        seq_len=16,
+        micro_batch_size=4,
+        token_bytes=np.ones(8, dtype=np.int32),
+        device=torch.device("cpu"),
+        ranks=Ranks(),
+    )
+    windows = torch.from_numpy(stream.windows(0, 4).astype(np.int64))
+    expected = peer.losses(windows[:, :-1], windows[:, 1:]).mean().item()
+    assert found is not None
+    assert found.val_loss_nats == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.slow
