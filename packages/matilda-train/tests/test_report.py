@@ -88,6 +88,19 @@ def test_a_run_in_progress_with_a_line_cut_short(tmp_path: Path) -> None:
     assert record.columns()["loss_nats"][5] is None
 
 
+@pytest.mark.parametrize("field", ["uptime_seconds", "train_seconds", "loss_nats", "step"])
+def test_numbers_that_json_has_not_do_not_break_the_page(field: str, tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    for bad in ("NaN", "Infinity", "-Infinity"):
+        with (path / "metrics.jsonl").open("a") as file:
+            file.write(
+                "\n" + json.dumps({"step": 8, "restarts": 1} | {field: 0.0})[:-4] + f"{bad}}}"
+            )
+    page = render([read_run(path, "run")], "")
+    data = page.partition('id="data">')[2].partition("</script>")[0]
+    json.loads(data, parse_constant=pytest.fail)
+
+
 def test_whatever_number_an_evaluation_holds_is_there_to_draw(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     tasks = {"piqa": {"acc": 0.6, "by": "likelihood"}, "arc_easy": {"acc": 0.5}}

@@ -38,6 +38,9 @@ MACHINE_FIELDS = (
 are equal in all others."""
 
 
+_DECODER = json.JSONDecoder(parse_constant=lambda name: None)
+
+
 class MetricsLog:
     """One JSON object a line, of an evaluation or of a training step; see `is_evaluation`.
 
@@ -168,7 +171,10 @@ def is_evaluation(row: Mapping[str, Any]) -> bool:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a JSON-lines file; a line cut short by a kill is left out."""
+    """The whole rows of a JSON-lines file; a line cut short by a kill is left out.
+
+    NaN and infinity, which other writers may leave where JSON has no such numbers, are None.
+    """
     if not path.exists():
         return []
     rows = []
@@ -181,7 +187,7 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
 
 def _parse_object(line: str) -> dict[str, Any] | None:
     try:
-        row = json.loads(line)
+        row = _DECODER.decode(line)
     except (ValueError, RecursionError):  # no JSON, a number of thousands of digits, a deep nest
         return None
     return row if isinstance(row, dict) else None

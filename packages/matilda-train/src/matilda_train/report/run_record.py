@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,13 +88,14 @@ def read_run(path: Path, name: str) -> RunRecord:
     _fill_in(steps, rows, account)
     evaluations = [_flat(row) for row in rows if is_evaluation(row)]
     evaluations.sort(key=lambda row: int(row["step"]))  # older checkpoints may be scored later
+    tokens, seconds = between(steps, "tokens"), between(steps, "seconds")
     for row in evaluations:
-        row["tokens"] = tokens_at(row["step"], steps)
-        row["seconds"] = _seconds(row, account, at(row["step"], steps, "seconds"))
+        row["tokens"] = tokens(row["step"]) if row["step"] else 0.0
+        row["seconds"] = _seconds(row, account, seconds(row["step"]))
     marks = _marks(events, account)
     for mark in marks:
-        mark["tokens"] = tokens_at(mark["step"], steps)
-        mark.setdefault("seconds", at(mark["step"], steps, "seconds"))
+        mark["tokens"] = tokens(mark["step"]) if mark["step"] else 0.0
+        mark.setdefault("seconds", seconds(mark["step"]))
     return RunRecord(
         name=name,
         description=description,
@@ -149,22 +150,20 @@ def _marks(events: Sequence[Row], account: Goodput) -> list[dict[str, Any]]:
     return marks
 
 
-def tokens_at(step: int, steps: Sequence[Row]) -> float | None:
-    """Tokens of a step, between two rows on the straight line between them."""
-    return 0.0 if step == 0 else at(step, steps, "tokens")
+def between(rows: Sequence[Row], field: str) -> Callable[[int], float | None]:
+    """A field at any step, interpolated; before the first and after the last row, that row's."""
+    known = [(int(row["step"]), float(row[field])) for row in rows if _is_number(row.get(field))]
 
+    def at(step: int) -> float | None:
+        index = bisect_left(known, step, key=lambda point: point[0])
+        if not known:
+            return None
+        if index == len(known) or index == 0 or known[index][0] == step:
+            return known[min(index, len(known) - 1)][1]
+        (before, low), (after, high) = known[index - 1], known[index]
+        return low + (step - before) / (after - before) * (high - low)
 
-def at(step: int, rows: Sequence[Row], field: str) -> float | None:
-    """A field at `step`, interpolated; before the first and after the last row, that row's."""
-    known = [row for row in rows if _is_number(row.get(field))]
-    index = bisect_left(known, step, key=lambda row: int(row["step"]))
-    if not known:
-        return None
-    if index == len(known) or index == 0 or known[index]["step"] == step:
-        return float(known[min(index, len(known) - 1)][field])
-    low, high = known[index - 1], known[index]
-    share = (step - low["step"]) / (high["step"] - low["step"])
-    return float(low[field] + share * (high[field] - low[field]))
+    return at
 
 
 def thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
