@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ["PEERS", "Peer", "functions_of"]
@@ -125,7 +124,7 @@ class NanoGPT(Peer):
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
             logits_BTV: Tensor = self._compiled(ids, targets)[0]
-        flat = F.cross_entropy(
+        flat = nn.functional.cross_entropy(
             logits_BTV.float().flatten(0, 1), targets.flatten(), reduction="none"
         )
         return flat.view(targets.shape)
