@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -83,6 +85,34 @@ def test_ranks_and_strategy_may_change_at_every_resume(
     assert server.run(tiny_config, run_dir, corpus, **stop) == 75
     assert server.run(tiny_config, run_dir, corpus, ranks=2) == 0
     assert_same_batches_and_losses(run_dir, twin)
+    changed = [r["changed"] for r in read_rows(run_dir / "events.jsonl") if r["event"] == "resume"]
+    assert [each.get("world_size") for each in changed] == ["4 → 2", "4 → 1", "4 → 2"]
+    sizes = {"train.micro_batch_size": "2 → 4"}
+    assert all(each.items() >= sizes.items() for each in changed)
+    assert [("train.parallel" in each) for each in changed] == [False, True, True]
+
+
+def test_ranks_that_would_train_different_runs_are_refused(
+    server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    """As on two machines that share no file system."""
+    one, other = tmp_path / "one", tmp_path / "other"
+    for run_dir, newest in ((one, 9), (other, 6)):
+        shutil.copytree(twin, run_dir)
+        for folder in run_dir.glob("checkpoints/step-*"):
+            if int(folder.name[5:]) > newest:
+                shutil.rmtree(folder)
+        events = read_rows(run_dir / "events.jsonl")
+        kept = [json.dumps(row) + "\n" for row in events if row["event"] != "finish"]
+        (run_dir / "events.jsonl").write_text("".join(kept))
+    server.log.write_text("")
+    at_6 = {"run_dir": str(other)}
+    assert server.run(tiny_config, one, corpus, ranks=2, rank_1=at_6) == 2
+    assert "`step` is 6 on rank 1, but 9 on rank 0" in server.log.read_text()
+    longer = {"set": ["train.total_steps=13"]}
+    assert server.run(tiny_config, tmp_path / "new", corpus, ranks=2, rank_1=longer) == 2
+    assert "`train.total_steps` is 13 on rank 1, but 12 on rank 0" in server.log.read_text()
+    assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.slow

@@ -284,6 +284,7 @@ def poison_samples(first: int, stop: int) -> None:
 def child(request: dict[str, Any], rank: int, port: int) -> None:
     """Be one rank of a run, and exit."""
     ranks = request.get("ranks", 1)
+    request = request | request.get(f"rank_{rank}", {})
     os.environ |= request.get("env", {})
     for module in request.get("unimportable", []):
         sys.modules[module] = None  # type: ignore[assignment]

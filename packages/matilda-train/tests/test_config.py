@@ -117,8 +117,20 @@ def test_identity_covers_the_recipe_and_nothing_else(config_file: Path) -> None:
     recipe = load_config(config_file, ["optim.lr=0.5"])
     assert config_identity(plain) == config_identity(cadence) == config_identity(rounding)
     assert config_identity(plain) != config_identity(recipe)
-    assert config_differences(config_to_dict(plain), cadence) == ({}, {})
-    assert config_differences(config_to_dict(plain), recipe) == ({"optim.lr": "0.02 → 0.5"}, {})
+    assert config_differences(config_to_dict(plain), cadence) == (
+        {},
+        {},
+        {
+            "data.dir": "None → 'x'",
+            "eval.tokens": "1048576 → 2048",
+            "log.every_steps": "10 → 1",
+        },
+    )
+    assert config_differences(config_to_dict(plain), recipe) == (
+        {"optim.lr": "0.02 → 0.5"},
+        {},
+        {},
+    )
     assert set(config_differences(config_to_dict(plain), rounding)[1]) == {
         "train.compile",
         "train.micro_batch_size",

@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matilda_train.config import RunConfig
 
@@ -24,6 +24,7 @@ __all__ = [
     "config_to_dict",
     "flatten_sections",
     "load_config",
+    "shared_fields",
 ]
 
 # Sections and fields that change no weight: a resumed run may set them anew.
@@ -100,25 +101,39 @@ def config_identity(config: RunConfig) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
 
 
-def config_differences(
-    old: Mapping[str, Any], config: RunConfig
-) -> tuple[dict[str, str], dict[str, str]]:
-    """How a stored config differs from `config`: (other recipe, other rounding).
+class ConfigDifferences(NamedTuple):
+    """Fields that differ, by name, each as `old → new`."""
 
-    Each maps a field's name to `old → new`. The first makes it another run; the second is allowed
-    on resume, at the price of bitwise equality with an uninterrupted run.
-    """
+    recipe: dict[str, str]
+    """They make it another run."""
+    rounding: dict[str, str]
+    """Allowed on resume, at the price of bitwise equality with an uninterrupted run."""
+    free: dict[str, str]
+    """They change no weight."""
+
+
+def config_differences(old: Mapping[str, Any], config: RunConfig) -> ConfigDifferences:
+    """How a stored config differs from `config`."""
     # A field that an older version did not know has its default, which changes nothing.
     before = flatten_sections(config_to_dict(config_from_dict(old)))
     after = flatten_sections(config_to_dict(config))
-    recipe: dict[str, str] = {}
-    rounding: dict[str, str] = {}
+    found = ConfigDifferences({}, {}, {})
     for name in sorted(before.keys() | after.keys()):
-        if name.startswith(FREE_ON_RESUME) or before.get(name) == after.get(name):
+        if before.get(name) == after.get(name):
             continue
-        kind = rounding if name.startswith(ROUNDING_ON_RESUME) else recipe
+        kind = found.recipe
+        if name.startswith(ROUNDING_ON_RESUME):
+            kind = found.rounding
+        elif name.startswith(FREE_ON_RESUME):
+            kind = found.free
         kind[name] = f"{before.get(name)!r} → {after.get(name)!r}"
-    return recipe, rounding
+    return found
+
+
+def shared_fields(config: RunConfig) -> dict[str, Any]:
+    """Every field by its name, but for where the data lie: that each machine knows for itself."""
+    fields = flatten_sections(config_to_dict(config))
+    return {name: value for name, value in fields.items() if name != "data.dir"}
 
 
 def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

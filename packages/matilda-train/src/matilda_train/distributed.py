@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -117,6 +118,24 @@ class Ranks:
         votes = torch.tensor(number)
         dist.all_reduce(votes, op=dist.ReduceOp.MIN)
         return int(votes.item())
+
+    def require_same(self, **values: Any) -> None:
+        """Raise `ValueError`, on every rank, for a name whose values the ranks do not share.
+
+        Ranks that went on from other states would train a mixture of them.
+        """
+        if self.world_size == 1:
+            return
+        told: list[Any] = [None] * self.world_size
+        dist.all_gather_object(told, values)
+        for rank, theirs in enumerate(told):
+            for name, value in theirs.items():
+                if value != told[0].get(name):
+                    raise ValueError(
+                        f"`{name}` is {value!r} on rank {rank}, but {told[0].get(name)!r} on rank "
+                        "0; give every rank the same config, data and run directory (on a file "
+                        "system that all of them share)."
+                    )
 
     @contextmanager
     def main_first(self) -> Iterator[None]:

@@ -27,6 +27,7 @@ from matilda_train.build import (
 from matilda_train.cadence import Cadence
 from matilda_train.compile_cache import CompileCache
 from matilda_train.config import RunConfig
+from matilda_train.config_load import shared_fields
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
@@ -118,6 +119,7 @@ def train(
                 config, device, ranks, run_dir=Path(run_dir), note=display.note
             )
         config.grad_accum_steps(ranks.world_size)  # refuses a batch that does not divide
+        ranks.require_same(data_id=stream.data_id, **shared_fields(config))
         plan = config.plan
         tasks = IntervalTasks(config, ranks)
 
@@ -136,9 +138,12 @@ def train(
             cleanup.callback(opened.close)
             for name, change in opened.rounding_changes.items():
                 display.note(f"`{name}` {change}: no longer bit for bit as the earlier part")
+            if opened.other_changes:
+                display.note(f"not as the run began: {', '.join(opened.other_changes)}")
         ranks.barrier()
         run = RunDir.read(run_dir)
         finished = finished_step(run_dir)
+        ranks.require_same(run_id=run["run_id"], finished=finished)
         if finished is not None:
             return TrainResult("already_finished", run_dir, finished)
 
@@ -185,6 +190,7 @@ def train(
             restored = checkpoints.restore(everything, accept=rollbacks.accept)
         for lost in describe_lost(run_dir, restored):
             display.note(lost)
+        ranks.require_same(**state.state_dict())
         with ranks.main_first():
             metrics = MetricsLog(
                 run_dir / "metrics.jsonl",
@@ -204,6 +210,7 @@ def train(
             discarded_rows=metrics.discarded_rows,
             **describe_lost_work(metrics.discarded),
             skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
+            changed=opened.rounding_changes | opened.other_changes if ranks.is_main else {},
         )
 
         compile_cache = CompileCache(
@@ -299,6 +306,7 @@ def train(
                     if rollbacks.decide(state.step, checkpoints.list()):
                         with phase.during("restoring"), ranks.main_first():
                             checkpoints.restore(everything, accept=rollbacks.accept)
+                        ranks.require_same(**state.state_dict())
                         with ranks.main_first():
                             metrics.rewind(state.step)
                         saved_step = durable_step = state.step
@@ -312,6 +320,7 @@ def train(
                         )
                         display.note(f"rolled back to step {state.step:,}")
                         continue
+                    display.note("no checkpoint from before the spike is left to roll back to")
 
             if evaluation_due and metrics.evaluated_step != state.step:
                 phase.enter("evaluating")

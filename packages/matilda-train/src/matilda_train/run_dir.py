@@ -40,10 +40,18 @@ __all__ = ["RunDir", "check_run_dir", "write_durably"]
 class RunDir:
     """Open or create a run directory; nothing is written before `open` has checked everything."""
 
-    def __init__(self, path: Path, lock: int, rounding_changes: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        lock: int,
+        rounding_changes: Mapping[str, str] | None = None,
+        other_changes: Mapping[str, str] | None = None,
+    ) -> None:
         self.path = path
-        self.rounding_changes = rounding_changes
+        self.rounding_changes = dict(rounding_changes or {})
         """Changed fields that alter rounding but not the recipe, each as `old → new`."""
+        self.other_changes = dict(other_changes or {})
+        """Likewise, of what else is not as `run.json` has it: code, machine, free fields."""
         self._lock: int | None = lock
 
     @classmethod
@@ -57,7 +65,7 @@ class RunDir:
     ) -> RunDir:
         """Start a run in `path`, or go on with the one that is there.
 
-        `provenance` is asked once, for a new run.
+        `provenance` is asked once: a new run keeps it, of another what changed is kept.
 
         Raises `ValueError` when the directory belongs to another config or
         data set, when another process trains in it, or when it holds something else.
@@ -66,8 +74,9 @@ class RunDir:
         found = path / "run.json"
         description = check_run_dir(path, config, data_id=data_id)
         if description is not None:
-            _, rounding = config_differences(description["config"], config)
-            return cls(path, _take_lock(path), rounding)
+            lock = _take_lock(path)
+            _, rounding, free = config_differences(description["config"], config)
+            return cls(path, lock, rounding, free | _other_values(description, provenance()))
         path.mkdir(parents=True, exist_ok=True)
         lock = _take_lock(path)
         description = {
@@ -79,7 +88,7 @@ class RunDir:
             **provenance(),
         }
         write_durably(found, json.dumps(description, indent=2, sort_keys=True) + "\n")
-        return cls(path, lock, {})
+        return cls(path, lock)
 
     @staticmethod
     def read(path: str | Path) -> dict[str, Any]:
@@ -139,7 +148,7 @@ def check_run_dir(path: Path, config: RunConfig, *, data_id: str | None) -> dict
     if (path / "run.json").is_file():
         description = RunDir.read(path)
         _known_config(path, description["config"])
-        recipe, _ = config_differences(description["config"], config)
+        recipe = config_differences(description["config"], config).recipe
         if recipe:
             changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
             raise ValueError(
@@ -169,6 +178,20 @@ def _known_config(path: str | Path, raw: Mapping[str, Any]) -> RunConfig:
             f"{str(Path(path) / 'run.json')!r} is of another version of matilda-train: "
             f"{str(error).partition('. ')[0]}; use the code that its `git_sha` names."
         ) from None
+
+
+def _other_values(
+    old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> dict[str, str]:
+    """What `new` says differently from `old`, as `old → new`; of names that both have."""
+    found: dict[str, str] = {}
+    for name in old.keys() & new.keys():
+        before, after = old[name], new[name]
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found |= _other_values(before, after, f"{prefix}{name}.")
+        elif before != after:
+            found[prefix + name] = f"{before!r} → {after!r}"
+    return dict(sorted(found.items()))
 
 
 def _foreign_entries(path: Path) -> list[str]:

@@ -213,7 +213,7 @@ def _resolve(config: RunConfig, spec: str) -> Row:
         ((field, value),) = values.items()
         fields[f"{section}.{field}"] = value
     changed = change(config, name, fields)
-    recipe, rounding = config_differences(config_to_dict(config), changed)
+    recipe, rounding, _ = config_differences(config_to_dict(config), changed)
     if not recipe and not rounding:
         what = ", ".join(f"`{f}` = {json.dumps(v)}" for f, v in fields.items()) or "nothing"
         raise ValueError(f"Row {name!r} equals the baseline of this config ({what}); leave it out.")
