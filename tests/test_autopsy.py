@@ -102,6 +102,9 @@ def test_step_replays_to_the_same_bits_and_a_difference_is_stated(
         if row["step"] == 11 and "loss_nats" in row:
             row["loss_nats"] *= 1 + 1e-7
     (other / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = json.loads((other / "run.json").read_text())
+    run["config"]["eval"] |= {"tasks": ["quiz"], "task_dir": str(tmp_path / "gone")}
+    (other / "run.json").write_text(json.dumps(run))  # a replay scores nothing
     differences = replay_step(other, 11, data_dir=corpus).differences
     assert len(differences) == 1
     assert "loss_nats" in differences[0]

@@ -59,6 +59,7 @@ def refused(server: TrainServer, watched: list[Path], config: Path, **request: o
         ("model.vocab_size=64", "raise it to at least that"),
         ("data.tokenizer=gpt2", "was made with the 'byte' tokenizer"),
         ("train.seq_len=4096", "at most `model.max_seq_len`"),
+        (f"eval.sample_prompt={32 * 'x'}", "`eval.sample_prompt`: The prompt is 33 tokens long"),
     ],
 )
 def test_wrong_value(

@@ -322,8 +322,9 @@ class Checkpointer:
         for wanted in into:
             if wanted not in manifest.state:
                 raise ValueError(
-                    f"checkpoint `{self.root / name}` holds no {wanted!r}; "
-                    f"it holds {', '.join(sorted(manifest.state))}"
+                    f"checkpoint `{self.root / name}` holds no {wanted!r}; it holds "
+                    f"{', '.join(sorted(manifest.state))}; another version of the program wrote "
+                    "it: go on with that one, or start anew in another directory"
                 )
         return manifest, load_names(self._store, name, manifest, list(manifest.state))
 

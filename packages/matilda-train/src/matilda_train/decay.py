@@ -65,7 +65,7 @@ def open_decay(
     described = RunDir.read(parent)
     target = Path(run_dir or parent.with_name(f"{parent.name}-decay-{from_step}-{tokens}"))
     config = decay_config(
-        config_from_dict(described["config"]),
+        RunDir.config(parent),
         from_step=from_step,
         tokens=tokens,
         shape=shape,

@@ -49,7 +49,7 @@ from matilda_train.preparation import prepare_corpus
 from matilda_train.provenance import collect_provenance
 from matilda_train.rollback import Rollbacks
 from matilda_train.run_dir import RunDir
-from matilda_train.sample import sample_text
+from matilda_train.sample import check_sample_prompt, sample_text
 from matilda_train.schedules import Schedules
 from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
 from matilda_train.time_account import GoodputLedger, describe_lost_work
@@ -122,6 +122,7 @@ def train(
         ranks.require_same(data_id=stream.data_id, **shared_fields(config))
         plan = config.plan
         tasks = IntervalTasks(config, ranks)
+        check_sample_prompt(config)
 
         run_dir = Path(run_dir)
         events = EventLog(run_dir / "events.jsonl", enabled=ranks.is_main)

@@ -167,7 +167,9 @@ def _quietly(config: RunConfig, data_dir: str | Path | None, device: str | None)
             spike_policy=policy,
             max_consecutive_skips=never,
         ),
-        eval=replace(config.eval, every=None, every_steps=never, tokens=1, sample_tokens=0),
+        eval=replace(
+            config.eval, every=None, every_steps=never, tokens=1, tasks=(), sample_tokens=0
+        ),
         ckpt=replace(config.ckpt, every=None, every_steps=never),
         log=replace(config.log, every=None, every_steps=1, wandb=False, autopsies=0),
     )

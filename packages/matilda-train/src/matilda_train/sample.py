@@ -8,7 +8,17 @@ from matilda_data import Tokenizer, load_tokenizer
 from matilda_model import Transformer, generate
 from matilda_train.config import RunConfig
 
-__all__ = ["complete_text", "sample_text"]
+__all__ = ["check_sample_prompt", "complete_text", "encode_prompt", "sample_text"]
+
+
+def check_sample_prompt(config: RunConfig) -> None:
+    """Raise `ValueError` for an `eval.sample_prompt` that the run could not end with."""
+    if config.eval.sample_tokens > 0:
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        try:
+            encode_prompt(tokenizer, config.eval.sample_prompt, config.model.max_seq_len)
+        except ValueError as error:
+            raise ValueError(f"`eval.sample_prompt`: {error}") from None
 
 
 def sample_text(model: Transformer, config: RunConfig) -> str:
@@ -44,17 +54,11 @@ def complete_text(
     Draws from a generator of its own, seeded with `seed`, on the model's device. Raises
     `ValueError` when the prompt leaves no room in the model's longest sequence.
     """
-    ids = [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
-    room = model.config.max_seq_len - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"The prompt is {len(ids)} tokens long, but the model's longest sequence is "
-            f"{model.config.max_seq_len} (`model.max_seq_len`); shorten the prompt."
-        )
+    ids = encode_prompt(tokenizer, prompt, model.config.max_seq_len)
     new_ids = generate(
         model,
         ids,
-        max_new_tokens=min(max_new_tokens, room),
+        max_new_tokens=min(max_new_tokens, model.config.max_seq_len - len(ids)),
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
@@ -63,3 +67,14 @@ def complete_text(
         generator=torch.Generator(device=model.embed.weight.device).manual_seed(seed),
     )
     return prompt + tokenizer.decode(new_ids)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str, longest: int) -> list[int]:
+    """Token ids of a document that begins with `prompt`, fewer than `longest`, or `ValueError`."""
+    ids = [tokenizer.eot_id, *tokenizer.encode(prompt).tolist()]
+    if len(ids) >= longest:
+        raise ValueError(
+            f"The prompt is {len(ids)} tokens long, but the model's longest sequence is {longest} "
+            "(`model.max_seq_len`); shorten it."
+        )
+    return ids

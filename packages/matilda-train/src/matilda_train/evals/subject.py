@@ -8,7 +8,6 @@ from typing import Any
 
 from matilda_data import load_tokenizer
 from matilda_model import Transformer, count_params, load_pretrained
-from matilda_train.config_load import config_from_dict
 from matilda_train.evals.encoding import DatasetCoder, TextCoder
 from matilda_train.evals.scoring import ScoredModel, ScoredTransformer
 from matilda_train.hardware import choose_device, choose_dtype
@@ -44,7 +43,7 @@ def open_run(run_dir: Path, *, step: int | None = None, device: str = "auto") ->
 def open_checkpoint(folder: Path, *, device: str = "auto") -> Subject:
     """One `step-…` folder of a run's checkpoints; `ValueError` when it is none or damaged."""
     run_dir = folder.resolve().parent.parent
-    config = config_from_dict(RunDir.read(run_dir)["config"])
+    config = RunDir.config(run_dir)
     where = choose_device(device)
     dtype = choose_dtype(config.train.dtype, where)
     number = folder.resolve().name.removeprefix("step-").partition("-")[0]
@@ -70,8 +69,7 @@ def open_folder(folder: Path, *, device: str = "auto", trust_remote_code: bool =
 
 
 def _subject(run_dir: Path, step: int, model: Transformer) -> Subject:
-    description = RunDir.read(run_dir)
-    config = config_from_dict(description["config"])
+    config, description = RunDir.config(run_dir), RunDir.read(run_dir)
     return Subject(
         name=f"{run_dir.name} at step {step:,}",
         model=ScoredTransformer(model),

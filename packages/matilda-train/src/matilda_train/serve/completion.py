@@ -15,6 +15,7 @@ import torch
 
 from matilda_data import Tokenizer
 from matilda_model import Transformer, stream_choices
+from matilda_train.sample import encode_prompt
 
 __all__ = ["CompletionRequest", "complete"]
 
@@ -84,13 +85,8 @@ def complete(
     `end of text`, `stop`, `length`, or `room` where the model's longest sequence is full. Raises
     `ValueError` when the prompt leaves no room.
     """
-    ids = [tokenizer.eot_id, *tokenizer.encode(request.prompt).tolist()]
+    ids = encode_prompt(tokenizer, request.prompt, model.config.max_seq_len)
     room = model.config.max_seq_len - len(ids)
-    if room < 1:
-        raise ValueError(
-            f"The prompt is {len(ids)} tokens long, but the model's longest sequence is "
-            f"{model.config.max_seq_len}; shorten it."
-        )
     began, count, text = time.monotonic(), 0, ""
     most = min(request.max_tokens, room)
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
