@@ -189,9 +189,9 @@ def train(
         rollbacks = Rollbacks(run_dir, config, stream, events)
         with phase.during("restoring"), ranks.main_first():
             restored = checkpoints.restore(everything, accept=rollbacks.accept)
+        ranks.require_same(**state.state_dict())
         for lost in describe_lost(run_dir, restored):
             display.note(lost)
-        ranks.require_same(**state.state_dict())
         with ranks.main_first():
             metrics = MetricsLog(
                 run_dir / "metrics.jsonl",
