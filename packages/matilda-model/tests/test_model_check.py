@@ -58,6 +58,24 @@ def test_the_mask_of_documents_is_part_of_the_check(monkeypatch: pytest.MonkeyPa
         self_check(model, inputs, targets)
 
 
+@pytest.mark.parametrize("pattern", ["SLSL", "LSLS"])
+def test_full_and_windowed_layers_are_both_checked(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Transformer(dataclasses.replace(HERO, n_layers=4, window=8, window_pattern=pattern))
+    assert all(row.ok for row in self_check(model, *batch()))
+    right = check_module.causal_attention
+    for broken in (8, None):
+
+        def wrong(*arguments: Tensor, broken: int | None = broken) -> Tensor:
+            y = right(*arguments)  # type: ignore[arg-type]
+            return 1.1 * y if arguments[4] == broken else y
+
+        monkeypatch.setattr(check_module, "causal_attention", wrong)
+        with pytest.raises(KernelMismatchError, match="`attention` kernel 'auto' is wrong"):
+            self_check(model, *batch())
+
+
 def forgets_the_mask(
     q: Tensor, k: Tensor, v: Tensor, backend: str, window: None, documents: None
 ) -> Tensor:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,17 +66,23 @@ def self_check(
     """Compare the model's chosen kernels with float32 references; the rows, in order of the model.
 
     Uses the model's weights, its `compute_dtype`, the batch's ids and at most its first two rows,
-    so that the check costs little beside a step. Leaves weights, gradients and torch's generators
+    so that the check costs little beside a step: of the first block, and the attention of the first
+    with and without a window. Leaves weights, gradients and torch's generators
     as they were. `tolerance` defaults to `TOLERANCE[compute_dtype]`.
 
     A mismatch, or a kernel that raises, is a `KernelMismatchError` naming the kernel; with
     `fall_back=True` a kernel that the config left to `"auto"` is replaced by the plain one instead
     (look at the rows that are not `ok`). Call it before compiling.
     """
+    if tolerance is None and model.compute_dtype not in TOLERANCE:
+        raise ValueError(f"no tolerance is known for {model.compute_dtype}: give `tolerance`")
     limit = TOLERANCE[model.compute_dtype] if tolerance is None else tolerance
+    fp8 = tolerance is None and model.config.loss == "fused_fp8"
     ids, targets = input_ids_BT[:2], targets_BT[:2]
-    block = model.blocks[0]
-    assert isinstance(block, Block)
+    blocks: list[Any] = list(model.blocks)
+    block = blocks[0]
+    # full and windowed layers have kernels of their own: a block of each
+    of_each_window = {block.attn.window: block for block in reversed(blocks)}
     with torch.random.fork_rng(devices=_cuda_index(ids)), torch.no_grad():
         torch.manual_seed(0)
         seed_BTD = torch.randn(*ids.shape, model.config.d_model, device=ids.device)
@@ -84,9 +91,13 @@ def self_check(
         )
     checks = [
         *_check_norm(model, block, hidden_BTD, limit),
-        *_check_attention(model, block, hidden_BTD, ids, limit),
+        *(
+            row
+            for one in of_each_window.values()
+            for row in _check_attention(model, one, hidden_BTD, ids, limit)
+        ),
         *_check_matmul(model, block, hidden_BTD, limit),
-        *_check_loss(model, hidden_BTD, targets, tolerance or _loss_limit(model)),
+        *_check_loss(model, hidden_BTD, targets, FP8_TOLERANCE if fp8 else limit),
     ]
     bad = [check for check in checks if not check.ok]
     kernels = list(dict.fromkeys(check.kernel for check in bad))
@@ -100,10 +111,6 @@ def self_check(
     if kernels:
         model.choose_backends(**{kernel: _PLAIN[kernel] for kernel in kernels})
     return checks
-
-
-def _loss_limit(model: Transformer) -> float:
-    return FP8_TOLERANCE if model.config.loss == "fused_fp8" else TOLERANCE[model.compute_dtype]
 
 
 _PLAIN = {"attention": "math", "norm": "plain", "matmul": "plain", "loss": "chunked"}
