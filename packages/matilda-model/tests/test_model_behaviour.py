@@ -247,6 +247,8 @@ def test_a_window_bounds_what_a_token_reaches_and_its_flops() -> None:
     assert attention == 12 * 64 * (4 + 4 + 16)
     causal = flops_per_token(config, 16, causal=True) - 6 * count_matmul_params(config)
     assert causal == 12 * 64 * (3.5 + 3.5 + 8)  # 4 * (1 - 4 / 32) of a window, half of the rest
+    uneven = flops_per_token(dataclasses.replace(config, window=3), 10, causal=True)
+    assert uneven - 6 * count_matmul_params(config) == int(12 * 64 * (2.55 + 2.55 + 5))
 
 
 @pytest.mark.parametrize("change", [{}, {"window": 6, "window_pattern": "SL"}], ids=["", "window"])
@@ -331,6 +333,8 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
         ({"norm_eps": math.nan}, "`norm_eps` must be a finite number"),
         ({"window_pattern": "SXL"}, "`window_pattern` must be made of L and S"),
         ({"window_pattern": "SL"}, "has S layers: set `window`"),
+        ({"window": 8}, "`window` 8 is of no layer"),
+        ({"mlp_ratio": 0.001}, "`mlp_ratio` 0.001 of `d_model` 64 leaves the MLP no hidden unit"),
         ({"window_pattern": "SL", "window": 8, "attention": "flash"}, "has no window"),
         ({"qk_norm": 1}, "`qk_norm` must be true or false"),
         ({"document_token": 128}, "`document_token` 128 is no row of the vocabulary"),

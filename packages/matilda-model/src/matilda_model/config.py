@@ -155,6 +155,11 @@ class ModelConfig:
             raise ValueError(
                 f"`window_pattern` {self.window_pattern!r} has S layers: set `window`, in tokens"
             )
+        if "S" not in self.window_pattern and self.window is not None:
+            raise ValueError(
+                f"`window` {self.window!r} is of no layer: give `window_pattern` S layers, such as "
+                "'SSSL'"
+            )
         if "S" in self.window_pattern and self.attention in ("cudnn", "flash", "fa4"):
             raise ValueError(
                 f"`attention` {self.attention!r} has no window: choose 'auto', 'flex' or 'math'"
@@ -173,6 +178,11 @@ class ModelConfig:
                     f"`attention` {self.attention!r} has no document mask: choose 'auto', 'flex' "
                     "or 'math'"
                 )
+        if self.resolved_d_ff < 1:
+            raise ValueError(
+                f"`mlp_ratio` {self.mlp_ratio!r} of `d_model` {self.d_model!r} leaves the MLP no "
+                "hidden unit: choose a larger one or set `d_ff`"
+            )
         if self.n_heads % self.n_kv_heads:
             raise ValueError(
                 f"`n_heads` {self.n_heads!r} is not a multiple of `n_kv_heads` "

@@ -51,10 +51,9 @@ def flops_per_token(config: ModelConfig, seq_len: int, *, causal: bool) -> int:
     if seq_len < 1:
         raise ValueError(f"`seq_len` must be a positive integer, not {seq_len!r}")
     width = config.n_heads * config.resolved_head_dim
-    attention = 0
+    keys_twice = 0  # seen by a sequence's tokens in all layers
     for layer in range(config.n_layers):
         window = min(config.layer_window(layer) or seq_len, seq_len)
         # a full layer: seq_len keys, or seq_len / 2 when causal; both from one formula
-        keys_twice = window * (2 * seq_len - window) // seq_len if causal else 2 * window
-        attention += 6 * width * keys_twice
-    return 6 * count_matmul_params(config) + attention
+        keys_twice += window * (2 * seq_len - window) if causal else 2 * window * seq_len
+    return 6 * count_matmul_params(config) + 6 * width * keys_twice // seq_len
