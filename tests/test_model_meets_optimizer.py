@@ -49,6 +49,18 @@ def test_every_parameter_of_a_config_is_in_exactly_one_group(path: Path) -> None
             assert of[id(p)]["weight_decay"] == 0, name
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_layers_as_wide_as_the_vocabulary_go_to_muon(tied: str) -> None:
+    wide = ["model.d_model=320", "model.head_dim=32", f"model.tie_embeddings={tied}"]
+    config = load_config(CONFIGS / "quickstart.json", wide)
+    assert config.model.vocab_size == config.model.d_model
+    with torch.device("meta"):
+        model = Transformer(config.model)
+    groups = {group["name"]: group for group in build_optimizer(config.optim, model).param_groups}
+    names = {n for n, p in model.named_parameters() if n.startswith("blocks.") and p.ndim == 2}
+    assert set(groups["hidden"]["param_names"]) == names
+
+
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
 def test_transformer_overfits_one_batch(algorithm: str) -> None:
     rate = "0.02" if algorithm == "muon" else "0.005"

@@ -62,6 +62,51 @@ def test_a_tied_head_follows_the_embedding_whatever_the_order(head_first: bool) 
     assert "tied" in describe_groups(list(groups.values()))
 
 
+class NanoGPT(nn.Module):
+    """Token and position tables, blocks of fused attention and MLP, and a head."""
+
+    def __init__(self, vocab: int, context: int, width: int, tied: bool) -> None:
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(vocab, width), nn.Embedding(context, width)
+        self.h = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "c_attn": nn.Linear(width, 3 * width, bias=False),
+                    "c_proj": nn.Linear(width, width, bias=False),
+                    "c_fc": nn.Linear(width, 4 * width, bias=False),
+                    "mlp_proj": nn.Linear(4 * width, width, bias=False),
+                }
+            )
+            for _ in range(2)
+        )
+        self.lm_head = nn.Linear(width, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.wte.weight
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_layers_as_wide_as_the_context_are_no_heads(tied: bool) -> None:
+    # gpt2-medium: 1,024 positions and a width of 1,024
+    groups = by_name(param_groups(NanoGPT(500, 64, 64, tied), lr=1e-3, weight_decay=0.1))
+    assert len(groups["hidden"]["params"]) == 8  # type: ignore[arg-type]
+    assert ("head" in groups) is not tied
+
+
+def test_layers_as_wide_as_the_vocabulary_are_no_heads_where_the_head_is_known() -> None:
+    groups = by_name(param_groups(NanoGPT(256, 100, 64, tied=True), lr=1e-3, weight_decay=0.1))
+    assert len(groups["hidden"]["params"]) == 8  # type: ignore[arg-type]
+    free = NanoGPT(256, 100, 64, tied=False)
+    with pytest.raises(ValueError, match=r"cannot tell whether `h\.0\.c_fc\.weight`.*`lm_head"):
+        param_groups(free, lr=1e-3, weight_decay=0.1)
+    told = {"lm_head": "adamw", "c_fc": "muon"}
+    groups = by_name(param_groups(free, lr=1e-3, weight_decay=0.1, overrides=told))
+    assert groups["matrix"]["param_names"] == ["lm_head.weight"]
+    free.get_output_embeddings = lambda: free.lm_head  # type: ignore[assignment]
+    groups = by_name(param_groups(free, lr=1e-3, weight_decay=0.1))
+    assert groups["head"]["param_names"] == ["lm_head.weight"]
+    assert len(groups["hidden"]["params"]) == 8  # type: ignore[arg-type]
+
+
 def test_only_hidden_matrices_go_to_muon_and_vectors_do_not_decay() -> None:
     groups = by_name(
         param_groups(Language(False), lr=2e-3, weight_decay=0.1, adamw_lr=3e-4, embedding_lr=5e-2)
@@ -102,6 +147,8 @@ def test_an_unknown_owner_is_an_error_that_names_it_and_the_override() -> None:
     assert "mix" in by_name(groups)["vector"]["param_names"]  # type: ignore[operator]
     with pytest.raises(ValueError, match="matches no"):
         param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={"mix": "muon", "nope": "adamw"})
+    with pytest.raises(ValueError, match=r"'mi' matches no .* that an earlier override has not"):
+        param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={"mix": "muon", "mi": "adamw"})
     with pytest.raises(ValueError, match="the override of"):
         param_groups(Odd(), lr=1e-3, weight_decay=0.0, overrides={"mix": "sgd"})
 
@@ -129,6 +176,9 @@ def test_fused_weights_are_cut_where_told() -> None:
     attention = nn.MultiheadAttention(32, 4)
     groups = by_name(param_groups(attention, lr=1e-3, weight_decay=0.0))
     assert groups["hidden[heads 3]"]["param_names"] == ["in_proj_weight"]
+    told = param_groups(attention, lr=1e-3, weight_decay=0.0, split={"in_proj": (64, 32)})
+    assert by_name(told)["hidden[split 64+32]"]["heads"] is None
+    Muon(told)
     model = Language(True)
     groups = by_name(param_groups(model, lr=1e-3, weight_decay=0.0, split={"qkv": (32, 16, 16)}))
     assert groups["hidden[split 32+16+16]"]["split"] == (32, 16, 16)

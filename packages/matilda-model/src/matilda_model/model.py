@@ -195,6 +195,10 @@ class Transformer(nn.Module):
             backend=self.config.loss,
         )
 
+    def get_output_embeddings(self) -> nn.Module:
+        """The module whose weight [V, D] makes the logits; its name is transformers'."""
+        return self.embed if self.head is None else self.head
+
     @property
     def _head_weight(self) -> Tensor:
         """[V, D], float32."""

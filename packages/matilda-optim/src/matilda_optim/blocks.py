@@ -43,8 +43,6 @@ def check_blocks(shape: Sequence[int], spec: BlockSpec, name: str) -> None:
             f"Muon needs at least {need} dimensions, but `{name}` has shape {tuple(shape)!r}; "
             'put it in a group with `algorithm="adamw"`'
         )
-    if len(shape) == 3 and not spec.stacked and spec.split is None and spec.heads is None:
-        return
     rows = shape[1] if spec.stacked else shape[0]
     if spec.split is not None and sum(spec.split) != rows:
         raise ValueError(

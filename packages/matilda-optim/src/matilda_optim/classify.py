@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -44,13 +45,33 @@ def owners_of(model: nn.Module) -> dict[int, list[Owner]]:
     return found
 
 
-def vocabulary_sizes(model: nn.Module) -> frozenset[int]:
-    """The row counts of the model's embeddings; a Linear that wide is taken for a head."""
-    return frozenset(
-        int(module.num_embeddings)  # type: ignore[arg-type]
-        for module in model.modules()
-        if _is_embedding(module)
-    )
+def heads_of(model: nn.Module) -> dict[int, bool]:
+    """ids of the weights that are output heads (True) or that may be (False).
+
+    A model that names its head is believed (`get_output_embeddings`, as transformers' models have
+    it). In others, a Linear with as many rows as an embedding that no Linear is tied to is that
+    embedding's head. Where several have that many rows it cannot be told which, unless the table
+    is not the largest: then it is one of positions, say, and they are layers of that width.
+    """
+    getter = getattr(model, "get_output_embeddings", None)
+    named = getattr(getter() if callable(getter) else None, "weight", None)
+    if isinstance(named, nn.Parameter):
+        return {id(named): True}
+    linears = _weights(model, _is_linear)
+    tables = _weights(model, _is_embedding)
+    vocabulary = max((len(table) for table in tables.values()), default=0)
+    heads: dict[int, bool] = {}
+    for table in (table for i, table in tables.items() if i not in linears):
+        alike = [i for i, weight in linears.items() if len(weight) == len(table)]
+        if len(alike) == 1 or len(table) == vocabulary:
+            heads |= dict.fromkeys(alike, len(alike) == 1)
+    return heads
+
+
+def _weights(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> dict[int, nn.Parameter]:
+    """The two-dimensional weights of the modules of a kind, by id."""
+    weights = (getattr(module, "weight", None) for module in model.modules() if of_kind(module))
+    return {id(w): w for w in weights if isinstance(w, nn.Parameter) and w.ndim == 2}
 
 
 def classify(
@@ -58,8 +79,7 @@ def classify(
     param: nn.Parameter,
     owners: list[Owner],
     *,
-    vocabularies: frozenset[int],
-    output_ids: frozenset[int],
+    heads: Mapping[int, bool],
     min_dim: int,
 ) -> Verdict | None:
     """The verdict on one parameter, or None where only a person can tell."""
@@ -70,13 +90,11 @@ def classify(
         return Verdict(role="vector", reason="fewer than two dimensions")
     if any(_is_norm(owner.module) for owner in owners):
         return Verdict(role="vector", reason="normalisation")
-    if id(param) in output_ids:
-        return Verdict(role="head", reason="output head")
+    if id(param) in heads:
+        return Verdict(role="head", reason="output head") if heads[id(param)] else None
     owner = owners[0]
     module, leaf = owner.module, owner.leaf
     if _is_linear(module) and leaf == "weight":
-        if param.ndim == 2 and param.shape[0] in vocabularies:
-            return Verdict(role="head", reason="as many rows as the vocabulary")
         component = owner.module_name.rsplit(".", 1)[-1].lower()
         if component == "router" or (component == "gate" and param.shape[0] < param.shape[1]):
             return Verdict(role="matrix", reason="router or gate")
@@ -86,17 +104,17 @@ def classify(
             return Verdict(role="matrix", reason="transposed convolution")
         if module.groups > 1 and module.groups == module.in_channels:
             return Verdict(role="matrix", reason="depthwise convolution")
-        heads = module.groups if module.groups > 1 else None
+        blocks = module.groups if module.groups > 1 else None
         rows = param.shape[0] // module.groups
         if min(rows, param.shape[1:].numel()) < min_dim:
             return Verdict(role="matrix", reason=f"smaller than {min_dim}")
-        return Verdict(role="hidden", reason="convolution, flattened", heads=heads)
+        return Verdict(role="hidden", reason="convolution, flattened", heads=blocks)
     if isinstance(module, nn.MultiheadAttention):
-        heads = 3 if leaf == "in_proj_weight" else None
-        return _by_size(param, min_dim, "attention projection", heads=heads)
+        blocks = 3 if leaf == "in_proj_weight" else None
+        return _by_size(param, min_dim, "attention projection", heads=blocks)
     if isinstance(module, nn.RNNBase):
-        heads = {"LSTM": 4, "GRU": 3}.get(module.mode)
-        return _by_size(param, min_dim, "recurrent gates", heads=heads)
+        blocks = {"LSTM": 4, "GRU": 3}.get(module.mode)
+        return _by_size(param, min_dim, "recurrent gates", heads=blocks)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and leaf == "weight":
         return _by_size(param, min_dim, "linear (Conv1D)")
     return None

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from matilda_optim.classify import Verdict, classify, owners_of, question, vocabulary_sizes
+from matilda_optim.classify import Verdict, classify, heads_of, owners_of, question
 
 _OVERRIDES = {
     "muon": Verdict(role="hidden", reason="override"),
@@ -90,7 +90,8 @@ def param_groups(
     buckets: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, verdict in verdicts.items():
         rows = splits.get(name)
-        key = (verdict.role, rows, verdict.heads, verdict.stacked)
+        heads = None if rows else verdict.heads
+        key = (verdict.role, rows, heads, verdict.stacked)
         group = buckets.get(key)
         if group is None:
             muon = verdict.role == "hidden"
@@ -108,7 +109,7 @@ def param_groups(
                 group["weight_decay"] = 0.0
             if muon:
                 group |= muon_options
-                group |= {"split": rows, "heads": verdict.heads, "stacked": verdict.stacked}
+                group |= {"split": rows, "heads": heads, "stacked": verdict.stacked}
             else:
                 group |= {"betas": tuple(betas), "eps": eps}
             buckets[key] = group
@@ -164,8 +165,7 @@ def _verdicts(
                 f"use one of {', '.join(map(repr, _OVERRIDES))}"
             )
     owners = owners_of(model)
-    vocabularies = vocabulary_sizes(model)
-    output_ids = _output_ids(model)
+    heads = heads_of(model)
     verdicts: dict[str, Verdict] = {}
     unknown: list[str] = []
     used: set[str] = set()
@@ -182,8 +182,7 @@ def _verdicts(
                 name,
                 param,
                 owners[id(param)],
-                vocabularies=vocabularies,
-                output_ids=output_ids,
+                heads=heads,
                 min_dim=min_dim,
             )
         if algorithm == "adamw" and (verdict is None or verdict.role == "hidden"):
@@ -198,16 +197,11 @@ def _verdicts(
         raise ValueError("the model has no trainable parameter")
     unused = [p for p in overrides if p not in used]
     if unused:
-        raise ValueError(f"the override {unused[0]!r} matches no trainable parameter's name")
+        raise ValueError(
+            f"the override {unused[0]!r} matches no trainable parameter's name that an earlier "
+            "override has not taken"
+        )
     return verdicts
-
-
-def _output_ids(model: nn.Module) -> frozenset[int]:
-    """The head's weight where the model says so (`get_output_embeddings` of transformers)."""
-    getter = getattr(model, "get_output_embeddings", None)
-    head = getter() if callable(getter) else None
-    weight = getattr(head, "weight", None)
-    return frozenset({id(weight)} if isinstance(weight, nn.Parameter) else ())
 
 
 def _splits(
