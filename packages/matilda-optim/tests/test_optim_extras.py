@@ -79,6 +79,19 @@ def test_a_resumed_scheduler_continues_exactly() -> None:
             assert g["weight_decay"] == h["weight_decay"]
 
 
+def test_a_loaded_schedule_fills_a_learning_rate_tensor_and_refuses_other_groups() -> None:
+    optimizer = Muon([nn.Parameter(torch.zeros(4, 4))], lr=torch.tensor(0.1))
+    lr = optimizer.param_groups[0]["lr"]
+    scheduler = GroupScheduler(optimizer, lambda step: 0.5**step)
+    state = {**scheduler.state_dict(), "last_epoch": 3}
+    scheduler.load_state_dict(state)
+    assert optimizer.param_groups[0]["lr"] is lr
+    assert lr.item() == pytest.approx(0.0125)
+    _, two = two_groups()
+    with pytest.raises(ValueError, match="state is of 1 groups, the optimizer has 2"):
+        GroupScheduler(two, LINEAR).load_state_dict(state)
+
+
 def test_momentum_rises_and_returns() -> None:
     at = partial(momentum_warmup, warmup_steps=10, total_steps=100, cooldown_steps=20)
     assert [at(0), at(10), at(80), at(100)] == pytest.approx([0.85, 0.95, 0.95, 0.85])
@@ -113,6 +126,8 @@ def test_qk_clip_shrinks_each_heads_logits_by_exactly_its_factor(kv_heads: int) 
     assert gamma.max() == 1.0
     with pytest.raises(ValueError, match="heads"):
         qk_clip_(q, k[:5], torch.ones(4))
+    with pytest.raises(ValueError, match="`tau`"):
+        qk_clip_(q, k, torch.ones(4), tau=0.0)
 
 
 @pytest.mark.parametrize("source", [None, "match_rms_adamw", "spectral_unclamped"])

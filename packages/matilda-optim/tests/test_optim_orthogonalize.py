@@ -139,6 +139,8 @@ def test_input_is_never_written() -> None:
         assert torch.equal(g, before)
 
 
-def test_one_dimension_is_refused() -> None:
+def test_one_dimension_and_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         orthogonalize(torch.ones(3))
+    with pytest.raises(ValueError, match=r"a floating dtype, got torch\.int64"):
+        orthogonalize(torch.ones(3, 3, dtype=torch.int64))

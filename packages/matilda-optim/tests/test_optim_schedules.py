@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from matilda_optim import constant, cosine, linear_to_zero, wsd
+from matilda_optim import constant, cosine, linear_to_zero, momentum_warmup, wsd
 
 
 def test_wsd_has_three_phases() -> None:
@@ -31,6 +31,18 @@ def test_every_decay_shape_starts_at_one_falls_and_ends_at_final(shape: str) -> 
     assert values[0] == 1.0
     assert values[50] == pytest.approx(0.01)
     assert all(a > b for a, b in pairwise(values))
+
+
+def test_an_exponential_decay_ends_at_its_final_value_however_small() -> None:
+    for final, end in ((1e-5, 1e-5), (0.0, 1e-3)):
+        phases = {"total_steps": 10, "warmup_steps": 0, "decay_steps": 5, "final": final}
+        assert wsd(10, **phases, shape="exponential") == pytest.approx(end)  # type: ignore[arg-type]
+
+
+def test_phases_of_no_steps_are_left_out() -> None:
+    assert [wsd(s, total_steps=3, warmup_steps=0, decay_steps=0) for s in range(4)] == [1, 1, 1, 0]
+    assert [cosine(s, total_steps=2, warmup_steps=2) for s in range(4)] == [0.5, 1.0, 0.1, 0.1]
+    assert momentum_warmup(0, warmup_steps=0) == 0.95
 
 
 def test_cosine_and_linear_reach_their_final_value_and_hold_it() -> None:
@@ -58,6 +70,10 @@ def test_phases_that_do_not_fit_are_refused() -> None:
         cosine(-1, total_steps=10)
     with pytest.raises(ValueError, match="`warmup_steps`"):
         cosine(0, total_steps=10, warmup_steps=11)
+    with pytest.raises(ValueError, match="`warmup_steps` must be at least 0"):
+        constant(0, warmup_steps=-1)
+    with pytest.raises(ValueError, match="`power`"):
+        wsd(0, total_steps=10, warmup_steps=1, decay_steps=5, shape="power", power=0.0)
     with pytest.raises(ValueError, match="`final`"):
         linear_to_zero(0, total_steps=10, final=2.0)
 

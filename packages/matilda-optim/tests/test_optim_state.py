@@ -118,6 +118,23 @@ def test_other_parameters_or_groups_are_refused_by_name_and_change_nothing() -> 
     assert digest(model, optimizer) == before
 
 
+def test_a_state_of_other_shapes_is_refused_and_changes_nothing() -> None:
+    model = model_of()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 0, 2)
+    before, lr = digest(model, optimizer), optimizer.param_groups[0]["lr"]
+    wider = nn.Sequential(
+        nn.Embedding(50, 32), nn.Linear(32, 64), nn.LayerNorm(64), nn.Linear(64, 48)
+    )
+    state = Muon(param_groups(wider, lr=7.0, weight_decay=0.1)).state_dict()
+    with pytest.raises(
+        ValueError, match=r"shape \(48, 64\), parameter '3.weight' needs \(32, 64\)"
+    ):
+        optimizer.load_state_dict(state)
+    assert digest(model, optimizer) == before
+    assert optimizer.param_groups[0]["lr"] == lr
+
+
 def test_a_checkpoint_of_torch_muon_loads_and_continues() -> None:
     start = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
     p, q = nn.Parameter(start.clone()), nn.Parameter(start.clone())

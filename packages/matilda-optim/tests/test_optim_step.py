@@ -188,6 +188,24 @@ def test_a_bf16_parameter_is_updated_in_fp32_and_rounded_once() -> None:
         assert all(v.dtype == torch.float32 for v in optimizer.state[p].values())
 
 
+def test_float64_parameters_keep_their_digits() -> None:
+    still = nn.Parameter(torch.full((16, 16), 0.1, dtype=torch.float64))
+    still.grad = torch.zeros_like(still)
+    Muon([still], weight_decay=0.0, normuon_beta2=0.9).step()
+    assert (still == 0.1).all()
+    g = torch.Generator().manual_seed(0)
+    start = torch.randn(5, 7, generator=g, dtype=torch.float64)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    a = Muon([{"params": [ours], "algorithm": "adamw"}], lr=1e-3, weight_decay=0.1)
+    b = torch.optim.AdamW([theirs], lr=1e-3, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        ours.grad = torch.randn(5, 7, generator=g, dtype=torch.float64)
+        theirs.grad = ours.grad.clone()
+        a.step()
+        b.step()
+    assert torch.equal(ours, theirs)
+
+
 def test_fused_blocks_and_stacks_are_orthogonalised_one_by_one() -> None:
     grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
     p = nn.Parameter(torch.zeros(64, 32))
@@ -236,8 +254,13 @@ def test_bad_options_are_named(options: dict[str, object], message: str) -> None
 def test_a_vector_in_a_muon_group_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"`bias` has shape \(4,\).*adamw"):
         Muon([("bias", nn.Parameter(torch.zeros(4)))])
+    matrix = nn.Parameter(torch.zeros(4, 4))
     with pytest.raises(ValueError, match="`algorithm`"):
-        Muon([{"params": [nn.Parameter(torch.zeros(4, 4))], "algorithm": "sgd"}])
+        Muon([{"params": [matrix], "algorithm": "sgd"}])
+    with pytest.raises(ValueError, match="`eps`"):
+        Muon([{"params": [matrix], "algorithm": "adamw", "eps": -1.0}])
+    with pytest.raises(ValueError, match="`use_muon` is not a key here"):  # KellerJordan/Muon's
+        Muon([{"params": [matrix], "use_muon": False}])
 
 
 def test_a_scheduler_and_a_closure_work_as_with_any_torch_optimizer() -> None:

@@ -13,22 +13,27 @@ from torch.optim.adamw import adamw as torch_adamw
 _FUSED_DEVICES = ("cuda", "mps", "xpu")
 
 
+def master_dtype(param: Tensor) -> torch.dtype:
+    """What state and arithmetic of a parameter have: fp32, or fp64 for fp64."""
+    return torch.promote_types(param.dtype, torch.float32)
+
+
 def init_adamw_state(state: dict[str, Any], param: Tensor) -> None:
-    """Fills `state` with `step` (fp32, on the parameter's device) and the fp32 moments."""
+    """Fills `state` with `step` (fp32, on the parameter's device) and the moments."""
     state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
     for key in ("exp_avg", "exp_avg_sq"):
         state[key] = torch.zeros_like(
-            param, dtype=torch.float32, memory_format=torch.preserve_format
+            param, dtype=master_dtype(param), memory_format=torch.preserve_format
         )
 
 
 def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> None:
     """One decoupled-decay Adam step (Loshchilov and Hutter, arXiv 1711.05101) of `group`.
 
-    fp32 parameters go through torch's own code, fused on CUDA, so they equal `torch.optim.AdamW`
-    bit for bit. 16-bit parameters are updated in fp32 from fp32 moments and rounded once. With
-    `nonfinite="skip"` a NaN or Inf in any gradient of the group leaves the whole group as it was,
-    parameters, moments and step count; on a GPU without waiting for it.
+    fp32 and fp64 parameters go through torch's own code, fused on CUDA, so they equal
+    `torch.optim.AdamW` bit for bit. 16-bit parameters are updated in fp32 from fp32 moments and
+    rounded once. With `nonfinite="skip"` a NaN or Inf in any gradient of the group leaves the whole
+    group as it was, parameters, moments and step count; on a GPU without waiting for it.
     """
     for fused in (True, False):
         owners = [
@@ -38,8 +43,8 @@ def adamw_step(group: dict[str, Any], states: dict[Tensor, dict[str, Any]]) -> N
         ]
         if not owners:
             continue
-        masters = [p if p.dtype == torch.float32 else p.detach().float() for p in owners]
-        grads = [p.grad.float() for p in owners]
+        masters = [p if p.dtype == master_dtype(p) else p.detach().float() for p in owners]
+        grads = [p.grad.to(master_dtype(p)) for p in owners]
         found_inf = _found_inf(grads) if group["nonfinite"] == "skip" else None
         if found_inf is not None and not fused and bool(found_inf):
             continue

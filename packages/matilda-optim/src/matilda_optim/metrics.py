@@ -39,7 +39,8 @@ def matrix_metrics(
             valid = table[:, 5] > 0
             count = valid.sum().clamp_min(1)
             mean = torch.where(valid[:, None], table, torch.zeros_like(table)).sum(0) / count
-            report[group.get("name", f"group {i}")] = {
+            name = group.get("name", f"group {i}")
+            report[f"{name} ({i})" if name in report else name] = {
                 "update_rms": mean[0],
                 "update_to_param": mean[1],
                 "sigma2_mean": mean[2],

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
-from matilda_optim.adamw import adamw_step, init_adamw_state
+from matilda_optim.adamw import adamw_step, init_adamw_state, master_dtype
 from matilda_optim.backends import MuonStep, is_sharded
 from matilda_optim.blocks import block_spec, check_blocks
 from matilda_optim.coefficients import KELLER, resolve_coefficients
@@ -18,7 +18,7 @@ from matilda_optim.metrics import matrix_metrics
 from matilda_optim.newton_schulz import NS_DTYPES
 from matilda_optim.normuon import init_normuon_state
 from matilda_optim.sharing import Sharing
-from matilda_optim.state import align_state_dict, restore_in_place
+from matilda_optim.state import align_state_dict, check_shapes, restore_in_place
 
 
 class Muon(Optimizer):
@@ -32,8 +32,8 @@ class Muon(Optimizer):
     `M ← β·M + (1-β)·G`, `U = β·M + (1-β)·G` (Nesterov) or `M`,
     `W ← (1 - lr·weight_decay)·W - lr·ratio(shape)·orthogonalize(U)`.
 
-    State is created here, one fp32 tensor per parameter (`momentum_buffer`; `exp_avg`,
-    `exp_avg_sq` and `step` for AdamW), whatever the parameter's dtype. `.grad` is only read. A
+    State is created here (`momentum_buffer`; `exp_avg`, `exp_avg_sq` and `step` for AdamW): fp32
+    also for 16-bit parameters, fp64 for fp64 ones. `.grad` is only read. A
     parameter whose gradient is None is left alone. Equal inputs give equal bits, in any process and
     after any resume.
 
@@ -45,8 +45,8 @@ class Muon(Optimizer):
         nesterov: look ahead as above.
         ns_coefficients: a preset's name (`"polar_express"`, `"keller"`, …), one (a, b, c) or one
             per step. The default is torch's; `param_groups` sets `"polar_express"`.
-        eps: of AdamW groups that set no own `eps`, see `adam_eps`; for Muon it is accepted for
-            compatibility only: the normalisation is scale invariant and needs none.
+        eps: accepted for compatibility and not used: the normalisation is scale invariant and needs
+            none. AdamW's is `adam_eps`.
         ns_steps: Newton–Schulz iterations.
         adjust_lr_fn: None or "original", "match_rms_adamw", "spectral_unclamped"; see `lr_ratio`.
         betas: of AdamW groups.
@@ -152,7 +152,7 @@ class Muon(Optimizer):
             init_adamw_state(state, param)
         else:
             state["momentum_buffer"] = torch.zeros_like(
-                param, dtype=torch.float32, memory_format=torch.preserve_format
+                param, dtype=master_dtype(param), memory_format=torch.preserve_format
             )
             if group["normuon_beta2"] is not None:
                 init_normuon_state(state, param, block_spec(group))
@@ -180,6 +180,7 @@ class Muon(Optimizer):
         """
         before = dict(self.state)
         aligned = align_state_dict(self.param_groups, state_dict)
+        check_shapes(self, aligned)  # before anything is changed
         super().load_state_dict(aligned)
         restore_in_place(self, before, aligned)
 
@@ -222,6 +223,8 @@ def _update_groups(optimizer: Muon) -> None:
 
 
 def _check_group(group: dict[str, Any]) -> None:
+    if "use_muon" in group:
+        raise ValueError('`use_muon` is not a key here: say `algorithm="muon"` or "adamw"')
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"`lr` given as a tensor needs one element, got shape {tuple(lr.shape)!r}")
@@ -245,6 +248,8 @@ def _check_group(group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         if not (0.0 <= beta1 < 1.0 and 0.0 <= beta2 < 1.0):
             raise ValueError(f"`betas` must lie in [0, 1), got {group['betas']!r}")
+        if not group["eps"] >= 0.0:
+            raise ValueError(f"`eps` must be at least 0, got {group['eps']!r}")
         return
     if not 0.0 <= group["momentum"] < 1.0:
         raise ValueError(f"`momentum` must lie in [0, 1), got {group['momentum']!r}")

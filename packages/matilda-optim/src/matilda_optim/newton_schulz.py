@@ -114,8 +114,10 @@ def orthogonalize(
         zeros; a matrix with NaN or Inf gives NaN, without touching the rest of the batch.
 
     Raises:
-        ValueError: fewer than two dimensions, or bad coefficients.
+        ValueError: fewer than two dimensions, no floating dtype, or bad coefficients.
     """
+    if not matrix.is_floating_point():
+        raise ValueError(f"`matrix` needs a floating dtype, got {matrix.dtype}")
     if matrix.ndim < 2:
         raise ValueError(f"`matrix` needs two dimensions, got shape {tuple(matrix.shape)!r}")
     quintics = resolve_coefficients(coefficients, steps)

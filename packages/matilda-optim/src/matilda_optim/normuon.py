@@ -37,7 +37,7 @@ def normalize_neurons(
             rows = block.shape[0]
             second = state["second_momentum"][start : start + rows]
             start += rows
-            mean_square = block.square().mean(dim=1, keepdim=True)
+            mean_square = block.square().mean(dim=1, keepdim=True).to(second.dtype)
             new = torch.lerp(second, mean_square, 1 - beta2)
             second.copy_(torch.where(mean_square > 0, new, second))
             norm = torch.linalg.vector_norm(block)

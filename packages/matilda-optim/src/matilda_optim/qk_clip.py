@@ -14,7 +14,8 @@ def qk_clip_(
 
     A head's factor is γ = min(1, tau / max logit). Its key projection is scaled by √γ, shared by
     the query heads of a group by their smallest γ, and its query projection by what is left, so
-    that every head's logits shrink by exactly γ. Nothing waits for the device.
+    that every head's logits shrink by exactly γ. Nothing waits for the device. Without
+    effect where queries and keys are normed afterwards (QK-norm).
 
     Args:
         q_weight: (H·E, D). k_weight: (K·E, D), K dividing H.
@@ -25,8 +26,10 @@ def qk_clip_(
         γ per query head, (H,).
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or a `tau` that is not above 0.
     """
+    if not tau > 0.0:
+        raise ValueError(f"`tau` must be above 0, got {tau!r}")
     heads = max_logits_H.numel()
     if q_weight.shape[0] % heads:
         raise ValueError(f"{q_weight.shape[0]} query rows do not divide into {heads} heads")

@@ -50,13 +50,13 @@ def momentum_step(
     grads: Sequence[Tensor],
     buffers: Sequence[Tensor],
 ) -> tuple[list[Tensor], list[Tensor] | None]:
-    """Advances the momentum; returns the fp32 directions, fresh contiguous tensors.
+    """Advances the momentum; returns the directions, fresh contiguous tensors of its dtype.
 
     Under `nonfinite="skip"` the second result masks, per parameter, what may change: a block whose
     gradient is not finite keeps its momentum, gets a zero direction and a zero mask.
     """
     beta = group["momentum"]
-    grads = [g.float() for g in grads]
+    grads = [g.to(b.dtype) for g, b in zip(grads, buffers, strict=True)]
     if group["maximize"]:
         grads = list(torch._foreach_neg(grads))
     masks: list[Tensor] | None = None
@@ -108,7 +108,7 @@ def _orthogonalize_class(key: ClassKey, members: list[tuple[Tensor, float]], sha
     out_BMN = share(lambda x: newton_schulz(x, key.quintics), x_BMN.to(key.ns_dtype))
     out_BMN = out_BMN[:, : key.rows, : key.cols]
     for view, (_, ratio), out_MN in zip(wide, members, out_BMN.unbind(0), strict=True):
-        torch.mul(out_MN.float(), ratio, out=view)
+        torch.mul(out_MN.to(view.dtype), ratio, out=view)
 
 
 def apply_update(
@@ -119,7 +119,7 @@ def apply_update(
 ) -> None:
     """Decay and update; 16-bit parameters are rounded once."""
     lr, decay = group["lr"], group["weight_decay"]
-    masters = [p if p.dtype == torch.float32 else p.float() for p in params]
+    masters = [p if p.dtype in (torch.float32, torch.float64) else p.float() for p in params]
     if decay != 0:
         _decay(group, masters, directions, masks, lr * decay)
     if isinstance(lr, Tensor):

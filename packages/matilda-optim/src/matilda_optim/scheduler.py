@@ -71,13 +71,26 @@ class GroupScheduler(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues at the saved step and sets every group accordingly."""
+        """Continues at the saved step and sets every group accordingly.
+
+        Raises:
+            ValueError: the state of another number of groups.
+        """
+        groups = self.optimizer.param_groups
+        if len(state_dict["base_lrs"]) != len(groups):
+            raise ValueError(
+                f"the scheduler's state is of {len(state_dict['base_lrs'])} groups, the optimizer "
+                f"has {len(groups)}; build the groups as they were saved"
+            )
         self.last_epoch = state_dict["last_epoch"]
         self.base_lrs = list(state_dict["base_lrs"])
         self._base_decay = list(state_dict["base_decay"])
-        for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-            group["lr"] = lr
-        self._last_lr = [group["lr"] for group in self.optimizer.param_groups]
+        for group, lr in zip(groups, self.get_lr(), strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr)  # a captured graph reads this tensor
+            else:
+                group["lr"] = lr
+        self._last_lr = [group["lr"] for group in groups]
 
 
 def _pick(schedules: Schedule | Mapping[str, Schedule], group: Mapping[str, Any]) -> Schedule:

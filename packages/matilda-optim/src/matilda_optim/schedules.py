@@ -13,7 +13,7 @@ DECAY_SHAPES: tuple[str, ...] = ("linear", "1-sqrt", "cosine", "exponential", "p
 
 def constant(step: int, *, warmup_steps: int = 0) -> float:
     """Warm-up, then 1."""
-    _check_step(step)
+    _check_step(step, warmup_steps)
     return _warmup(step, warmup_steps)
 
 
@@ -49,11 +49,12 @@ def wsd(
     """Warm-up, stable at 1, then `decay_steps` of decay to `final` (MiniCPM, arXiv 2404.06395).
 
     `shape`: "linear"; "1-sqrt" (arXiv 2405.18392); "cosine"; "exponential" (geometric; `final` = 0
-    is taken as 1e-3 of the peak and ends there); "power", `(1-x)^power`. Past the end it stays at
-    `final`.
+    is taken as 1e-3 of the peak and ends there); "power", `(1-x)^power`, `power` above 0. Past the
+    end it stays at `final`.
 
     Raises:
-        ValueError: phases that do not fit into `total_steps`, or an unknown `shape`.
+        ValueError: phases that do not fit into `total_steps`, an unknown `shape`, or a `power` that
+            is not above 0.
     """
     _check_horizon(step, total_steps, warmup_steps, final)
     if decay_steps < 0 or warmup_steps + decay_steps > total_steps:
@@ -65,6 +66,8 @@ def wsd(
         raise ValueError(
             f"`shape` {shape!r} is unknown; use one of {', '.join(map(repr, DECAY_SHAPES))}"
         )
+    if not power > 0.0:
+        raise ValueError(f"`power` must be above 0, got {power!r}")
     if step < warmup_steps:
         return _warmup(step, warmup_steps)
     start = total_steps - decay_steps
@@ -72,8 +75,7 @@ def wsd(
         return 1.0
     x = _progress(step, start, total_steps)
     if shape == "exponential":
-        floor: float = max(final, 1e-3)
-        return math.pow(floor, x)
+        return math.pow(final or 1e-3, x)
     fall = {
         "linear": 1.0 - x,
         "1-sqrt": 1.0 - math.sqrt(x),
@@ -96,7 +98,7 @@ def momentum_warmup(
 
     With `total_steps`, the last `cooldown_steps` return to `start` (the modded-nanogpt recipe).
     """
-    _check_step(step)
+    _check_step(step, warmup_steps)
     rise = min(1.0, step / warmup_steps) if warmup_steps > 0 else 1.0
     fall = 0.0
     if total_steps is not None and cooldown_steps > 0:
@@ -112,9 +114,11 @@ def _progress(step: int, start: int, end: int) -> float:
     return min(1.0, (step - start) / (end - start)) if end > start else 1.0
 
 
-def _check_step(step: int) -> None:
+def _check_step(step: int, warmup_steps: int = 0) -> None:
     if step < 0:
         raise ValueError(f"`step` must be at least 0, got {step!r}")
+    if warmup_steps < 0:
+        raise ValueError(f"`warmup_steps` must be at least 0, got {warmup_steps!r}")
 
 
 def _check_horizon(step: int, total_steps: int, warmup_steps: int, final: float) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.optim.optimizer import Optimizer
 
 
@@ -65,6 +64,22 @@ def _check_algorithms(groups: list[dict[str, Any]], saved: list[dict[str, Any]])
             )
 
 
+def check_shapes(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+    """Raises ValueError when a saved tensor has another shape than this optimizer's."""
+    # lengths are torch's to compare
+    for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=False):
+        for i, (param, saved_id) in enumerate(zip(group["params"], saved["params"], strict=False)):
+            values = state_dict["state"].get(saved_id, {})
+            for key, target in optimizer.state[param].items():
+                shape = torch.as_tensor(values.get(key, target)).shape
+                if shape != target.shape:
+                    name = (group.get("param_names") or range(len(group["params"])))[i]
+                    raise ValueError(
+                        f"saved `{key}` has shape {tuple(shape)!r}, "
+                        f"parameter {name!r} needs {tuple(target.shape)!r}"
+                    )
+
+
 def restore_in_place(
     optimizer: Optimizer, before: dict[Any, dict[str, Any]], state_dict: dict[str, Any]
 ) -> None:
@@ -81,13 +96,5 @@ def restore_in_place(
                 if key not in values:
                     target.zero_()
                     continue
-                value = values[key]
-                if not isinstance(value, Tensor):
-                    value = torch.as_tensor(value)
-                if value.shape != target.shape:
-                    raise ValueError(
-                        f"saved `{key}` has shape {tuple(value.shape)!r}, "
-                        f"this parameter needs {tuple(target.shape)!r}"
-                    )
-                target.copy_(value)
+                target.copy_(torch.as_tensor(values[key]))
             optimizer.state[param] = own
