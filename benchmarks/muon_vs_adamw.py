@@ -1,6 +1,6 @@
 """Muon against AdamW, each tuned with equal trials: steps to the same validation loss.
 
-python benchmarks/muon_vs_adamw.py --data DIR [--json FILE] [--steps N]
+python benchmarks/muon_vs_adamw.py --data-dir DIR [--json FILE] [--steps N]
 python benchmarks/muon_vs_adamw.py --quick          # toy model, bytes of this file, CPU, a minute
 
 Both sides are `matilda_optim.Muon` over `param_groups` of one model with the same options but
@@ -256,19 +256,19 @@ def quick_data(folder: Path) -> Path:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="data set directory of matilda_data")
+    parser.add_argument("--data-dir", type=Path, help="data set directory of matilda_data")
     parser.add_argument("--quick", action="store_true", help="toy sizes on the CPU")
     parser.add_argument("--json", type=Path, help="write all trials to this file")
     parser.add_argument("--steps", type=int, help="of a full-length run, instead of the default")
     args = parser.parse_args()
-    if args.quick == (args.data is not None):
-        parser.error("give either --data DIR or --quick")
+    if args.quick == (args.data_dir is not None):
+        parser.error("give either --data-dir DIR or --quick")
     size = QUICK if args.quick else FULL
     if args.steps:
         size = Size(**{**vars(size), "steps": args.steps})
     device = "cuda" if torch.cuda.is_available() and not args.quick else "cpu"
     with tempfile.TemporaryDirectory() as folder:
-        bench = Bench(size, quick_data(Path(folder)) if args.quick else args.data, device)
+        bench = Bench(size, quick_data(Path(folder)) if args.quick else args.data_dir, device)
         report: dict[str, Any] = {
             "torch": torch.__version__,
             "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",

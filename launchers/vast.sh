@@ -63,7 +63,9 @@ fetch)
     id=${1:?which ID?}
     remote "$id" "tar -c -C $place ${2:?which RUN, such as runs/hero?}" | tar -x
     ;;
-stop) remote "${1:?which ID?}" "pkill -TERM -f apps/train.py" ;;
+# With several GPUs train.sh passes it on and says 75, with one it has become the app; the brackets keep
+# pkill from the shell that runs it.
+stop) remote "${1:?which ID?}" "pkill -TERM -f 'launchers/[t]rain.sh' || pkill -TERM -f 'apps/[t]rain.py'" ;;
 end) vastai destroy instance "${1:?which ID?}" ;;
 help | -h | --help) sed -n '2,/^set -e/{/^set -e/d;s/^# \{0,1\}//;p;}' "${BASH_SOURCE[0]}" ;;
 *)

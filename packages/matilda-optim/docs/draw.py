@@ -1,16 +1,13 @@
-"""Draws the README's figures as SVG, with nothing but the standard library and this package.
+"""Draws the README's figure as SVG, with nothing but the standard library and this package.
 
-python docs/draw.py schedules > docs/schedules.svg
-python docs/draw.py losses RESULTS.json > docs/muon_vs_adamw.svg   # of benchmarks/muon_vs_adamw.py
+python docs/draw.py > docs/schedules.svg
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from matilda_optim import cosine, linear_to_zero, momentum_warmup, wsd
 
@@ -93,29 +90,5 @@ def schedules() -> str:
     )
 
 
-def losses(results: Path) -> str:
-    report = json.loads(results.read_text())
-    curves: list[Curve] = []
-    for algorithm, lr in report["best_lr"].items():
-        for trial in report["trials"]:
-            key = (trial["algorithm"], trial["lr"], trial["seed"], trial["steps"])
-            if key == (algorithm, lr, 0, report["steps"]):
-                curves.append((f"{algorithm}, lr {lr:g}", trial["curve"]))
-    rates: list[Curve] = []
-    full = [t for t in report["trials"] if t["seed"] == 0 and t["steps"] == report["steps"]]
-    for algorithm in report["best_lr"]:
-        mine = sorted((t["lr"], t["loss"]) for t in full if t["algorithm"] == algorithm)
-        rates.append((algorithm, [(i, loss) for i, (_, loss) in enumerate(mine)]))
-    low = min(t["loss"] for t in full) - 0.1
-    return figure(
-        [
-            panel(0, "validation loss, best rate", curves, low, 7.0, "steps"),
-            panel(310, "final loss over the grid of rates", rates, low, low + 2.0, "th rate"),
-        ],
-        lines=2,
-    )
-
-
 if __name__ == "__main__":
-    which, *rest = sys.argv[1:]
-    sys.stdout.write(schedules() if which == "schedules" else losses(Path(rest[0])))
+    sys.stdout.write(schedules())
