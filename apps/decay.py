@@ -12,7 +12,7 @@ import os
 import time
 from pathlib import Path
 
-from matilda_train.app import add_run_options, conclude, run_app
+from matilda_train.app import add_run_options, run_app, train_and_tell
 from matilda_train.arguments import TeachingParser
 from matilda_train.duration import parse_count
 
@@ -64,11 +64,11 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     STOP.end_after(args.grace_seconds)
-    from matilda_train import RunDir, TerminalDisplay
+    from matilda_train import RunDir
 
     tokens = parse_count(args.tokens)
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
-    from matilda_train import open_decay, train
+    from matilda_train import open_decay
 
     target = args.run_dir or args.run.with_name(f"{args.run.name}-decay-{args.from_step}-{tokens}")
     while int(os.environ.get("RANK", "0")) > 0 and not (target / "run.json").is_file():
@@ -82,18 +82,14 @@ def main() -> int:
         final_lr_fraction=args.final_lr_fraction,
         overrides=args.set,
     )
-    STOP.begin()
-    with TerminalDisplay() as display:
-        if decay.is_new:
-            display.note(f"step {args.from_step:,} of {args.run} copied to {decay.run_dir}")
-        result = train(
-            decay.config,
-            run_dir=decay.run_dir,
-            data_dir=args.data_dir,
-            stop=lambda: bool(STOP),
-            display=display,
-        )
-    return conclude(result)
+    copied = f"step {args.from_step:,} of {args.run} copied to {decay.run_dir}"
+    return train_and_tell(
+        decay.config,
+        run_dir=decay.run_dir,
+        data_dir=args.data_dir,
+        stop=STOP,
+        note=copied if decay.is_new else "",
+    )
 
 
 if __name__ == "__main__":

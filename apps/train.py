@@ -13,9 +13,9 @@ from pathlib import Path
 from matilda_train.app import (
     add_preflight_options,
     add_run_options,
-    conclude,
     look_before,
     run_app,
+    train_and_tell,
 )
 from matilda_train.arguments import TeachingParser
 
@@ -55,27 +55,16 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> int:
     args = parse_arguments()
     STOP.end_after(args.grace_seconds)
-    from matilda_train import TerminalDisplay, load_config
+    from matilda_train import load_config
 
     config = load_config(args.config, args.set)
-    # This loads torch, which takes seconds: mistakes are dealt with already.
-    from matilda_train import train
-
     run_dir = args.run_dir or Path("runs") / args.config.stem
     answer = look_before(config, run_dir, args, dry_run=args.dry_run)
     if answer is not None:
         return answer
-    STOP.begin()
-    with TerminalDisplay() as display:
-        result = train(
-            config,
-            run_dir=run_dir,
-            data_dir=args.data_dir,
-            dry_run=args.dry_run,
-            stop=lambda: bool(STOP),
-            display=display,
-        )
-    return conclude(result, dry_run=args.dry_run)
+    return train_and_tell(
+        config, run_dir=run_dir, data_dir=args.data_dir, stop=STOP, dry_run=args.dry_run
+    )
 
 
 if __name__ == "__main__":

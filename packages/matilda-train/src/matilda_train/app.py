@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from matilda_train.stop_signals import EXIT_PREEMPTED, say
+from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest, say
 
 if TYPE_CHECKING:
     from matilda_train.config import RunConfig
@@ -25,10 +25,10 @@ __all__ = [
     "add_json_option",
     "add_preflight_options",
     "add_run_options",
-    "conclude",
     "look_before",
     "run_app",
     "show",
+    "train_and_tell",
 ]
 
 EXIT_BAD_INPUT = 2
@@ -162,13 +162,37 @@ def look_before(
     return None
 
 
-def conclude(result: TrainResult, *, dry_run: bool = False) -> int:
-    """Say on the main process how a call of `train` ended; the exit code for it, on every rank."""
-    stopped = result.status == "preempted"
+def train_and_tell(
+    config: RunConfig,
+    *,
+    run_dir: Path,
+    data_dir: Path | None,
+    stop: StopRequest,
+    dry_run: bool = False,
+    note: str = "",
+) -> int:
+    """`train` with a progress display; says how it ended, and returns the exit code for that.
+
+    From here on a signal is a request to save. `note` is said first.
+    """
+    from matilda_train import TerminalDisplay, train
+
+    stop.begin()
+    with TerminalDisplay() as display:
+        if note and _is_main():
+            display.note(note)
+        result = train(
+            config,
+            run_dir=run_dir,
+            data_dir=data_dir,
+            dry_run=dry_run,
+            stop=lambda: bool(stop),
+            display=display,
+        )
     if _is_main():
         with suppress(OSError):  # nobody listens: the exit code tells
             print(_last_words(result, dry_run=dry_run), flush=True)
-    return EXIT_PREEMPTED if stopped else 0
+    return EXIT_PREEMPTED if result.status == "preempted" else 0
 
 
 def _last_words(result: TrainResult, *, dry_run: bool) -> str:
