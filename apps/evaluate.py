@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
 
 import _environment  # noqa: F401  (first: it names what is missing)
@@ -11,7 +13,8 @@ from matilda_train.arguments import TeachingParser
 
 TASKS = "hellaswag,arc_easy,piqa,lambada_openai,sciq,winogrande"
 EXAMPLES = f"""examples:
-  uv run apps/evaluate.py --run runs/hero --task-dir data/evals --compare pythia-160m,pythia-410m
+  uv run apps/evaluate.py --run runs/hero --task-dir data/evals --compare pythia-160m,pythia-410m \\
+      --write docs/RESULTS.md
   uv run apps/evaluate.py --run runs/hero --step 4000 --tasks hellaswag,piqa --task-dir data/evals
   uv run --extra eval apps/evaluate.py --run runs/hero --tasks arc_challenge,lambada_openai
   uv run --extra eval apps/evaluate.py --hf exports/hero --trust-remote-code --task-dir data/evals
@@ -77,6 +80,8 @@ def parse_arguments() -> argparse.Namespace:
         help="tokens in one forward pass (default: by the device)",
     )
     add_device_option(parser)
+    add("--write", type=Path, metavar="PAGE", help="put the tables into this Markdown page as well")
+    add("--name", help="section of that page (default: the run and its step)")
     add_json_option(parser)
     add("--trust-remote-code", action="store_true", help="let the folder of --hf run its own code")
     return parser.parse_args()
@@ -90,7 +95,8 @@ def main() -> int:
         RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
     from matilda_train.evals import evaluate_tasks, open_checkpoint, open_folder, open_run
     from matilda_train.evals.pythia import describe, footnotes
-    from matilda_train.evals.results import record_in_run, table
+    from matilda_train.evals.results import record_in_run, table, write_page
+    from matilda_train.report.tables import plain_table
 
     if args.hf is not None:
         subject = open_folder(args.hf, device=args.device, trust_remote_code=args.trust_remote_code)
@@ -110,7 +116,7 @@ def main() -> int:
             display=display,
         )
     lines = [f"{subject.name}, on {results['device']} in {results['seconds']:.1f} s"]
-    lines += table(results["tasks"])
+    lines += plain_table(table(results["tasks"]))
     for comparison in comparisons:
         lines += ["", *describe(comparison)]
     if comparisons:
@@ -118,6 +124,11 @@ def main() -> int:
     if subject.run_dir is not None and args.limit is None:
         path, missing = record_in_run(results, subject.run_dir)
         lines += ["", f"Kept in {path}" + (f"; {missing}" if missing else "")]
+    if args.write is not None:
+        command = "uv run apps/evaluate.py " + shlex.join(sys.argv[1:])
+        name = args.name or subject.name
+        write_page(results, comparisons, args.write, name=name, command=command)
+        lines += ["", f"Written: {args.write}"]
     show("\n".join(lines), results, args.json)
     return 0
 

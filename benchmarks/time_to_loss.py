@@ -156,7 +156,7 @@ def our_config(name: str, args: argparse.Namespace, **fields: Any) -> Any:
 
 def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
     """`matilda_train.train` twice: a few steps for their speed, then the run itself."""
-    from matilda_train import SilentDisplay, train
+    from matilda_train import SilentDisplay, TerminalDisplay, train
     from matilda_train.config_load import config_to_dict
     from matilda_train.metrics_log import read_rows
 
@@ -183,7 +183,8 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
         "log.every_steps": 5,
     }
     config = our_config(name, args, **common, **fields)
-    train(config, run_dir=work / "run", data_dir=args.data_dir, display=SilentDisplay())
+    with TerminalDisplay() as display:
+        train(config, run_dir=work / "run", data_dir=args.data_dir, display=display)
     start, curve = our_clock(read_rows(work / "run" / "metrics.jsonl"), config.plan.tokens)
     shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
     return {
@@ -304,6 +305,12 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
             ranks=Ranks(),
         )
         assert found is not None
+        print(
+            f"{name}: step {number:,} of {steps:,}, {clock / 60:.1f} of {seconds / 60:g} min, "
+            f"held-out loss {found.val_loss_nats:.4f} nats",
+            file=sys.stderr,
+            flush=True,
+        )
         return point(clock, number, number * peer.tokens_per_step, vars(found))
 
     initial = {key: value.clone() for key, value in peer.model.state_dict().items()}

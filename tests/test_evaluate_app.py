@@ -81,6 +81,7 @@ def test_a_run_is_scored_and_keeps_its_scores(
     done = evaluate(
         *("--run", run_dir, "--tasks", TASKS, "--task-dir", task_dir, "--device", "cpu"),
         *("--compare", "pythia-160m,pythia-410m", "--json", out),
+        *("--write", tmp_path / "RESULTS.md", "--name", "tried"),
     )
     assert done.returncode == 0, done.stderr
     for words in (" ± ", "beside pythia-410m", "average", "HellaSwag is not among its results"):
@@ -91,6 +92,14 @@ def test_a_run_is_scored_and_keeps_its_scores(
     assert (results["step"], results["tokens"]) == (12, 12 * 256)
     assert results["run_id"] == RunDir.read(run_dir)["run_id"]
     assert results["comparisons"]["pythia-160m"]["sciq"]["acc"] == results["tasks"]["sciq"]["acc"]
+    page = (tmp_path / "RESULTS.md").read_text()
+    head, _, made_by = page.partition("```sh")
+    assert head.startswith("# Results\n\n<!-- evaluation: tried -->\n## tried\n")
+    assert f"| sciq | 20 | {100 * results['tasks']['sciq']['acc']:.2f} ± " in head
+    assert head.count("| average | ") == 2
+    assert "uv run apps/evaluate.py --run" in made_by
+    assert f"commit {(results['git_sha'] or 'unknown')[:12]}" in made_by
+    assert f"data set {results['data_id'][:12]}" in made_by
     # The scores are those of the checkpoint, item by item.
     subject = open_run(run_dir, device="cpu")
     (winogrande,) = read_tasks(task_dir, ["winogrande"])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from matilda_train.ablation.forest import draw_forest
 from matilda_train.ablation.results import RowResult, StudyResult, stable_tokens
-from matilda_train.report.section import replace_section
+from matilda_train.report.section import describe_provenance, replace_section
+from matilda_train.report.tables import markdown_table, plain_table
 
-__all__ = ["describe_provenance", "describe_study", "write_document"]
+__all__ = ["describe_study", "write_document"]
 
 HEAD = (
     ("row", ""),
@@ -24,6 +24,7 @@ HEAD = (
     ("tokens/s", "speed"),
     ("GiB", "memory"),
 )
+LEFT = (0, 4)
 KINDS = {
     "same": "rows that begin with the baseline's weights",
     "other": "rows of other shapes or other initial weights",
@@ -32,16 +33,7 @@ KINDS = {
 
 def describe_study(result: StudyResult) -> str:
     """The table and what to know about it, in lines of plain text."""
-    cells = [[title for title, _ in HEAD], *(_cells(result, row) for row in result.rows)]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(HEAD))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, 4) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in cells
-    ]
-    lines += ["", *_noise_lines(result)]
+    lines = [*plain_table(_table(result), left=LEFT), "", *_noise_lines(result)]
     if result.missing:
         lines.append(f"{len(result.missing)} runs have not ended yet; run the same command again.")
     return "\n".join(lines)
@@ -71,9 +63,7 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
         "",
         f"![Differences from the baseline]({plot})",
         "",
-        f"| {' | '.join(title for title, _ in HEAD)} |",
-        f"|{'|'.join('---' if i in (0, 4) else '---:' for i in range(len(HEAD)))}|",
-        *(f"| {' | '.join(_cells(result, row))} |" for row in result.rows),
+        *markdown_table(_table(result), left=LEFT),
         "",
         *(f"- {line}" for line in _noise_lines(result)),
         *(f"- {line}" for line in _reading_lines(result)),
@@ -100,19 +90,8 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
     return "\n".join(lines)
 
 
-def describe_provenance(provenance: dict[str, list[Any]]) -> str:
-    """Commit, hardware, versions, data and date in one sentence's end."""
-    known = {
-        name: ", ".join(str(value) for value in values if value is not None) or "unknown"
-        for name, values in provenance.items()
-    }
-    changed = " and uncommitted changes" if True in provenance.get("uncommitted", []) else ""
-    cuda = f", CUDA {known['cuda']}" if known.get("cuda") != "unknown" else ""
-    return (
-        f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
-        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}, "
-        f"on {known['dates']} (UTC)"
-    )
+def _table(result: StudyResult) -> list[list[str]]:
+    return [[title for title, _ in HEAD], *(_cells(result, row) for row in result.rows)]
 
 
 def _cells(result: StudyResult, row: RowResult) -> list[str]:

@@ -16,14 +16,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matilda_train.ablation.document import describe_provenance, describe_study
+from matilda_train.ablation.document import describe_study
 from matilda_train.ablation.plan import Study, outcome_of
 from matilda_train.ablation.results import StudyResult, read_study
 from matilda_train.ablation.runner import Ending
 from matilda_train.ablation.variants import Row, change
 from matilda_train.config import RunConfig
 from matilda_train.config_load import apply_override
-from matilda_train.report.section import replace_section
+from matilda_train.report.section import describe_provenance, replace_section
+from matilda_train.report.tables import markdown_table
 
 __all__ = ["describe_grid", "grid_rows", "rank_grid", "run_halving", "write_grid"]
 
@@ -120,23 +121,27 @@ def write_grid(result: StudyResult, page: str | Path, *, name: str, command: str
 def _markdown(result: StudyResult, *, command: str) -> str:
     config = result.config
     tokens = config.plan.tokens(config.train.total_steps)
+    table = [["point", "loss, nats", "above the best", "95 % interval", "verdict"]]
+    for row in result.rows:
+        loss, found = row.mean("loss_nats"), row.comparison
+        diverged = any(run.outcome == "diverged" for run in row.runs)
+        width = f"± {found.half_width:.4f}" if found and found.half_width is not None else "–"
+        table.append(
+            [
+                f"`{row.name}`",
+                f"{loss:.4f}" if loss is not None else "–",
+                f"{found.difference:+.4f}" if found else "–",
+                width,
+                "diverged" if diverged else found.verdict if found else "best",
+            ]
+        )
     lines = [
         f"{config.model.n_params / 1e6:.2f}M parameters, T={config.seq_len}, "
         f"{tokens / 1e6:,.2f}M tokens a run, {result.seeds} seed(s) a point, "
         f"{config.optim.algorithm}, {config.optim.schedule} schedule.",
         "",
-        "| point | loss, nats | above the best | 95 % interval | verdict |",
-        "|---|---:|---:|---:|---|",
+        *markdown_table(table, left=(0, 4)),
     ]
-    for row in result.rows:
-        loss, found = row.mean("loss_nats"), row.comparison
-        diverged = any(run.outcome == "diverged" for run in row.runs)
-        width = f"± {found.half_width:.4f}" if found and found.half_width is not None else "–"
-        lines.append(
-            f"| `{row.name}` | {f'{loss:.4f}' if loss is not None else '–'} | "
-            f"{f'{found.difference:+.4f}' if found else '–'} | {width} | "
-            f"{'diverged' if diverged else found.verdict if found else 'best'} |"
-        )
     lines += ["", *(f"- {line}" for line in _advice(result))]
     lines += ["", "Made by", "", "```sh", command, "```", ""]
     return "\n".join([*lines, f"with {describe_provenance(result.provenance)}."])

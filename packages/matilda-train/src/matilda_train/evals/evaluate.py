@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,7 @@ from matilda_train.evals.results import FORMAT
 from matilda_train.evals.subject import Subject
 from matilda_train.evals.task_files import TaskFile, read_tasks
 from matilda_train.evals.task_scores import TaskScores, plain_metrics, score_tasks
-from matilda_train.hardware import device_name
-from matilda_train.provenance import package_version
+from matilda_train.provenance import collect_provenance, package_version
 
 __all__ = ["evaluate_tasks"]
 
@@ -69,8 +69,8 @@ def evaluate_tasks(
         "format": FORMAT,
         "model": subject.name,
         **(subject.origin or {}),
-        "device": device_name(subject.model.device),
-        "torch": str(torch.__version__),
+        "dtype": subject.dtype,
+        **_made_with(subject.model.device),
         "seconds": round(time.monotonic() - began, 3),
         "limit": limit,
         "harness": None if files else package_version("lm_eval"),
@@ -89,6 +89,17 @@ def evaluate_tasks(
     if comparisons:
         results["comparisons"] = {each.model: each.to_dict() for each in comparisons}
     return results, comparisons
+
+
+def _made_with(device: torch.device) -> dict[str, Any]:
+    """What these scores were computed with, and when."""
+    found = collect_provenance(device)
+    return {
+        **{name: found[name] for name in ("git_sha", "device", "cuda", "python")},
+        "uncommitted": bool(found["git_diff_sha256"]),
+        "torch": str(torch.__version__),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
 
 
 def check_request(

@@ -23,6 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from matilda_train.report.tables import markdown_table, plain_table
+
 __all__ = [
     "CLEAN",
     "Comparison",
@@ -167,7 +169,7 @@ def describe_tokens(tokens: float, curve_tokens: Sequence[float] | Floats) -> st
     return f"> {_short(float(curve_tokens[-1]))}" if math.isinf(tokens) else _short(tokens)
 
 
-def describe(comparison: Comparison) -> list[str]:
+def describe(comparison: Comparison, *, markdown: bool = False) -> list[str]:
     """The comparison as lines of a table, without the footnotes."""
     ends = next(iter(pythia_curves(comparison.model).values())).tokens
     standings = list(comparison.standings.items())
@@ -183,14 +185,8 @@ def describe(comparison: Comparison) -> list[str]:
         low, high = (describe_tokens(end, ends) for end in standing.interval)
         equal = describe_tokens(standing.equal, ends)
         rows.append([task, f"{100 * standing.score:.1f}", *cells, f"{equal}  [{low} … {high}]"])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heads))]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i in (0, len(heads) - 1) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]
+    left = (0, len(heads) - 1)
+    lines = ["", *markdown_table(rows, left=left)] if markdown else plain_table(rows, left=left)
     return [f"beside {comparison.model}, after {_short(comparison.tokens)} tokens:", *lines]
 
 

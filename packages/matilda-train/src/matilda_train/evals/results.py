@@ -5,16 +5,20 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matilda_train.evals.pythia import Comparison, describe, footnotes
 from matilda_train.metrics_log import MetricsLog
+from matilda_train.report.section import describe_provenance, replace_section
+from matilda_train.report.tables import markdown_table
 from matilda_train.run_dir import RunDir, write_durably
 
-__all__ = ["FORMAT", "record_in_run", "scores_only", "table", "write_results"]
+__all__ = ["FORMAT", "record_in_run", "scores_only", "table", "write_page", "write_results"]
 
 FORMAT = "matilda-evaluation/1"
+MADE_WITH = ("git_sha", "uncommitted", "device", "torch", "cuda", "python", "data_id")
 SCORE_NAMES = ("items", "acc", "acc_norm", "perplexity")
 
 
@@ -53,14 +57,54 @@ def record_in_run(results: Mapping[str, Any], run_dir: Path) -> tuple[Path, str]
     return path, ""
 
 
+def write_page(
+    results: Mapping[str, Any],
+    comparisons: Sequence[Comparison],
+    page: str | Path,
+    *,
+    name: str,
+    command: str,
+) -> None:
+    """Write the section `evaluation: NAME` of a Markdown page."""
+    how = [f"zero-shot, scored in {results['dtype']}"]
+    if results.get("tokens") is not None:
+        how.append(
+            f"{results['parameters'] / 1e6:.2f}M parameters, trained on "
+            f"{results['tokens'] / 1e6:,.1f}M tokens"
+        )
+    how += [f"the first {results['limit']:,} items of each task"] if results["limit"] else []
+    how += [f"by lm-evaluation-harness {results['harness']}"] if results["harness"] else []
+    lines = [
+        f"## {name}",
+        "",
+        f"{results['model']}: {'; '.join(how)}. One run: ± is the standard error over a task's "
+        "items, not over seeds.",
+        "",
+        *markdown_table(table(results["tasks"])),
+    ]
+    if "contamination" in results:
+        found = results["contamination"]
+        searched = f"{found['searched']['documents']:,} documents"
+        data_id = found["searched"].get("data_id")
+        searched += f" of data set {data_id[:12]}" if data_id else ""
+        lines += ["", f"In training text: {found['rule']}; looked for in {searched}."]
+    for comparison in comparisons:
+        lines += ["", *describe(comparison, markdown=True)]
+    lines += ["", *(f"- {note}" for note in footnotes())] if comparisons else []
+    made_with = {key: [results.get(key)] for key in MADE_WITH} | {"dates": [results["date"]]}
+    lines += ["", "Made by", "", "```sh", command, "```", ""]
+    lines.append(f"with {describe_provenance(made_with)}.")
+    replace_section(page, f"evaluation: {name}", "\n".join(lines), title="Results")
+
+
 def scores_only(task: Mapping[str, Any]) -> dict[str, Any]:
     """The numbers of a task's results, without what they were made of."""
     names = {name for base in SCORE_NAMES for name in (base, f"{base}_stderr")}
     return {name: value for name, value in task.items() if name in names}
 
 
-def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """A line for each task: scores in percent with standard errors, and contaminated items."""
+def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
+    """Heads, and a row a task: scores in percent with standard errors, and contaminated items."""
     heads = ["task", "items", "acc", "acc_norm", "perplexity", "in training text"]
     rows = [
         [
@@ -74,14 +118,7 @@ def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
         for name, task in tasks.items()
     ]
     used = [i for i in range(len(heads)) if i < 3 or any(row[i] for row in rows)]
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in used]
-    return [
-        "  ".join(
-            row[i].ljust(width) if i == 0 else row[i].rjust(width)
-            for i, width in zip(used, widths, strict=True)
-        ).rstrip()
-        for row in [heads, *rows]
-    ]
+    return [[row[i] for i in used] for row in [heads, *rows]]
 
 
 def _percent(task: Mapping[str, Any], name: str) -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from matilda_data import load_tokenizer
 from matilda_model import Transformer, count_params, load_pretrained
 from matilda_train.evals.encoding import DatasetCoder, TextCoder
@@ -24,6 +26,8 @@ class Subject:
     name: str
     model: ScoredModel
     coder: TextCoder
+    dtype: str
+    """In which it computes."""
     run_dir: Path | None = None
     origin: dict[str, Any] | None = None
     """Of a run's checkpoint: `run_id`, `step`, `tokens` (trained on), `data_id`, `parameters`."""
@@ -58,14 +62,19 @@ def open_folder(folder: Path, *, device: str = "auto", trust_remote_code: bool =
     from matilda_train.evals.transformers_folder import GPU_BATCH_TOKENS, load_folder
 
     where = choose_device(device)
+    dtype = choose_dtype("auto", where)
     model, coder = load_folder(
         folder,
         device=where,
-        dtype=choose_dtype("auto", where),
+        dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
     batch_tokens = GPU_BATCH_TOKENS if where.type == "cuda" else None
-    return Subject(folder.name, model, coder, batch_tokens=batch_tokens)
+    return Subject(folder.name, model, coder, _name(dtype), batch_tokens=batch_tokens)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _subject(run_dir: Path, step: int, model: Transformer) -> Subject:
@@ -74,6 +83,7 @@ def _subject(run_dir: Path, step: int, model: Transformer) -> Subject:
         name=f"{run_dir.name} at step {step:,}",
         model=ScoredTransformer(model),
         coder=DatasetCoder(load_tokenizer(config.data.tokenizer)),
+        dtype=_name(model.compute_dtype),
         run_dir=run_dir,
         origin={
             "run_id": description["run_id"],

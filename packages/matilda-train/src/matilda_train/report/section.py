@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-__all__ = ["replace_section"]
+__all__ = ["describe_provenance", "replace_section"]
 
 
 def replace_section(page: str | Path, name: str, text: str, *, title: str = "") -> Path:
@@ -31,3 +33,18 @@ def replace_section(page: str | Path, name: str, text: str, *, title: str = "") 
     temporary = page.with_name(f".{page.name}.tmp")
     temporary.write_text(after, encoding="utf-8")
     return temporary.replace(page)
+
+
+def describe_provenance(provenance: Mapping[str, Sequence[Any]]) -> str:
+    """Commit, hardware, versions, data and date in one sentence's end."""
+    known = {
+        name: ", ".join(str(value) for value in values if value is not None) or "unknown"
+        for name, values in provenance.items()
+    }
+    changed = " and uncommitted changes" if True in provenance.get("uncommitted", []) else ""
+    cuda = f", CUDA {known['cuda']}" if known.get("cuda") != "unknown" else ""
+    return (
+        f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
+        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}, "
+        f"on {known['dates']} (UTC)"
+    )
