@@ -28,6 +28,9 @@ EXAMPLES = """examples:
   matilda-ckpt diff runs/a runs/b                the newest of each
   matilda-ckpt gc runs/hero --last 3 --best val_loss_nats:2:min --dry-run
   matilda-ckpt ls runs/hero --json | jq '.[0].step'
+
+Exit codes: 0 all is well; 1 something is damaged, differs or was put aside; 2 bad input, or a
+failure, in one sentence.
 """
 
 
@@ -57,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, run: Callable[[argparse.Namespace], tuple[int, object, str]], about: str
     ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=about, description=about)
-        command.add_argument("--json", action="store_true", help="machine-readable output")
+        command.add_argument("--json", action="store_true", help="print JSON")
         command.set_defaults(run=run)
         return command
 
@@ -71,13 +74,15 @@ def _parser() -> argparse.ArgumentParser:
     inspect = add("inspect", _inspect, "show what one checkpoint holds")
     inspect.add_argument("path", type=Path, help="one checkpoint, or a directory: its newest")
     differ = add("diff", _diff, "name the tensors and values that differ, and by how much")
-    differ.add_argument("a", type=Path)
-    differ.add_argument("b", type=Path)
+    differ.add_argument("a", type=Path, help="one checkpoint, or a directory: its newest")
+    differ.add_argument("b", type=Path, help="the other")
     gc = add("gc", _gc, "delete what a retention rule does not keep")
     gc.add_argument("path", type=Path, help=where)
-    gc.add_argument("--last", type=int, required=True, help="keep the newest N")
-    gc.add_argument("--every", type=int, help="and every step divisible by this")
-    gc.add_argument("--hours", type=float, help="and the first of every span of this many hours")
+    gc.add_argument("--last", type=int, required=True, metavar="N", help="keep the newest N")
+    gc.add_argument("--every", type=int, metavar="N", help="and every step divisible by N")
+    gc.add_argument(
+        "--hours", type=float, metavar="H", help="and the first of every span of H hours"
+    )
     gc.add_argument("--best", metavar="METRIC:N:min|max", help="and the best N by a metric")
     gc.add_argument("--dry-run", action="store_true", help="only say what would go")
     export = add("export", _export, "write plain weights as one safetensors file")

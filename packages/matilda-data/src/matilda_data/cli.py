@@ -72,36 +72,64 @@ def _parser() -> argparse.ArgumentParser:
 
     check = add("verify", _verify, "check a data set against its manifest")
     check.add_argument("--deep", action="store_true", help="hash every byte, not only headers")
-    check.add_argument("data_dir", type=Path)
-    check.add_argument("--json", action="store_true", help="machine-readable output")
+    where = "directory of the data set"
+    check.add_argument("data_dir", type=Path, metavar="DIR", help=where)
+    check.add_argument("--json", action="store_true", help="print JSON")
     info = add("info", _info, "what is in a data set")
-    info.add_argument("data_dir", type=Path)
-    info.add_argument("--json", action="store_true", help="machine-readable output")
+    info.add_argument("data_dir", type=Path, metavar="DIR", help=where)
+    info.add_argument("--json", action="store_true", help="print JSON")
     trace = add("trace", _trace, "which documents a sample, or a step's batch, is made of")
-    trace.add_argument("data_dir", type=Path)
-    trace.add_argument("--sample", type=int, help="global sample number")
-    trace.add_argument("--step", type=int, help="0-based step, with --batch-size")
-    trace.add_argument("--batch-size", type=int, help="samples of a global batch")
-    trace.add_argument("--seq-len", type=int, required=True)
-    trace.add_argument("--seed", type=int, required=True)
-    trace.add_argument("--split", choices=SPLITS, default="train")
+    trace.add_argument("data_dir", type=Path, metavar="DIR", help=where)
+    trace.add_argument("--sample", type=int, metavar="N", help="global sample, counted from 0")
+    trace.add_argument(
+        "--step", type=int, metavar="N", help="or a step, counted from 0, with --batch-size"
+    )
+    trace.add_argument("--batch-size", type=int, metavar="N", help="samples of a global batch")
+    trace.add_argument(
+        "--seq-len", type=int, required=True, metavar="N", help="tokens of a sample, less one"
+    )
+    trace.add_argument("--seed", type=int, required=True, metavar="N", help="of the order")
+    trace.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
     trace.add_argument("--text", action="store_true", help="print the text too")
     overlap = add("overlap", _overlap, "which items of evaluation sets are in the training text")
-    overlap.add_argument("--evals", nargs="+", type=Path, required=True, help=".jsonl, .jsonl.gz")
-    overlap.add_argument("--data-dir", type=Path, help="a prepared data set to look through")
-    overlap.add_argument("--input", nargs="+", default=[], help="or text: files, folders, globs")
-    overlap.add_argument("--split", choices=SPLITS, default="train")
-    overlap.add_argument("--json", type=Path, help="write what was found here, with item ids")
+    overlap.add_argument(
+        "--evals",
+        nargs="+",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="evaluation sets, .jsonl or .jsonl.gz",
+    )
+    overlap.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="a prepared data set to look through"
+    )
+    overlap.add_argument(
+        "--input", nargs="+", default=[], metavar="GLOB", help="or text: files, folders, globs"
+    )
+    overlap.add_argument("--split", choices=SPLITS, default="train", help="(default: train)")
+    overlap.add_argument(
+        "--json", type=Path, metavar="FILE", help="write what was found to FILE, with item ids"
+    )
     convert = add("convert", _convert, "plain .bin shards to a data set with a manifest")
-    convert.add_argument("shards", nargs="+", type=Path, help="training shards in order")
-    convert.add_argument("--val", nargs="+", type=Path, default=[], help="held-out shards")
-    convert.add_argument("--out-dir", type=Path, required=True)
-    convert.add_argument("--tokenizer", default="gpt2")
+    convert.add_argument(
+        "shards", nargs="+", type=Path, metavar="FILE", help="training shards in order"
+    )
+    convert.add_argument(
+        "--val", nargs="+", type=Path, default=[], metavar="FILE", help="held-out shards"
+    )
+    convert.add_argument(
+        "--out-dir", type=Path, required=True, metavar="DIR", help="directory of the new data set"
+    )
+    convert.add_argument(
+        "--tokenizer", default="gpt2", help="that made the tokens: byte or gpt2 (default: gpt2)"
+    )
     export = add("export-bin", _export, "a data set as plain llm.c shards")
-    export.add_argument("data_dir", type=Path)
-    export.add_argument("--out-dir", type=Path, required=True)
+    export.add_argument("data_dir", type=Path, metavar="DIR", help=where)
+    export.add_argument(
+        "--out-dir", type=Path, required=True, metavar="DIR", help="new directory of the shards"
+    )
     compress = add("compress", _compress, "replace shards by .bin.zst; opening expands them")
-    compress.add_argument("data_dir", type=Path)
+    compress.add_argument("data_dir", type=Path, metavar="DIR", help=where)
     return parser
 
 
