@@ -19,15 +19,16 @@ from matilda_data.blobs import fetch_blobs
 SERVER = Path(__file__).with_name("hub_server.py")
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[tuple[Path, str]]:
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]:
     """A store of contents, and its address."""
-    (tmp_path / "blobs").mkdir()
-    process = subprocess.Popen([sys.executable, str(SERVER), str(tmp_path), "0"])
-    while not (tmp_path / "port").exists() or not (tmp_path / "port").read_text():
+    root = tmp_path_factory.mktemp("store")
+    (root / "blobs").mkdir()
+    process = subprocess.Popen([sys.executable, str(SERVER), str(root), "0"])
+    while not (root / "port").exists() or not (root / "port").read_text():
         time.sleep(0.02)
-    port = (tmp_path / "port").read_text()
-    yield tmp_path, f"http://127.0.0.1:{port}/blobs/{{blob_id}}"
+    port = (root / "port").read_text()
+    yield root, f"http://127.0.0.1:{port}/blobs/{{blob_id}}"
     process.kill()
     process.wait()
 
@@ -42,11 +43,12 @@ def test_contents_come_back_whatever_the_store_does(store: tuple[Path, str]) -> 
     root, url = store
     texts = [f"print({i})\n" * i for i in range(1, 40)]
     ids = [put(root, text.encode()) for text in texts]
-    retry = Retry(first_wait=0.01, longest_wait=0.05)
+    retry = Retry(first_wait=0.01, longest_wait=0.02)
     assert fetch_blobs(url, ids, retry) == texts
     kinds = ["500", "429", "garbage", "truncate", "drop"]
     (root / "faults.json").write_text(json.dumps({"rate": 0.4, "kinds": kinds}))
     assert fetch_blobs(url, ids, retry) == texts
+    (root / "faults.json").unlink()
 
 
 def test_absent_and_undecodable_contents(store: tuple[Path, str]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import threading
-import time
 
 import pytest
 
@@ -45,10 +44,10 @@ def test_giving_up_and_stopping_end_the_waiting() -> None:
         Retry(first_wait=0.01, give_up_after=0.02).call(Flaky(10**9, OSError()), "asking")
     stopping = threading.Event()
     threading.Timer(0.05, stopping.set).start()
-    began = time.monotonic()
     with pytest.raises(DataError, match="failed"):
-        Retry(first_wait=60).call(Flaky(10**9, OSError()), "asking", stopping=stopping)
-    assert time.monotonic() - began < 50
+        Retry(first_wait=10**6, longest_wait=10**6).call(
+            Flaky(10**9, OSError()), "asking", stopping=stopping
+        )
 
 
 def test_progress_line_has_speed_share_sources_and_notes() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import shutil
@@ -53,6 +54,9 @@ def mixed_dir(
         val_fraction=0.2,
     )
     return base / "out"
+
+
+opened = functools.cache(open_dataset)
 
 
 def all_tokens(data_dir: Path, source: int = 0, split: str = "train") -> np.ndarray:
@@ -133,7 +137,7 @@ def test_any_cut_of_a_batch_is_the_same_batch(
 ) -> None:
     borders = sorted({0, count, *(cut for cut in cuts if cut < count)})
     for directory in (data_dir, mixed_dir):
-        stream = BinStream(directory, seq_len=23, seed=9)
+        stream = BinStream(opened(directory), seq_len=23, seed=9)
         pieces = [stream.windows(first + a, b - a) for a, b in itertools.pairwise(borders)]
         whole = stream.windows(first, count)
         assert count == 0 or (np.concatenate(pieces) == whole).all()
@@ -153,12 +157,12 @@ def test_any_cut_of_a_batch_is_the_same_batch(
 def test_any_world_size_and_micro_batch_sees_the_same_global_batches(
     mixed_dir: Path, seed: int, steps: list[tuple[int, int, int]]
 ) -> None:
-    reference = BinStream(mixed_dir, seq_len=15, seed=seed)
+    reference = BinStream(opened(mixed_dir), seq_len=15, seed=seed)
     state = reference.state_dict()
     for batch, world, micro in steps:  # batch size, world size and micro-batch change in mid-run
         ranks = []
         for _ in range(world):
-            ranks.append(BinStream(mixed_dir, seq_len=15, seed=seed))
+            ranks.append(BinStream(opened(mixed_dir), seq_len=15, seed=seed))
             ranks[-1].load_state_dict(json.loads(json.dumps(state)))
         per_rank = batch // world
         rows = []
