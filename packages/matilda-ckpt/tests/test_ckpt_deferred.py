@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import threading
 import weakref
@@ -18,6 +19,7 @@ from matilda_ckpt.deferred import AT_ONCE_BYTES
 from matilda_ckpt.snapshot import BLOCK_BYTES
 from matilda_ckpt.torture.model import HeldBackground
 
+FULL = os.environ.get("MATILDA_SLOW") == "1"
 LARGE = AT_ONCE_BYTES  # elements of four bytes: not small
 
 
@@ -219,7 +221,7 @@ OPERATIONS = st.lists(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=300 if FULL else 30, deadline=None)
 @given(OPERATIONS, st.booleans())
 def test_whatever_the_order_no_torn_state_becomes_a_checkpoint(
     operations: list[str], slow: bool

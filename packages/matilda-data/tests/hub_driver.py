@@ -112,7 +112,7 @@ def main() -> None:
         )
 
         faults(RATE, ["500", "429", "garbage", "truncate", "slow", "drop"])
-        assert in_child(OUT / "stormy", 2)
+        assert in_child(OUT / "stormy", 1)
         results["stormy"] = open_dataset(OUT / "stormy").data_id
 
         faults(0.0, [])
