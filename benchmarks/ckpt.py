@@ -268,13 +268,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small state, under a minute")
     parser.add_argument("--device", default="cpu", help="cpu or cuda: where the state lives")
-    parser.add_argument("--repeats", type=int)
-    parser.add_argument("--step-s", type=float, help="length of a pretended training step")
+    parser.add_argument("--repeats", type=int, help="timed saves (default: 5, quick: 2)")
+    parser.add_argument("--step-s", type=float, help="seconds of a pretended training step")
     parser.add_argument("--only", nargs="*", help="names of writers")
     parser.add_argument(
         "--dir", type=Path, help="where to write (default: the temporary directory)"
     )
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--peer-dir", type=Path, help="directory with importable peers")
     options = parser.parse_args()
     repeats = options.repeats or (2 if options.quick else 5)

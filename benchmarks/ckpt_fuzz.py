@@ -26,8 +26,8 @@ NAME = "step-00000001"
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="20,000 inputs")
-    parser.add_argument("--runs", type=int, default=1_000_000)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--runs", type=int, default=1_000_000, help="inputs (%(default)s)")
+    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--peer-dir", type=Path, help="directory with atheris")
     options = parser.parse_args()
     if options.peer_dir is not None:

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a few images of each writer")
     parser.add_argument("--images", type=int, default=1000, help="per writer (default 1000)")
     parser.add_argument("--only", nargs="*", help="names of writers")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--peer-dir", type=Path, help="directory with importable peers")
     options = parser.parse_args()
     reason = powercut.why_not()

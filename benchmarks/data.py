@@ -124,10 +124,14 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="under a minute; less text, no peers")
     parser.add_argument("--input", nargs="*", type=Path, default=[], help="text to prepare")
     parser.add_argument("--megabytes", type=int, default=64, help="text at most")
-    parser.add_argument("--verify-gigabytes", type=float, default=10.0)
+    parser.add_argument(
+        "--verify-gigabytes", type=float, default=10.0, help="of the data set that is verified"
+    )
     parser.add_argument("--json", type=Path, help="write the figures there")
     parser.add_argument("--peer-dir", type=Path, help="checkouts of peers")
-    parser.add_argument("--only", nargs="+", choices=[*NEEDS, "verification"], metavar="NAME")
+    parser.add_argument(
+        "--only", nargs="+", choices=[*NEEDS, "verification"], metavar="NAME", help="these rows"
+    )
     options = parser.parse_args()
     seconds = 1.0 if options.quick else 5.0
     names = ["matilda", "matilda-tiktoken"] if options.quick else list(NEEDS)

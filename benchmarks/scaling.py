@@ -104,10 +104,14 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", type=Path, default=ROOT / "configs/base_152m_v2.json")
+    parser.add_argument(
+        "--config", type=Path, default=ROOT / "configs/base_152m_v2.json", help="of every run"
+    )
     parser.add_argument("--data-dir", type=Path, help="prepared data set")
     parser.add_argument("--work-dir", type=Path, help="run directories go here")
-    parser.add_argument("--gpus", type=int, default=max(torch.cuda.device_count(), 1))
+    parser.add_argument(
+        "--gpus", type=int, default=max(torch.cuda.device_count(), 1), help="most to use (all)"
+    )
     parser.add_argument("--steps", type=int, default=60, help="steps on all GPUs (60)")
     parser.add_argument("--set", nargs="+", default=[], help="settings of every run")
     parser.add_argument("--cpu", action="store_true", help="processes instead of GPUs")

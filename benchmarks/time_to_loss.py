@@ -49,9 +49,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="prepared data set")
     parser.add_argument("--out", type=Path, help="folder of the results")
-    parser.add_argument("--systems", nargs="+", default=["nanogpt", "nanochat", "hero"])
+    parser.add_argument(
+        "--systems",
+        nargs="+",
+        default=["nanogpt", "nanochat", "hero"],
+        metavar="NAME[:MINUTES]",
+        help="who trains, and for how long",
+    )
     parser.add_argument("--minutes", type=float, default=8.0, help="of training (%(default)s)")
-    parser.add_argument("--evaluate-every", type=float, default=20.0, metavar="S")
+    parser.add_argument(
+        "--evaluate-every", type=float, default=20.0, metavar="S", help="seconds of training"
+    )
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="for our configs")
     parser.add_argument("--peer-dir", type=Path, help="folder of public peer checkouts")
     parser.add_argument("--quick", action="store_true", help="toy shapes; under a minute")
