@@ -71,6 +71,16 @@ def test_disk_full_ends_the_run_with_4_and_room_lets_it_go_on(
     assert_goes_on_as_the_twin(server, tiny_config, run_dir, corpus, twin)
 
 
+def test_model_that_no_memory_holds_ends_with_4_and_a_hint(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    server.log.write_text("")
+    huge = {"set": [f"model.d_ff={2**45}"]}
+    assert server.run(tiny_config, tmp_path / "run", corpus, **huge) == 4
+    [said] = [line for line in server.log.read_text().splitlines() if line.startswith("error:")]
+    assert "`train.micro_batch_size`" in said
+
+
 def test_shard_that_is_damaged_while_training_is_in_no_checkpoint(
     server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
 ) -> None:
@@ -127,7 +137,11 @@ def test_run_that_has_saved_never_begins_from_scratch_by_itself(
     assert "The run saved step" in server.log.read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == rows
     (tmp_path / "elsewhere").rename(run_dir / "checkpoints")
+    shutil.copytree(run_dir, tmp_path / "backup", copy_function=os.link)
+    logs = [tmp_path / "backup" / name for name in ("metrics.jsonl", "events.jsonl")]
+    before = [log.read_bytes() for log in logs]
     assert_goes_on_as_the_twin(server, tiny_config, run_dir, corpus, twin)
+    assert [log.read_bytes() for log in logs] == before  # a copy by hard links is one's own, too
 
 
 @pytest.mark.parametrize("lost", ["step-00000012", "step-00000012/COMMIT"])

@@ -219,8 +219,8 @@ def run_app(main: Callable[[], int]) -> None:
     """Exit with what `main` returns, or with the code of the error it raises.
 
     2: bad input (`ValueError`). 3: the loss diverged. 4: the environment failed (disk full,
-    unreadable file, no valid checkpoint among those there, a kernel that computes wrongly). Set
-    `MATILDA_DEBUG=1` for tracebacks.
+    unreadable file, no valid checkpoint among those there, a kernel that computes wrongly, no
+    memory left). Set `MATILDA_DEBUG=1` for tracebacks.
     """
     try:
         code = main()
@@ -248,7 +248,15 @@ def _is_unheard() -> bool:
 
 
 def _sentence(error: Exception) -> str:
-    """An error of the operating system with what to do about it; others say so themselves."""
+    """An error of memory or the operating system with what to do; others say so themselves."""
+    from matilda_train.errors import is_out_of_memory
+
+    if is_out_of_memory(error):
+        what = str(error).partition("\n")[0] or "Out of memory"
+        return (
+            f"{what}; the newest checkpoint stands: lower `train.micro_batch_size`, or let "
+            "`auto` choose it, which changes no batch, or take a smaller model."
+        )
     if not isinstance(error, OSError) or error.strerror is None or error.filename is None:
         return str(error)
     return f"{error.strerror}: {error.filename!r}; mend that and give the same command again."
@@ -257,10 +265,11 @@ def _sentence(error: Exception) -> str:
 def _exit_code(error: Exception) -> int | None:
     from matilda_ckpt import CheckpointError
     from matilda_model import KernelMismatchError
-    from matilda_train.errors import TrainingDivergedError
+    from matilda_train.errors import TrainingDivergedError, is_out_of_memory
 
     if isinstance(error, TrainingDivergedError):
         return EXIT_DIVERGED
-    if isinstance(error, CheckpointError | KernelMismatchError | OSError):
+    environment = CheckpointError | KernelMismatchError | OSError
+    if isinstance(error, environment) or is_out_of_memory(error):
         return EXIT_ENVIRONMENT
     return EXIT_BAD_INPUT if isinstance(error, ValueError) else None

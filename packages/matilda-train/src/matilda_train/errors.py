@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["TrainingDivergedError", "naming"]
+__all__ = ["TrainingDivergedError", "is_out_of_memory", "naming"]
 
 
 class TrainingDivergedError(RuntimeError):
@@ -28,3 +28,16 @@ def naming(file: Path) -> Iterator[None]:
         if error.filename is not None or error.errno is None:
             raise
         raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's or the CPU's allocator found no room; torch has a class for the former only.
+
+    Told by names, for this must work where torch is not loaded.
+    """
+    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs))
+    )

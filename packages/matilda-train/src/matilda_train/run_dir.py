@@ -75,6 +75,7 @@ class RunDir:
         description = check_run_dir(path, config, data_id=data_id)
         if description is not None:
             lock = _take_lock(path)
+            _unshare_logs(path)
             _, rounding, free = config_differences(description["config"], config)
             return cls(path, lock, rounding, free | _other_values(description, provenance()))
         path.mkdir(parents=True, exist_ok=True)
@@ -213,11 +214,19 @@ def _take_lock(path: Path) -> int:
     return descriptor
 
 
-def write_durably(target: Path, text: str) -> None:
-    """Put `text` in `target`, whole or not at all, there after a power cut too."""
+def _unshare_logs(path: Path) -> None:
+    """Append to no file that a copy made with hard links, a backup perhaps, has too."""
+    for name in ("metrics.jsonl", "metrics.discarded.jsonl", "events.jsonl"):
+        log = path / name
+        if log.is_file() and log.stat().st_nlink > 1:
+            write_durably(log, log.read_bytes())
+
+
+def write_durably(target: Path, content: str | bytes) -> None:
+    """Put `content` in `target`, whole or not at all, there after a power cut too."""
     temporary = target.with_name(f".{target.name}.tmp")
-    with naming(temporary), temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
+    with naming(temporary), temporary.open("wb") as file:
+        file.write(content if isinstance(content, bytes) else content.encode())
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(target)

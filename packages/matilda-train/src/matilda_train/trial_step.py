@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from matilda_train.build import build_model, build_optimizer, compile_blocks, compile_model
 from matilda_train.config import RunConfig
+from matilda_train.errors import is_out_of_memory
 from matilda_train.guards import StepGuard, clip_gradients
 from matilda_train.hardware import choose_dtype
 
@@ -80,7 +81,7 @@ class TrialRun:
         try:
             trial = self._steps(micro_batch_size)
         except RuntimeError as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         # Only now: while the error lives, its frames hold the step's tensors.
         self.optimizer.zero_grad(set_to_none=True)
@@ -178,9 +179,3 @@ def tensor_bytes(value: object) -> int:
     if isinstance(value, list | tuple):
         return sum(tensor_bytes(item) for item in value)
     return 0
-
-
-def _is_out_of_memory(error: RuntimeError) -> bool:
-    """A GPU's or a CPU's allocator found no room; torch has a class for the former only."""
-    signs = ("out of memory", "allocate memory", "ALLOC_FAILED")
-    return isinstance(error, torch.OutOfMemoryError) or any(sign in str(error) for sign in signs)
