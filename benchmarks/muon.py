@@ -17,6 +17,7 @@ import argparse
 import importlib
 import importlib.util
 import json
+import os
 import platform
 import statistics
 import sys
@@ -25,6 +26,8 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler's own lines, read at torch's import
 
 import torch
 from torch import Tensor, nn
@@ -208,13 +211,19 @@ def measure(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--peer-dir", type=Path, help="folder of peers' public checkouts")
-    parser.add_argument("--models", nargs="*", help=f"of {', '.join(MODELS)}; all by default")
-    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
-    parser.add_argument("--only", nargs="*", help="those whose name contains one of these")
+    parser.add_argument("--models", nargs="+", choices=MODELS, help="all by default")
+    parser.add_argument(
+        "--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"]
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="NAME", help="those whose name contains one of these"
+    )
     parser.add_argument("--budget-s", type=float, default=2.0, help="seconds for one figure")
     args = parser.parse_args()
     cuda = torch.cuda.is_available()
@@ -229,12 +238,12 @@ def main() -> int:
     for model, shapes in models.items():
         total = sum(rows * cols for rows, cols in shapes)
         for dtype in dtypes:
-            print(f"\n{model}: {len(shapes)} matrices, {total / 1e6:.0f}M parameters, {dtype}")
+            print(f"\n{model}: {len(shapes)} matrices, {total / 1e6:.1f}M parameters, {dtype}")
             print(
                 f"  {'':26} {'ms':>9} {'least – most':>17} {'× ours':>8} {'launches':>9} "
                 f"{'peak MiB':>9}"
             )
-            base = None
+            ours_ms = None
             key = {"model": model, "dtype": dtype}
             for who, build in contenders(args.peer_dir, cuda).items():
                 if args.only and not any(part in who for part in args.only):
@@ -248,12 +257,13 @@ def main() -> int:
                         {"model": model, "dtype": dtype, "who": who, "error": last}
                     )
                     continue
-                base = base or row["ms"]
+                if who == "matilda":
+                    ours_ms = row["ms"]
+                ratio = f"{row['ms'] / ours_ms:8.2f}" if ours_ms else f"{'–':>8}"
                 peak = f"{row['peak_mib']:9.0f}" if "peak_mib" in row else " " * 9
                 print(
                     f"  {who:26} {row['ms']:9.3f} {row['ms_least']:8.2f} –{row['ms_most']:7.2f} "
-                    f"{row['ms'] / base:8.2f} "
-                    f"{row['launches']:9d} {peak}",
+                    f"{ratio} {row['launches']:9d} {peak}",
                     flush=True,
                 )
                 report["rows"].append({**key, "who": who, **row})
@@ -261,6 +271,9 @@ def main() -> int:
                     args.json.write_text(json.dumps(report, indent=1) + "\n")
                 if cuda:
                     torch.cuda.empty_cache()
+    if not report["rows"]:
+        print(f"muon.py: no optimizer's name contains {args.only!r}", file=sys.stderr)
+        return 2
     return 0
 
 

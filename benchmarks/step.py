@@ -1,7 +1,5 @@
 """Tokens per second of a whole training step, per config and back end, beside its peers.
 
-    python benchmarks/step.py [--quick] [--json FILE] [--peer-dir DIR] [--cases PATTERN]
-
 A step is forward, backward, gradient clipping and the optimizer on random tokens, compiled, bf16:
 on one micro-batch, or with `--tokens-per-step` on as many as make that many tokens, as a run does
 (peers as well). Each case runs in its own process, so that none inherits another's compiler
@@ -18,46 +16,32 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import gc
 import importlib.util
-import itertools
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from step_peers import peer_step
+from step_case import Case, measure
 from step_table import show
 
-ROOT = Path(__file__).resolve().parents[1]
+from matilda_train.arguments import TeachingParser
 
-PEAK_BF16_FLOPS = {  # dense, per device, by the exact name the driver reports
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    name: str
-    config: str
-    """Stem of a file in configs/; a peer runs at that shape."""
-    batch: int
-    """Sequences in a micro-batch."""
-    overrides: dict[str, str] = field(default_factory=dict)
-    optimizer: str = "muon"
-    peer: str | None = None
-
+EXAMPLES = """\
+examples:
+  python benchmarks/step.py --quick                        two toy steps, also without a GPU
+  python benchmarks/step.py --peer-dir DIR --json all.json every case, and the peers found in DIR
+  python benchmarks/step.py --cases 'hero,hero loss=*'     back ends of one field beside the choice
+  python benchmarks/step.py --cases hero --batch 32 --profile
+                                                           one case's kernels, by time (in --json)
+  python benchmarks/step.py --table all.json --write docs/RESULTS.md
+                                                           print a run again and put it on a page
+"""
 
 # "hero" and its kin are left to `auto`; every other case names one back end instead.
 CASES = [
@@ -84,21 +68,40 @@ CASES = [
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="few steps; under a minute on 2 cores")
-    parser.add_argument("--json", type=Path, help="write all rows here")
-    parser.add_argument("--peer-dir", type=Path, help="folder of public peer checkouts")
-    parser.add_argument("--cases", default="*", help="shell patterns of case names, by comma")
-    parser.add_argument("--steps", type=int, default=20, help="timed steps a case")
+    names = "\n".join(f"  {case.name:24} {case.config}, batch {case.batch}" for case in CASES)
+    parser = TeachingParser(description=__doc__, epilog=f"cases:\n{names}\n\n{EXAMPLES}")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="hero, v1, peers: 3 steps; under a minute on 2 cores",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows here")
+    parser.add_argument(
+        "--peer-dir", type=Path, metavar="DIR", help="folder of public peer checkouts"
+    )
+    parser.add_argument(
+        "--cases", default="*", metavar="PATTERNS", help="shell patterns of names, by comma"
+    )
+    parser.add_argument("--steps", type=int, default=20, help="timed steps a case (default 20)")
     parser.add_argument("--batch", type=int, help="sequences in a micro-batch, for every case")
     parser.add_argument(
-        "--tokens-per-step", type=int, default=0, help="accumulate up to so many (default: no)"
+        "--tokens-per-step",
+        type=int,
+        default=0,
+        metavar="N",
+        help="accumulate micro-batches up to so many (default: one micro-batch)",
     )
     parser.add_argument("--blocks", action="store_true", help="compile each block by itself")
-    parser.add_argument("--jobs", type=int, default=8, help="cases that compile at once")
-    parser.add_argument("--limit", type=float, default=1e9, help="stop starting cases after s")
+    parser.add_argument(
+        "--jobs", type=int, default=8, help="cases that compile at once (default 8)"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=1e9, metavar="S", help="start no case after so many seconds"
+    )
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table there")
-    parser.add_argument("--table", type=Path, help="print this --json FILE again, run nothing")
+    parser.add_argument(
+        "--table", type=Path, metavar="FILE", help="print this --json file again, run nothing"
+    )
     parser.add_argument("--profile", action="store_true", help="add each case's kernel times")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
@@ -114,13 +117,13 @@ def main() -> int:
         cases = [replace(case, batch=args.batch) for case in cases]
     if args.child:
         case = next(case for case in cases if case.name == args.child)
-        return _child(case, args)
+        return measure(case, args)
     cases = [case for case in cases if _available(case, args)]
     import torch
 
     if not torch.cuda.is_available():
         args.jobs = 1
-    if args.quick:
+    if args.quick and args.cases == "*":
         cases = [case for case in cases if case.name in ("hero", "v1", "nanoGPT", "nanochat")]
     if not cases:
         print(f"step.py: no case matches {args.cases!r} on this machine", file=sys.stderr)
@@ -172,19 +175,22 @@ def _run(cases: list[Case], args: argparse.Namespace) -> list[dict[str, Any]]:
                 running[case.name] = (case, _spawn(case, args, work))
             if not running:
                 break
-            if any(not _ready(work, n) and p.poll() is None for n, (_, p) in running.items()):
+            if any(
+                not (work / f"{case.slug}.ready").exists() and process.poll() is None
+                for case, process in running.values()
+            ):
                 time.sleep(0.1)  # time nothing while another case still compiles
                 continue
             for name in list(running):
                 case, process = running.pop(name)
-                (work / f"{_slug(name)}.go").touch()
+                (work / f"{case.slug}.go").touch()
                 process.wait()
-                result = work / f"{_slug(name)}.json"
+                result = work / f"{case.slug}.json"
                 row = {"name": name, "batch": case.batch, "optimizer": case.optimizer}
                 if result.exists():
                     row |= json.loads(result.read_text())
                 else:
-                    errors = (work / f"{_slug(name)}.err").read_text(errors="replace")
+                    errors = (work / f"{case.slug}.err").read_text(errors="replace")
                     row["error"] = (
                         " / ".join(errors.strip().splitlines()[-3:])[-600:] or "no output"
                     )
@@ -212,209 +218,9 @@ def _spawn(case: Case, args: argparse.Namespace, work: Path) -> subprocess.Popen
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,
-        stderr=(work / f"{_slug(case.name)}.err").open("w"),
+        stderr=(work / f"{case.slug}.err").open("w"),
         env=environment,
     )
-
-
-def _slug(name: str) -> str:
-    return "".join(ch if ch.isalnum() else "_" for ch in name)
-
-
-def _ready(work: Path, name: str) -> bool:
-    return (work / f"{_slug(name)}.ready").exists()
-
-
-def _child(case: Case, args: argparse.Namespace) -> int:
-    started = time.monotonic()
-    import torch
-
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
-    torch.set_float32_matmul_precision("high")
-    torch.manual_seed(0)
-    shape = _shape(case, quick=args.quick and not cuda)
-    batch = case.batch if cuda else 2
-    seq_len = shape.max_seq_len
-    accumulate = max(1, args.tokens_per_step // (batch * seq_len))
-    with device:
-        if case.peer is None:
-            step = _matilda(case, shape, args, accumulate)
-        else:
-            folder = args.peer_dir or Path()
-            adamw = partial(_optimizer, kind="adamw", cuda=True)
-            step = peer_step(case.peer, shape, folder, accumulate, adamw)
-    ids = torch.randint(0, min(50257, shape.vocab_size), (batch, seq_len + 1), device=device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    first = _first_step(lambda: step(inputs, targets))
-    to_first_step = time.monotonic() - started
-    if cuda:
-        torch.cuda.empty_cache()
-    slug = _slug(case.name)
-    (args.work / f"{slug}.ready").touch()
-    while not (args.work / f"{slug}.go").exists():
-        time.sleep(0.05)
-
-    for _ in range(1 if args.quick else 5):
-        step(inputs, targets)
-    if cuda:
-        torch.cuda.reset_peak_memory_stats()
-    times, last = _timed(lambda: step(inputs, targets), 3 if args.quick else args.steps, cuda)
-    times.sort()
-    median = times[len(times) // 2]
-
-    from matilda_model import flops_per_token
-
-    name = torch.cuda.get_device_name() if cuda else "cpu"
-    peak = PEAK_BF16_FLOPS.get(name)
-    rate = accumulate * batch * seq_len / median
-    row = {
-        "device": name,
-        "command": " ".join(("python benchmarks/step.py", *args.typed)),
-        "installed": _installed(),
-        "torch": torch.__version__,
-        "batch": batch,
-        "seq_len": seq_len,
-        "micro_batches": accumulate,
-        "steps": len(times),
-        "tokens_per_s": rate,
-        "mfu_palm": peak and rate * flops_per_token(shape, seq_len, causal=False) / peak,
-        "mfu_causal": peak and rate * flops_per_token(shape, seq_len, causal=True) / peak,
-        "step_ms": 1e3 * median,
-        "step_ms_min": 1e3 * times[0],
-        "step_ms_max": 1e3 * times[-1],
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else None,
-        "to_first_step_s": to_first_step,
-        "first_loss": first,
-        "last_loss": last,
-        "overrides": case.overrides,
-        "model": asdict(shape),
-    }
-    if args.profile and cuda:
-        row["kernels_ms"] = _kernels(lambda: step(inputs, targets))
-    (args.work / f"{slug}.tmp").write_text(json.dumps(row))
-    (args.work / f"{slug}.tmp").rename(args.work / f"{slug}.json")
-    return 0
-
-
-def _shape(case: Case, *, quick: bool) -> Any:
-    from matilda_model import ModelConfig
-
-    text = (ROOT / "configs" / f"{case.config}.json").read_text()
-    shape = ModelConfig(**json.loads(text)["model"] | case.overrides)
-    if quick:
-        shape = replace(
-            shape, vocab_size=1024, d_model=128, n_layers=2, n_heads=4, n_kv_heads=2, d_ff=None,
-            head_dim=32, max_seq_len=128,
-        )  # fmt: skip
-    return shape
-
-
-def _first_step(step: Callable[[], Any]) -> float:
-    """The first step compiles; when cases compile at once they may not all fit: wait and retry."""
-    import torch
-
-    for attempt in range(20):
-        try:
-            return float(step())
-        except torch.OutOfMemoryError:
-            if attempt == 19:
-                raise
-        gc.collect()  # the failed step's frames hold its tensors
-        torch.cuda.empty_cache()
-        time.sleep(1.0 + os.getpid() % 7)
-    raise AssertionError
-
-
-def _timed(step: Callable[[], Any], steps: int, cuda: bool) -> tuple[list[float], float]:
-    import torch
-
-    if not cuda:
-        times = []
-        for _ in range(steps):
-            start = time.perf_counter()
-            loss = step()
-            times.append(time.perf_counter() - start)
-        return times, float(loss)
-    make: Any = torch.cuda.Event
-    events = [make(enable_timing=True) for _ in range(steps + 1)]
-    events[0].record()
-    for event in events[1:]:
-        loss = step()
-        event.record()
-    torch.cuda.synchronize()
-    return [a.elapsed_time(b) / 1e3 for a, b in itertools.pairwise(events)], float(loss)
-
-
-def _kernels(step: Callable[[], Any]) -> list[tuple[float, int, str]]:
-    import torch
-    from torch.profiler import profile
-
-    with profile() as trace:
-        for _ in range(3):
-            step()
-        torch.cuda.synchronize()
-    rows = [
-        (round(e.self_device_time_total / 3e3, 3), e.count // 3, e.key[:90])
-        for e in trace.key_averages()
-        if e.device_type.name == "CUDA" and "#" not in e.key
-    ]
-    return sorted(rows, reverse=True)[:40]
-
-
-def _matilda(
-    case: Case, shape: Any, args: argparse.Namespace, accumulate: int
-) -> Callable[[Any, Any], Any]:
-    import torch
-
-    from matilda_model import Transformer
-
-    cuda = torch.cuda.is_available()
-    model = Transformer(shape)
-    optimizer = _optimizer(model, case.optimizer, cuda)
-    run: Any = model
-    if cuda:
-        model.compute_dtype = torch.bfloat16
-        if args.blocks:
-            for block in model.blocks:
-                block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-        else:
-            run = torch.compile(model, fullgraph=shape.loss != "liger", dynamic=False)
-
-    def step(inputs: Any, targets: Any) -> Any:
-        for _ in range(accumulate):
-            loss = run(inputs, targets).loss / accumulate
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach() * accumulate
-
-    return step
-
-
-def _optimizer(model: Any, kind: str, cuda: bool) -> Any:
-    import torch
-
-    if kind == "muon":
-        from matilda_optim import Muon, param_groups
-
-        groups = param_groups(model, algorithm="muon", lr=0.02, adamw_lr=3e-3, weight_decay=0.01)
-        return Muon(groups, graph=cuda)
-    return torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=cuda)
-
-
-def _installed() -> dict[str, str]:
-    """Versions of what the choices depend on; a missing one is not named."""
-    from importlib import metadata
-
-    found = {}
-    for name in (
-        "torch", "triton", "flash-attn-4", "quack-kernels", "liger-kernel", "transformers"
-    ):  # fmt: skip
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            found[name] = metadata.version(name)
-    return found
 
 
 if __name__ == "__main__":
