@@ -53,8 +53,9 @@ def main() -> int:
         return 2
     code = run_preparation(prepare_text, options, inputs=inputs)
     if code == 0 and options.partition is None:
-        train = "uv run apps/train.py --config configs/base_124m.json"
-        print(f"Next: {train} --data-dir {options.out_dir}")
+        config = "base_124m" if options.tokenizer == "gpt2" else "quickstart"
+        train = f"uv run apps/train.py --config configs/{config}.json"
+        print(f"Next: {train} --data-dir {options.out_dir} --run-dir runs/{options.out_dir.name}")
     return code
 
 

@@ -19,6 +19,7 @@ with TerminalDisplay(interval=0.0) as display:
     display.advance(70, "loss 2.5")
     display.note("step 70: held-out")
     display.advance(100, "loss 2.4")
+    display.advance(100, "loss 2.4")
 """
 
 
@@ -65,3 +66,4 @@ def test_others_get_plain_lines(arguments: tuple[str, ...], terminal: bool, term
     assert lines[1].startswith("training  70 %  loss 2.5  ETA 0:00")
     assert lines[2].strip() == "step 70: held-out"
     assert lines[3].startswith("training 100 %")
+    assert [line.strip() for line in lines[4:]] == [""], "the end is told once"

@@ -55,6 +55,7 @@ class TerminalDisplay:
         self._task: TaskID | None = None
         self._what, self._total, self._first = "", 0, 0
         self._began = self._spoke = time.monotonic()
+        self._whole = False
 
     def __enter__(self) -> TerminalDisplay:
         return self
@@ -71,7 +72,7 @@ class TerminalDisplay:
         self._end()
         self._what, self._total, self._first = what, total, done
         self._began = time.monotonic()
-        self._spoke = self._began - self._interval
+        self._spoke, self._whole = self._began - self._interval, False
         self._progress = _live_bar()
         if self._progress is not None:
             with suppress(OSError):
@@ -86,8 +87,8 @@ class TerminalDisplay:
                 self._spoke = now
                 with suppress(OSError):
                     self._progress.refresh()
-        elif now - self._spoke >= self._interval or done >= self._total:
-            self._spoke = now
+        elif not self._whole and (now - self._spoke >= self._interval or done >= self._total):
+            self._spoke, self._whole = now, done >= self._total
             rate = (done - self._first) / max(now - self._began, 1e-9)
             eta = f"ETA {_clock((self._total - done) / rate)}" if rate > 0 else "ETA –"
             percent = 100 * done / max(self._total, 1)
