@@ -38,6 +38,15 @@ def test_line_cut_short_by_a_kill_is_set_aside(tmp_path: Path) -> None:
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3, 4, 5]
 
 
+def test_a_last_row_that_lost_but_its_end_of_line_keeps_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}')
+    log = MetricsLog(path, step=2)
+    log.write({"step": 3})
+    log.close()
+    assert [row["step"] for row in read_rows(path)] == [1, 2, 3]
+
+
 def test_evaluations_are_remembered_over_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     log = MetricsLog(path, step=-1)

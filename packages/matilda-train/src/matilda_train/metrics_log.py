@@ -72,18 +72,16 @@ class MetricsLog:
         path = self._path
         kept: list[str] = []
         discarded: list[str] = []
-        rows: list[dict[str, Any]] = []
-        self.discarded = []
-        if path.exists():
-            for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-                row = _parse_row(line)
-                if row is not None and row["step"] <= step:
-                    kept.append(line)
-                    rows.append(row)
-                else:
-                    discarded.append(line)
-                    self.discarded += [row] if row is not None else []
-        self.evaluations = [row for row in rows if "val_loss_nats" in row]
+        self.evaluations, self.discarded = [], []
+        text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        for line in text.splitlines():
+            row = _parse_row(line)
+            if row is not None and row["step"] <= step:
+                kept.append(line)
+                self.evaluations += [row] if "val_loss_nats" in row else []
+            else:
+                discarded.append(line)
+                self.discarded += [row] if row is not None else []
         self.discarded_rows = len(discarded)
         if not self._enabled:
             return
@@ -92,6 +90,7 @@ class MetricsLog:
             with naming(aside), aside.open("a", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in discarded)
                 _make_durable(file)
+        if discarded or (text and not text.endswith("\n")):  # the next row begins its own line
             replacement = path.with_name(f".{path.name}.tmp")
             with naming(replacement), replacement.open("w", encoding="utf-8") as file:
                 file.writelines(f"{line}\n" for line in kept)
