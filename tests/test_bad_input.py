@@ -55,6 +55,8 @@ def refused(server: TrainServer, watched: list[Path], config: Path, **request: o
         ("optim.lr=quick", "must be of type float"),
         ("train.device=cuda:77", "torch sees"),
         ("train.device=tpu", "must be auto, cpu, cuda or cuda:N"),
+        ("train.device=meta", "must be auto, cpu, cuda or cuda:N"),
+        ('data.mix=["half"]', "`data.mix`: 'half' is not NAME=WEIGHT"),
         ("train.micro_batch_size=3", "change `train.micro_batch_size`"),
         ("model.vocab_size=64", "raise it to at least that"),
         ("data.tokenizer=gpt2", "was made with the 'byte' tokenizer"),

@@ -66,6 +66,7 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
         ("optim.schedule=cosin", "Did you mean 'cosine'?"),
         ("train.tokens_per_step=1000", "a multiple of the sequence length (1024)"),
         ("model.n_kv_heads=3", "n_kv_heads"),
+        ("model.vocab_size=65537", "at most 65536"),
         ("eval.every=sometimes", "`eval.every`: 'sometimes' is no duration"),
         ("ckpt.every=0 min", "`ckpt.every` is '0 min', but must be above 0"),
         ("log.every=true", "must be of type int or of type str or null"),

@@ -124,7 +124,11 @@ def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
     for entry in config.data.mix:
         text, colon, weights = entry.rpartition(":")
         point = parse_point(text, "data.mix") if colon else Duration(0, "steps")
-        phases.append((plan.samples(plan.step_at(point)), parse_weights(weights.strip())))
+        try:
+            parsed = parse_weights(weights.strip())
+        except ValueError as error:
+            raise ValueError(f"`data.mix`: {error}") from None
+        phases.append((plan.samples(plan.step_at(point)), parsed))
     return phases or None
 
 

@@ -44,9 +44,9 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise ValueError(
-            f"`train.device` is {name!r}, but must be auto, cpu, cuda or cuda:N."
-        ) from None
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise ValueError(f"`train.device` is {name!r}, but must be auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
             f"`train.device` is {name!r}, but torch sees {torch.cuda.device_count()} CUDA "

@@ -31,6 +31,8 @@ class RunConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        vocab_size = self.model.vocab_size
+        require(vocab_size <= 2**16, "model.vocab_size", vocab_size, "at most 65536 (uint16)")
         require(
             self.seq_len <= self.model.max_seq_len,
             "train.seq_len",
