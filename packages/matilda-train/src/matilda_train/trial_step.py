@@ -15,6 +15,7 @@ from matilda_train.config import RunConfig
 from matilda_train.errors import is_out_of_memory
 from matilda_train.guards import StepGuard, clip_gradients
 from matilda_train.hardware import choose_dtype
+from matilda_train.state_digest import leaves
 
 __all__ = ["StepTrial", "TrialRun", "largest_that_fits"]
 
@@ -73,7 +74,8 @@ class TrialRun:
     @property
     def state_bytes(self) -> int:
         """Tensors of a checkpoint: weights and optimizer state."""
-        return tensor_bytes([self.model.state_dict(), self.optimizer.state_dict()])
+        values = (value for _, value in leaves([self.model, self.optimizer]))
+        return sum(v.numel() * v.element_size() for v in values if isinstance(v, Tensor))
 
     def attempt(self, micro_batch_size: int) -> StepTrial:
         """A few real steps with that many sequences of the longest length."""
@@ -168,14 +170,3 @@ def largest_that_fits(
             break
         guess = promising[-1]
     return best
-
-
-def tensor_bytes(value: object) -> int:
-    """Bytes of all tensors in nested dicts, lists and tuples."""
-    if isinstance(value, Tensor):
-        return value.numel() * value.element_size()
-    if isinstance(value, dict):
-        return sum(tensor_bytes(item) for item in value.values())
-    if isinstance(value, list | tuple):
-        return sum(tensor_bytes(item) for item in value)
-    return 0
