@@ -67,3 +67,17 @@ def test_others_get_plain_lines(arguments: tuple[str, ...], terminal: bool, term
     assert lines[2].strip() == "step 70: held-out"
     assert lines[3].startswith("training 100 %")
     assert [line.strip() for line in lines[4:]] == [""], "the end is told once"
+
+
+def test_no_display_ends_its_program_for_want_of_room() -> None:
+    program = """
+import os
+from matilda_train.ablation.display import StudyTerminal
+from matilda_train.console import TerminalDisplay
+for display in (TerminalDisplay(interval=0.0), StudyTerminal(interval=0.0)):
+    with display:
+        display.note("nobody reads this")
+os._exit(0)  # else Python itself fails at what is left
+"""
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        assert subprocess.run([sys.executable, "-c", program], stderr=full).returncode == 0

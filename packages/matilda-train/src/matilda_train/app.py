@@ -152,7 +152,7 @@ def look_before(
         deep=args.deep,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         thorough=args.preflight,
-        note=lambda text: print(text, file=sys.stderr) if _is_main() else None,
+        note=lambda text: say(f"{text}\n") if _is_main() else None,
     )
     if _is_main():
         show(str(report), report.to_dict(), args.json)
@@ -203,10 +203,13 @@ def _last_words(result: TrainResult, *, dry_run: bool) -> str:
     following = f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '"
     if result.status == "already_finished":
         return f"This run is complete: {result.step:,} steps in {result.run_dir}\n{following}"
+    first, final = (
+        "not finite" if bits is None else f"{bits:.4f}"
+        for bits in (result.first_bits_per_byte, result.final_bits_per_byte)
+    )
     return (
         f"\n{result.sample}\n\n"
-        f"Held-out bits per byte: {result.first_bits_per_byte:.4f} at first, "
-        f"{result.final_bits_per_byte:.4f} after {result.step:,} steps.\n"
+        f"Held-out bits per byte: {first} at first, {final} after {result.step:,} steps.\n"
         f"Run: {result.run_dir}\n{following}"
     )
 

@@ -17,6 +17,7 @@ class TrainResult:
     run_dir: Path
     step: int
     first_bits_per_byte: float | None = None
+    """Held out, of a run that has finished now; None also where it was not finite."""
     final_bits_per_byte: float | None = None
     sample: str | None = None
 

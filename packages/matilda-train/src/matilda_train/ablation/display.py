@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -23,7 +24,8 @@ class StudyTerminal:
 
     def __enter__(self) -> StudyTerminal:
         if self._live is not None:
-            self._live.start()
+            with suppress(OSError):  # as in `TerminalDisplay`: nobody may be reading any more
+                self._live.start()
         return self
 
     def __exit__(
@@ -33,23 +35,26 @@ class StudyTerminal:
         trace: TracebackType | None,
     ) -> None:
         if self._live is not None:
-            self._live.stop()
+            with suppress(OSError):
+                self._live.stop()
 
     def show(self, progress: Progress) -> None:
         now = time.monotonic()
         if self._live is not None:
             if now - self._drawn > 0.2 or not progress.running:
                 self._drawn = now
-                self._live.update(_table(progress), refresh=True)
+                with suppress(OSError):
+                    self._live.update(_table(progress), refresh=True)
         elif now - self._drawn > self._interval:
             self._drawn = now
             self.note(_summary(progress))
 
     def note(self, text: str) -> None:
-        if self._live is not None:
-            self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=sys.stderr, flush=True)
+        with suppress(OSError):
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
 
 
 def _cell(progress: Progress, row: str, seed: int) -> str:

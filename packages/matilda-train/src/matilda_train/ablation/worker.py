@@ -23,7 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
+from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest, say
 
 __all__ = ["main", "train_job"]
 
@@ -123,7 +123,7 @@ class _Reporter:
             self._report({"step": done, "of": self._total, "detail": detail})
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(f"{text}\n")
 
 
 def main() -> int:
