@@ -47,7 +47,13 @@ class Block:
 
 
 def markdown_files() -> list[Path]:
-    patterns = ("README.md", "docs/**/*.md", "launchers/README.md", "packages/*/README.md")
+    patterns = (
+        "README.md",
+        "docs/**/*.md",
+        "launchers/README.md",
+        "packages/*/README.md",
+        "packages/*/docs/*.md",
+    )
     return sorted(file for pattern in patterns for file in ROOT.glob(pattern))
 
 

@@ -139,14 +139,23 @@ def test_blocks_are_marked_by_what_is_known() -> None:
 @pytest.mark.parametrize("file", FILES, ids=[str(file.relative_to(ROOT)) for file in FILES])
 def test_links_and_named_files_exist(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
-    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
-    local = [link for link in links if "://" not in link]
-    assert [link for link in local if not (file.parent / link).exists()] == []
+    links = re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", text)
+    local = [(file.parent / to, part) for to, part in links if "://" not in to]
+    assert [str(to) for to, _ in local if not to.exists()] == []
+    parts = [((file if to == file.parent else to), part) for to, part in local if part]
+    assert [part for to, part in parts if part not in headings(to)] == []
     named = re.findall(
         r"`((?:apps|benchmarks|configs|docs|launchers|packages|tests)/[\w./-]+)`", text
     )
     places = (ROOT, file.parent)
     assert [name for name in named if not any((at / name).exists() for at in places)] == []
+
+
+def headings(file: Path) -> set[str]:
+    """The names under which GitHub lets one link to the headings of a file."""
+    text = re.sub(r"```.*?```", "", file.read_text(encoding="utf-8"), flags=re.S)
+    titles = [title.lower().replace("`", "") for title in re.findall(r"^#+ (.+)$", text, re.M)]
+    return {re.sub(r"[^\w\- ]", "", title).replace(" ", "-") for title in titles}
 
 
 # Stands for uv in the world of `world`: runs the program in this interpreter's environment.
