@@ -201,6 +201,7 @@ def test_foreign_names_and_pages_are_refused(served: CompletionServer) -> None:
     assert status(Host=f"localhost:{port}", Origin=f"http://localhost:{port}") == 200
     assert status(Host=f"localhost:{port}", Origin="https://evil.example") == 403
     assert status(Host=f"localhost:{port}", Origin="null") == 403
+    assert status(Host=f"localhost:{port}", Origin="http://[") == 403
 
 
 def test_a_client_that_leaves_ends_its_completion(long_winded: CompletionServer) -> None:

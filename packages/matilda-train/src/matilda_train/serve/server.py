@@ -132,7 +132,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if not self._is_welcome():
             return
-        path = urlsplit(self.path).path
+        path = self.path.partition("?")[0]
         if path == "/":
             self._send(HTTPStatus.OK, self.server.page, "text/html; charset=utf-8")
         elif path == "/model":
@@ -143,7 +143,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         if not self._is_welcome():
             return
-        if urlsplit(self.path).path != "/complete":
+        if self.path.partition("?")[0] != "/complete":
             self._refuse(HTTPStatus.NOT_FOUND, "Only `/complete` takes a POST.")
             return
         try:
@@ -215,7 +215,7 @@ class _Handler(BaseHTTPRequestHandler):
             )
             return False
         origin = self.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        if origin is not None and origin.partition("://")[2].lower() != host.lower():
             self._refuse(HTTPStatus.FORBIDDEN, "Pages of other sites may not ask this server.")
             return False
         return True
