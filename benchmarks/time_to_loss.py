@@ -1,7 +1,7 @@
 """Minutes of training to a held-out loss, beside nanoGPT's and nanochat's own code.
 
     python benchmarks/time_to_loss.py --data-dir DIR --out DIR --peer-dir DIR --minutes 8
-    python benchmarks/time_to_loss.py --data-dir DIR --out DIR --systems hero:4 frontier:2.7
+    python benchmarks/time_to_loss.py --data-dir DIR --out DIR --systems hero:4 base_124m:3
     python benchmarks/time_to_loss.py --out DIR --table [--write docs/RESULTS.md]
     python benchmarks/time_to_loss.py --quick [--peer-dir DIR]     # toy shapes, a CPU, a minute
 
@@ -11,11 +11,12 @@ several lengths. All read the same windows of the same shards in the same order 
 the same held-out windows by one function. The clock runs while training, with everything that the
 system's loop does, and stands still while it is evaluated; what comes before, compiling above all,
 is counted apart. Peers use their recipe for this size, at the sequence length of the others:
-`time_to_loss_peers.py` says what that is. "hero" and "frontier" are `apps/train.py`'s loop with
-`configs/base_152m_v2.json` and `configs/frontier_152m.json` and the overrides of `--set`.
+`time_to_loss_peers.py` says what that is. "hero" is `apps/train.py`'s loop with
+`configs/base_152m_v2.json`, any other name that with `configs/NAME.json`, both with the overrides
+of `--set`.
 
 Every system is a process of its own and leaves `OUT/NAME-MINUTES.json`; those that are there are
-not run again.
+not run again, with whatever `--set` they were made.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-CONFIGS = {"hero": "base_152m_v2", "frontier": "frontier_152m"}
+CONFIGS = {"hero": "base_152m_v2"}
 STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
 REFERENCE = "nanogpt"
@@ -101,7 +102,11 @@ def run_all(args: argparse.Namespace) -> list[str]:
     for system in args.systems:
         name, _, minutes = system.partition(":")
         wanted = f"{name}:{float(minutes or args.minutes):g}"
-        if result_path(args.out, wanted).exists():
+        path = result_path(args.out, wanted)
+        if path.exists():
+            if json.loads(path.read_text())["data_id"] != data_identity(args.data_dir):
+                raise SystemExit(f"error: {path} is of another data set; choose another --out")
+            print(f"{path} is there: {wanted} is not run again", file=sys.stderr)
             continue
         environment = dict(os.environ)
         if not cuda():
@@ -434,6 +439,8 @@ def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterato
             f"{result['tokens_per_step']:,} tokens a step, {result['steps']:,} steps, start "
             f"{result['start_seconds']:.0f} s{commit}. `{result['command']}`"
         )
+    if len({json.loads(text)["device"] for text in environments}) > 1:
+        yield "- NOT COMPARABLE: these runs are from several kinds of devices."
     for text in sorted(environments):
         found = json.loads(text)
         yield (
