@@ -8,7 +8,7 @@ GPUs of their own. The first rank's last steps on one GPU and on all are traced,
 arithmetic, exchange that nothing hides, and idle time. Then one run loses a rank to SIGKILL under
 `--max-restarts`, is stopped by SIGTERM, continued on half of the GPUs, stopped, and continued on
 all; it must see the batches of the undisturbed run, by hash, and its losses may differ from that
-run's no more than those of two undisturbed runs do.
+run's no more than those of another undisturbed run do (in which Muon's work is shared out).
 `--table FILE` prints the figures of an earlier `--json FILE` as Markdown.
 Needs CUDA; `--cpu` tries everything with gloo on small processes.
 """
@@ -315,11 +315,12 @@ def table(results: dict[str, Any]) -> str:
         "| against the undisturbed run | steps | equal batches | largest loss difference | mean |",
         "|---|---|---|---|---|",
     ]
-    for name in ("two undisturbed runs", "disturbed"):
+    labels = {"two undisturbed runs": "undisturbed, shared Muon", "disturbed": "disturbed"}
+    for name, label in labels.items():
         if name in results:
             found = results[name]
             lines.append(
-                f"| {name} | {found['steps']} | {'yes' if found['equal_batches'] else 'NO'} "
+                f"| {label} | {found['steps']} | {'yes' if found['equal_batches'] else 'NO'} "
                 f"| {found['largest_loss_difference']:.1e} | {found['mean_loss_difference']:.1e} |"
             )
     if "disturbed" in results:

@@ -251,7 +251,7 @@ function drawAccount() {
   const node = drawAccount.node || (drawAccount.node = addCard(document.getElementById("account"), { id: "account", title: "Share of the wall-clock time" }));
   node.style.height = 64 + 34 * runs.length + "px";
   const traces = order.map((bucket, i) => ({
-    type: "bar", orientation: "h", name: bucket, y: runs.map(run => run.name), x: runs.map(run => run.account.wall ? (run.account.seconds[bucket] || 0) / run.account.wall : 0),
+    type: "bar", orientation: "h", name: bucket, y: runs.map(run => escapeHtml(run.name)), x: runs.map(run => run.account.wall ? (run.account.seconds[bucket] || 0) / run.account.wall : 0),
     marker: { color: css("--" + classes[i]), line: { color: css("--card"), width: 1 } },
     hovertemplate: "%{x:.1%}<extra>" + escapeHtml(bucket) + "</extra>",
   }));
