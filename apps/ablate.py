@@ -12,6 +12,7 @@ import json
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 from matilda_train.app import (
@@ -120,6 +121,7 @@ def main() -> int:
         else ablation.resolve_rows(config, args.variants)
     )
     STOP.begin()
+    deadline = None if args.stop_after is None else time.monotonic() + args.stop_after
     with ablation.StudyTerminal() as display:
 
         def run(study: ablation.Study) -> ablation.Ending:
@@ -130,7 +132,7 @@ def main() -> int:
                 in_process=args.in_process,
                 keep_checkpoints=not args.discard_checkpoints,
                 stop=lambda: bool(STOP),
-                stop_after=args.stop_after,
+                stop_after=None if deadline is None else deadline - time.monotonic(),
                 display=display,
             )
 

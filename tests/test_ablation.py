@@ -124,6 +124,9 @@ def test_one_worker_compiles_every_row_on_a_gpu_and_measures_it(
     assert all(row["runs"][0]["peak_memory_gib"] for row in rows)
     log = (tmp_path / "study" / "logs" / "worker-0.log").read_text()
     assert "recompile_limit" not in log
+    caches = (tmp_path / "study" / "runs").glob("*/seed-0/compile-cache/*.bin")
+    sizes = [cache.stat().st_size for cache in caches]
+    assert max(sizes) < 3 * min(sizes)  # each holds its own row's graphs, not all before it
 
 
 @pytest.mark.slow

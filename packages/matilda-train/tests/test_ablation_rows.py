@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +11,20 @@ import pytest
 
 from matilda_train.ablation import (
     VARIANTS,
+    Job,
     Progress,
     Study,
     StudyTerminal,
+    describe_grid,
+    describe_study,
     grid_rows,
     places,
+    rank_grid,
     resolve_rows,
+    run_study,
 )
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_from_dict, load_config
+from matilda_train.config_load import config_from_dict, config_to_dict, load_config
 from matilda_train.report.section import replace_section
 
 CONFIGS = Path(__file__).parents[3] / "configs"
@@ -135,6 +142,50 @@ def test_a_grid_is_every_combination() -> None:
         grid_rows(config, ["optim.lr=-1"])
 
 
+def end(job: Job, losses: list[float], *, diverged: bool = False) -> None:
+    """Write what a run leaves behind that a study reads."""
+    job.run_dir.mkdir(parents=True)
+    config = config_to_dict(job.config)
+    run = {"config": config, "run_id": "ab", "data_id": "cd", "device": "cpu"}
+    (job.run_dir / "run.json").write_text(json.dumps(run))
+    event = {"event": "diverged" if diverged else "finish", "step": len(losses)}
+    (job.run_dir / "events.jsonl").write_text(json.dumps(event) + "\n")
+    rows = [
+        {"step": step, "val_loss_nats": loss, "val_bits_per_byte": loss}
+        for step, loss in enumerate(losses)
+    ]
+    (job.run_dir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_point_that_diverged_at_a_seed_is_not_the_best(tmp_path: Path) -> None:
+    rows = grid_rows(load("ablation_48m"), ["optim.lr=0.001,0.01,0.1"])
+    study = Study(rows=rows, seeds=2, out=tmp_path)
+    for job in study.jobs():
+        lucky = job.row == "lr=0.1"
+        loss = 3.0 if lucky else 3.2 + 0.1 * rows.index(next(r for r in rows if r.name == job.row))
+        end(job, [9.0, loss + 0.01 * job.seed], diverged=lucky and job.seed == 1)
+    ranked = rank_grid(study)
+    assert [row.name for row in ranked.rows] == ["lr=0.001", "lr=0.01", "lr=0.1"]
+    assert "Best: optim.lr=0.001" in describe_grid(ranked)
+    assert "1 seed diverged, the others " in describe_study(ranked)
+
+
+def test_a_second_call_stays_out_of_a_study_in_training(tmp_path: Path) -> None:
+    study = Study(rows=resolve_rows(load("ablation_48m"), ["mha"]), seeds=1, out=tmp_path)
+
+    def call(**where: Any) -> str:
+        display = StudyTerminal(interval=60.0)
+        return run_study(study, data_dir=None, stop=lambda: True, display=display, **where)
+
+    with (tmp_path / "study.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        for where in ({"in_process": True}, {}):
+            with pytest.raises(ValueError, match="Another process is training the study"):
+                call(**where)
+        assert call(where=()) == "stopped"  # looking on is free
+    assert call(in_process=True) == "stopped"
+
+
 def test_places_take_the_visible_gpus_in_turn() -> None:
     assert places(None, 2) == [None, None]
     assert places(2, 2) == ["0", "1", "0", "1"]
@@ -165,6 +216,19 @@ def test_depths_of_a_model_too_small_for_them_are_refused() -> None:
         resolve_rows(config, ["depth_18"])
     with pytest.raises(ValueError, match="leave head_dim_128 out"):
         resolve_rows(config, ["head_dim_128"])
+
+
+def test_before_a_run_has_ended_its_pace_tells_how_long_all_take(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    progress = Progress(["baseline", "mha"], 2, workers=1)
+    assert progress.eta_seconds() is None
+    key = ("baseline", 0)
+    progress.first[key], progress.running[key] = (100.0, 0.25), 0.26  # resumed at a quarter
+    monkeypatch.setattr("time.monotonic", lambda: 160.0)
+    assert progress.eta_seconds() is None
+    progress.running[key] = 0.5
+    assert progress.eta_seconds() == pytest.approx(3.5 * 60 / 0.25)
 
 
 def test_away_from_a_terminal_progress_is_a_line_now_and_then(

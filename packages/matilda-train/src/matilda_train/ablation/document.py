@@ -117,7 +117,8 @@ def _cells(result: StudyResult, row: RowResult) -> list[str]:
     if found and found.own_noise and found.half_width is not None:
         texts["interval"] += " (own)"
     if diverged:
-        texts["verdict"] = f"{_count(diverged, 'seed')} diverged {texts['verdict']}".strip()
+        others = f", the others {texts['verdict']}" if texts["verdict"] else ""
+        texts["verdict"] = f"{_count(diverged, 'seed')} diverged{others}"
     if not row.same_batches:
         texts["verdict"] += " (other batches)"
     return [texts[key] for _, key in HEAD]
@@ -154,13 +155,16 @@ def _reading_lines(result: StudyResult) -> list[str]:
         "tokens/s is the median of a run's logged steps where it had the device to itself; – where "
         "runs shared it.",
     ]
+    if len(result.provenance["device"]) > 1:
+        lines.append("Runs are from several kinds of devices: tokens/s does not compare rows.")
     if stable_tokens(result.config):
         at = _amount(stable_tokens(result.config))
         lines.append(
             "tokens saved compares the two curves, mean of the seeds, where the learning rate is "
             f"still at its peak (to {at} tokens): how much earlier the better one meets the "
             "other's last loss there. It is not the same as the difference at the end, after the "
-            "decay, which can even have the other sign."
+            "decay, which can even have the other sign, and has no interval: of a row within noise "
+            "it is noise too."
         )
     else:
         lines.append(

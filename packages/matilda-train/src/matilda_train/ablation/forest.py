@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from html import escape
 
 from matilda_train.ablation.results import RowResult, StudyResult
@@ -43,10 +44,11 @@ def draw_forest(result: StudyResult) -> str:
     return "\n".join([*parts, "</svg>\n"])
 
 
-def _draw_row(row: RowResult, y: float, x: object, low: float, high: float) -> list[str]:
+def _draw_row(
+    row: RowResult, y: float, x: Callable[[float], float], low: float, high: float
+) -> list[str]:
     found = row.comparison
     assert found is not None
-    assert callable(x)
     colour = COLOURS.get(found.verdict, "#555555")
     parts = [f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{escape(row.name)}</text>']
     if found.half_width is not None:

@@ -87,7 +87,8 @@ def run_halving(
 
 
 def rank_grid(study: Study) -> StudyResult:
-    """The points, best mean loss first, each compared with the best; diverged ones last.
+    """The points, best mean loss first, each compared with the best; those with a diverged seed
+    last.
 
     Raises `ValueError` while no run has finished.
     """
@@ -148,7 +149,10 @@ def _markdown(result: StudyResult, *, command: str) -> str:
 
 
 def _mean_losses(result: StudyResult) -> dict[str, float]:
-    return {row.name: statistics.fmean(row.losses.values()) for row in result.rows if row.losses}
+    """Of the points that no seed diverged at, if there are any: survivors flatter the others."""
+    finished = [row for row in result.rows if row.losses]
+    steady = [row for row in finished if all(run.outcome == "finished" for run in row.runs)]
+    return {row.name: statistics.fmean(row.losses.values()) for row in steady or finished}
 
 
 def _advice(result: StudyResult) -> list[str]:
@@ -165,6 +169,9 @@ def _advice(result: StudyResult) -> list[str]:
         ]
         if tied:
             lines.append(f"Not told from it by this noise: {'; '.join(tied)}")
+        lines.append(
+            "These very runs chose it, so luck is part of its lead: other seeds tell how much."
+        )
     for field in best.fields:
         values = sorted(
             {row.fields[field] for row in result.rows if isinstance(row.fields[field], int | float)}

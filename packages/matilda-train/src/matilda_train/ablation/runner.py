@@ -7,6 +7,7 @@ anywhere goes on when it is started again, and what is finished is not touched.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import selectors
@@ -16,7 +17,8 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -41,16 +43,26 @@ class Progress:
     """Final loss, or how else it ended, by row and seed."""
     running: dict[tuple[str, int], float] = field(default_factory=dict)
     """Share of the steps done."""
+    first: dict[tuple[str, int], tuple[float, float]] = field(default_factory=dict)
+    """Monotonic time at which a run of this call was first heard of, and its share then."""
     seconds: list[float] = field(default_factory=list)
     """Durations of the runs that ended in this call."""
     workers: int = 1
 
     def eta_seconds(self) -> float | None:
-        """Seconds until the last run ends, were all as long as those of this call."""
-        if not self.seconds:
+        """Seconds until the last run ends, were all as long as those of this call: those that have
+        ended or, before the first has, those that train."""
+        durations = self.seconds or list(self._expected())
+        if not durations:
             return None
         left = len(self.rows) * self.seeds - len(self.done) - sum(self.running.values())
-        return left * statistics.median(self.seconds) / self.workers
+        return left * statistics.median(durations) / self.workers
+
+    def _expected(self) -> Iterator[float]:
+        now = time.monotonic()
+        for key, (began, share) in self.first.items():
+            if self.running.get(key, 0.0) - share > 0.02:  # enough steps for a pace
+                yield (now - began) / (self.running[key] - share)
 
 
 class StudyDisplay(Protocol):
@@ -93,7 +105,7 @@ def run_study(
     After `stop_after` seconds, and once `stop()` is true, runs are saved and stopped; none begins
     that would not end by then, going by those before it: `stopped`. Nor does any without a place in
     `where`. A run that fails is named and left out, `failed` in the end: the rest goes on, and the
-    next call tries it again.
+    next call tries it again. Raises `ValueError` while another process trains the study.
     """
     jobs = study.jobs()
     progress = Progress([row.name for row in study.rows], study.seeds)
@@ -117,15 +129,31 @@ def run_study(
         shared=len(where) > len(set(where)) or (len(where) > 1 and None in where),
     )
     display.show(progress)
-    if waiting and in_process:
-        call.run_here()
-    elif waiting and where:
-        progress.workers = min(len(where), len(waiting))
-        call.run_workers(where[: len(waiting)])
+    if waiting and (in_process or where):
+        with _held(study.out):
+            if in_process:
+                call.run_here()
+            else:
+                progress.workers = min(len(where), len(waiting))
+                call.run_workers(where[: len(waiting)])
     display.show(progress)
     if "failed" in progress.done.values():
         return "failed"
     return "complete" if len(progress.done) == len(jobs) else "stopped"
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Keep a second call out of the study; `ValueError` while another trains in it."""
+    with (out / "study.lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(
+                f"Another process is training the study {str(out)!r}; wait for it or stop it, or "
+                "choose another `--out`."
+            ) from None
+        yield
 
 
 @dataclass(kw_only=True)
@@ -231,7 +259,8 @@ class _Call:
         """Take in a report; whether it says that the run has ended."""
         if "outcome" not in row:
             if "of" in row:
-                self.progress.running[job.key] = row["step"] / row["of"]
+                share = self.progress.running[job.key] = row["step"] / row["of"]
+                self.progress.first.setdefault(job.key, (time.monotonic(), share))
                 self.display.show(self.progress)
             return False
         self.progress.running.pop(job.key, None)

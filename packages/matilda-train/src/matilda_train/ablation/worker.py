@@ -57,6 +57,7 @@ def train_job(request: Mapping[str, Any], stop: Callable[[], bool], report: Repo
 
 def _train(request: Mapping[str, Any], stop: Callable[[], bool], report: Report) -> dict[str, Any]:
     import torch
+    from torch.compiler._cache import CacheArtifactManager
 
     from matilda_train.config_load import config_from_dict
     from matilda_train.loop import train
@@ -66,6 +67,7 @@ def _train(request: Mapping[str, Any], stop: Callable[[], bool], report: Report)
     config = config_from_dict(request["config"])
     if config.train.compile:
         torch.compiler.reset()  # another row's graphs would count against the limit of variants
+        CacheArtifactManager.clear()  # and be saved again in the cache of every later run
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     result = train(
