@@ -137,10 +137,8 @@ def train(
                 provenance=lambda: collect_provenance(device) | {"world_size": ranks.world_size},
             )
             cleanup.callback(opened.close)
-            for name, change in opened.rounding_changes.items():
-                display.note(f"`{name}` {change}: no longer bit for bit as the earlier part")
-            if opened.other_changes:
-                display.note(f"not as the run began: {', '.join(opened.other_changes)}")
+            for change in opened.describe_changes():
+                display.note(change)
         ranks.barrier()
         run = RunDir.read(run_dir)
         finished = finished_step(run_dir)
@@ -211,7 +209,7 @@ def train(
             discarded_rows=metrics.discarded_rows,
             **describe_lost_work(metrics.discarded),
             skipped_checkpoints=[str(skip) for skip in restored.skipped] if restored else [],
-            changed=opened.rounding_changes | opened.other_changes if ranks.is_main else {},
+            changed=opened.changes if ranks.is_main else {},
         )
 
         compile_cache = CompileCache(
@@ -288,7 +286,7 @@ def train(
                         **verdict.figures(),
                     )
                     display.note(f"step {state.step:,}: {verdict}")
-                    alone = whole_model(model) if sharded else model
+                    alone = whole_model(model)
                     if ranks.is_main:
                         autopsies.examine(state.step, state.batch_hash, verdict, alone, rollbacks)
                 if verdict.consecutive >= config.train.max_consecutive_skips:
@@ -336,8 +334,7 @@ def train(
                     ranks=ranks,
                     should_stop=stop,
                 )
-                alone = whole_model(model) if sharded and tasks_due else model
-                scores = tasks.score(alone, should_stop=stop) if tasks_due else {}
+                scores = tasks.score(whole_model(model), should_stop=stop) if tasks_due else {}
                 if evaluation is not None and scores is not None:
                     metrics.write(ledger.stamp({"step": state.step} | asdict(evaluation) | scores))
                     display.note(f"step {state.step:,}: {evaluation}{describe_scores(scores)}")
@@ -352,7 +349,7 @@ def train(
                 phase.enter("saving")
                 stream.check_untouched()  # before anything is kept of what was read
                 metrics.sync()
-                whole = gather_state(everything) if sharded else everything
+                whole = gather_state(everything)
                 if ranks.is_main:
                     checkpoints.save(
                         state.step,
@@ -409,16 +406,17 @@ def train(
             state.batch_hash = chain_hash(state.batch_hash, batch.sha256)
             state.step += 1
             meter.end_step(batch_size * config.seq_len, seq_len)
-            if state.step == first_step + 1 and compile_cache.enabled:
-                events.write("compiled", step=state.step, graphs=compile_cache.account())
-            if state.step == first_step + 1 and config.ckpt.background:
-                whole = gather_state(everything) if sharded else everything
-                if ranks.is_main:
-                    checkpoints.reserve(whole)  # the optimizer's state exists only now
+            if state.step == first_step + 1:
+                if compile_cache.enabled:
+                    events.write("compiled", step=state.step, graphs=compile_cache.account())
+                if config.ckpt.background:
+                    whole = gather_state(everything)
+                    if ranks.is_main:
+                        checkpoints.reserve(whole)  # the optimizer's state exists only now
 
         phase.enter("sampling")
         sample = None
-        alone = whole_model(model) if sharded else model
+        alone = whole_model(model)
         if ranks.is_main:
             sample = sample_text(alone, config)
             opened.write_sample(state.step, sample)

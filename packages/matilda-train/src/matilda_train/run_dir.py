@@ -48,10 +48,8 @@ class RunDir:
         other_changes: Mapping[str, str] | None = None,
     ) -> None:
         self.path = path
-        self.rounding_changes = dict(rounding_changes or {})
-        """Changed fields that alter rounding but not the recipe, each as `old → new`."""
-        self.other_changes = dict(other_changes or {})
-        """Likewise, of what else is not as `run.json` has it: code, machine, free fields."""
+        self._rounding = dict(rounding_changes or {})
+        self._others = dict(other_changes or {})
         self._lock: int | None = lock
 
     @classmethod
@@ -124,6 +122,20 @@ class RunDir:
     def config(path: str | Path) -> RunConfig:
         """The config of the run in `path`; `ValueError` as `read`, or of another version."""
         return _known_config(path, RunDir.read(path)["config"])
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """What is not as `run.json` has it, config fields, code and machine, as `old → new`."""
+        return self._rounding | self._others
+
+    def describe_changes(self) -> list[str]:
+        """The same for a person, in lines."""
+        lines = [
+            f"`{name}` {change}: no longer bit for bit as the earlier part"
+            for name, change in self._rounding.items()
+        ]
+        others = ", ".join(self._others)
+        return [*lines, f"not as the run began: {others}"] if others else lines
 
     def write_sample(self, step: int, text: str) -> Path:
         """Store a text sample of the model at `step`."""

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from matilda_model import Transformer
@@ -86,7 +86,12 @@ def _divide_like(example: Any, state: Any) -> Any:
 
 
 def whole_model(model: Transformer) -> Transformer:
-    """A copy of a sharded model that one process can use alone; every rank must call it."""
+    """A copy of a sharded model that one process can use alone; every rank must call it.
+
+    A model that is not sharded is whole already, and no copy.
+    """
+    if not isinstance(model, FSDPModule):
+        return model
     state = gather_state(nn.Module.state_dict(model))
     with torch.device("meta"):
         whole = Transformer(model.config)
