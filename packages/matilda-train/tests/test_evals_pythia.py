@@ -108,6 +108,14 @@ def test_what_lies_outside_the_curve_is_only_bounded() -> None:
     assert late.after is None
 
 
+def test_a_score_that_several_checkpoints_have_equals_all_of_them() -> None:
+    found = compare_with("pythia-160m", {"lambada_openai": (0.0, 5153)}, tokens=540_000_000)
+    assert found.to_dict()["lambada_openai"]["equal_tokens_95"] == [
+        TOKENS_PER_STEP,
+        512 * TOKENS_PER_STEP,
+    ]
+
+
 def test_an_interval_narrows_with_more_items() -> None:
     def width(items: int) -> float:
         standing = compare_with("pythia-410m", {"piqa": (0.62, items)}, tokens=1).standings["piqa"]

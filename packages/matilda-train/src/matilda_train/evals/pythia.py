@@ -7,7 +7,8 @@ checkpoints; below step 1 and beyond the last step there is only a bound.
 
 Intervals are 95 % of 2,000 draws: the run's items drawn anew with replacement, which for items that
 are right or wrong is a binomial draw, and Pythia's whole curve of a task moved by one normal draw
-times its standard errors, as all its points were measured on the same items.
+times its standard errors, as all its points were measured on the same items. They reach to the last
+of several checkpoints that have just the score, as the first ones of LAMBADA all have none.
 """
 
 from __future__ import annotations
@@ -192,9 +193,10 @@ def describe(comparison: Comparison, *, markdown: bool = False) -> list[str]:
 
 def _stand(curve: Curve, score: float, tokens: int, scores_D: Floats, acc_DP: Floats) -> Standing:
     """`scores_D` and `acc_DP` are draws of the score and of the curve's points."""
-    drawn = np.sort(_equal_tokens(curve.tokens, acc_DP, scores_D))
+    reached = np.sort(_equal_tokens(curve.tokens, acc_DP, scores_D))
+    left = np.sort(_equal_tokens(curve.tokens, acc_DP, scores_D, last=True))
     # Order statistics: an average of a number and infinity would say nothing.
-    low, high = drawn[round(0.025 * len(drawn))], drawn[round(0.975 * len(drawn)) - 1]
+    low, high = reached[round(0.025 * len(reached))], left[round(0.975 * len(left)) - 1]
     place = bisect.bisect_right(curve.tokens.tolist(), tokens)
     points = list(
         zip(curve.tokens.tolist(), curve.acc.tolist(), curve.stderr.tolist(), strict=True)
@@ -208,8 +210,11 @@ def _stand(curve: Curve, score: float, tokens: int, scores_D: Floats, acc_DP: Fl
     )
 
 
-def _equal_tokens(tokens_P: Floats, acc_DP: Floats, scores_D: Floats) -> Floats:
-    """For each of D curves of P points, where its running best reaches its score."""
+def _equal_tokens(
+    tokens_P: Floats, acc_DP: Floats, scores_D: Floats, *, last: bool = False
+) -> Floats:
+    """For each of D curves of P points, where its running best reaches its score; `last`: the last
+    point at which it has no more, where several points have just that."""
     best_DP = np.maximum.accumulate(acc_DP, axis=1)
     reached_DP = best_DP >= scores_D[:, None]
     at_D = reached_DP.argmax(axis=1)
@@ -222,6 +227,9 @@ def _equal_tokens(tokens_P: Floats, acc_DP: Floats, scores_D: Floats) -> Floats:
     found: Floats = np.exp(logs[before_D] + share * (logs[at_D] - logs[before_D]))
     # Logarithm and exponential would move a count that a checkpoint has exactly.
     found = np.where(scores_D == high, tokens_P[at_D], found)
+    if last:
+        at_last_D = (best_DP <= scores_D[:, None]).sum(axis=1) - 1
+        found = np.where(scores_D == high, tokens_P[at_last_D], found)
     found = np.where((at_D == 0) & (scores_D < best_DP[:, 0]), 0.0, found)
     return np.where(reached_DP.any(axis=1), found, np.inf)
 
