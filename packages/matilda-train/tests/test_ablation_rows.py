@@ -186,6 +186,22 @@ def test_a_second_call_stays_out_of_a_study_in_training(tmp_path: Path) -> None:
     assert call(in_process=True) == "stopped"
 
 
+def test_a_disk_too_small_for_all_checkpoints_is_named_before_the_first_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for kept, keep, warned in ((2, True, False), (10**12, True, True), (10**12, False, False)):
+        rows = resolve_rows(load("quickstart", f"ckpt.keep_last={kept}"), [])
+        run_study(
+            Study(rows=rows, seeds=1, out=tmp_path),
+            data_dir=None,
+            in_process=True,
+            keep_checkpoints=keep,
+            stop=lambda: True,
+            display=StudyTerminal(interval=60.0),
+        )
+        assert ("`--discard-checkpoints`" in capsys.readouterr().err) == warned
+
+
 def test_places_take_the_visible_gpus_in_turn() -> None:
     assert places(None, 2) == [None, None]
     assert places(2, 2) == ["0", "1", "0", "1"]

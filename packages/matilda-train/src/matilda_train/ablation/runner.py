@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import selectors
+import shutil
 import signal
 import statistics
 import subprocess
@@ -130,6 +131,8 @@ def run_study(
     )
     display.show(progress)
     if waiting and (in_process or where):
+        if keep_checkpoints:
+            _look_at_disk(study, waiting, display)
         with _held(study.out):
             if in_process:
                 call.run_here()
@@ -140,6 +143,17 @@ def run_study(
     if "failed" in progress.done.values():
         return "failed"
     return "complete" if len(progress.done) == len(jobs) else "stopped"
+
+
+def _look_at_disk(study: Study, waiting: Sequence[Job], display: StudyDisplay) -> None:
+    """Say so where the checkpoints to come, 12 bytes a parameter, may not have room."""
+    need = sum(12 * job.config.model.n_params * job.config.ckpt.keep_last for job in waiting)
+    free = shutil.disk_usage(study.out).free
+    if need > free:
+        display.note(
+            f"The checkpoints of {len(waiting)} runs may take {need / 1e9:,.0f} GB, but "
+            f"{free / 1e9:,.0f} GB are free; `--discard-checkpoints` keeps metrics alone."
+        )
 
 
 @contextmanager

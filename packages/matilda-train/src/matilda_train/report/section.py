@@ -42,7 +42,8 @@ def describe_provenance(provenance: Mapping[str, Sequence[Any]]) -> str:
         for name, values in provenance.items()
     }
     changed = " and uncommitted changes" if True in provenance.get("uncommitted", []) else ""
-    cuda = f", CUDA {known['cuda']}" if known.get("cuda") != "unknown" else ""
+    on_gpu = known.get("cuda") != "unknown" and known["device"] != "cpu"
+    cuda = f", CUDA {known['cuda']}" if on_gpu else ""
     return (
         f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
         f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}, "
