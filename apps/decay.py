@@ -78,6 +78,7 @@ def main() -> int:
         from_step=args.from_step,
         tokens=tokens,
         run_dir=target,
+        data_dir=args.data_dir,
         shape=args.shape,
         final_lr_fraction=args.final_lr_fraction,
         overrides=args.set,

@@ -52,7 +52,10 @@ def main() -> int:
         check_hub(args.push_to_hub)
     from matilda_train.export import CHECK_TEXT, export_run
 
-    text = CHECK_TEXT if args.check_text is None else args.check_text.read_text(encoding="utf-8")
+    try:
+        text = CHECK_TEXT if args.check_text is None else args.check_text.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{str(args.check_text)!r} is not UTF-8 text ({error}).") from None
     difference = export_run(args.run, args.out, step=args.step, text=text)
     print(f"{args.out}: logits agree to {difference:.1e} of the largest")
     if args.push_to_hub:

@@ -18,8 +18,8 @@ EXAMPLES = """examples:
   uv run apps/serve.py --run runs/hero --step 20000 --port 8080 --device cuda
 
 Then open the address it prints. From another machine, by SSH: ssh -L 8000:localhost:8000 HOST. The
-page needs no network; Ctrl-C ends the server. Exit codes: 0 ended, 2 bad input, 4 no usable
-checkpoint, or the port is taken.
+page needs no network; Ctrl-C ends the server. Exit codes: 0 ended, 2 bad input or an address that
+cannot be had, 4 no usable checkpoint.
 """
 
 

@@ -6,8 +6,6 @@ import fcntl
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -147,31 +145,29 @@ def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpu
     assert "holds no run" in said
 
 
-def run_app(name: str, *args: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(ROOT / "apps" / name), *args],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize(
-    ("name", "args", "fix"),
+    ("command", "fix"),
     [
-        ("prepare_text.py", ["--input", "{tmp}/none-*.txt", "--out-dir", "{tmp}/out"], "none-"),
-        ("prepare_text.py", ["--input", "{tmp}/empty", "--out-dir", "{tmp}/out"], "empty"),
-        ("prepare_text.py", ["--input", "{tmp}/bad.jsonl", "--out-dir", "{tmp}/out"], "bad.jsonl"),
-        ("generate.py", ["--run", "{tmp}/empty"], "not a run directory"),
+        ("prepare_text.py --input {tmp}/none-*.txt --out-dir {tmp}/out", "none-"),
+        ("prepare_text.py --input {tmp}/empty --out-dir {tmp}/out", "empty"),
+        ("prepare_text.py --input {tmp}/bad.jsonl --out-dir {tmp}/out", "bad.jsonl"),
+        ("generate.py --run {tmp}/empty", "not a run directory"),
+        ("report.py {twin} --out {tmp}/empty", "must be a file"),
+        ("serve.py --run {twin} --port 99999", "choose another `--port`"),
+        ("replay.py --run {twin} --step 5 --data-dir {tmp}/bad.jsonl", "bad.jsonl"),
+        ("evaluate.py --checkpoint {tmp}/empty", "no `step-…` folder"),
+        ("decay.py --run {twin} --from-step 6 --tokens 512 --set optim.lr=3", "`optim.lr`"),
+        ("decay.py --run {twin} --from-step 6 --tokens 512 --data-dir {tmp}/no", "does not exist"),
     ],
 )
 def test_app_says_one_sentence_and_exits_2(
-    name: str, args: list[str], fix: str, tmp_path: Path
+    command: str, fix: str, server: TrainServer, tmp_path: Path, twin: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n{broken\n")
-    done = run_app(name, *[arg.format(tmp=tmp_path) for arg in args])
+    before = snapshot(twin.parent)
+    name, *args = command.format(tmp=tmp_path, twin=twin).split()
+    done = server.run_program(ROOT / "apps" / name, args, tmp_path)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
@@ -179,6 +175,7 @@ def test_app_says_one_sentence_and_exits_2(
     assert fix in lines[0]
     assert not list(tmp_path.glob("out/*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+    assert snapshot(twin.parent) == before
 
 
 def test_run_of_another_version(server: TrainServer, world: Path, corpus: Path, twin: Path) -> None:

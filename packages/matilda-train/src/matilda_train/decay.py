@@ -18,13 +18,19 @@ from typing import Any
 
 from matilda_ckpt import Checkpointer, CheckpointInfo, verify
 from matilda_train.config import RunConfig
-from matilda_train.config_load import apply_override, config_from_dict, config_to_dict
+from matilda_train.config_load import (
+    apply_override,
+    config_differences,
+    config_from_dict,
+    config_to_dict,
+)
 from matilda_train.duration import Duration
 from matilda_train.hardware import choose_device
 from matilda_train.metrics_log import EventLog
 from matilda_train.provenance import collect_provenance
 from matilda_train.rollback import is_restorable, read_rollbacks
 from matilda_train.run_dir import RunDir
+from matilda_train.trace import open_run_stream
 from matilda_train.verify_resume import untimed_rows
 
 __all__ = ["DecayRun", "decay_config", "open_decay"]
@@ -46,6 +52,7 @@ def open_decay(
     from_step: int,
     tokens: int,
     run_dir: str | Path | None = None,
+    data_dir: str | Path | None = None,
     shape: str | None = None,
     final_lr_fraction: float | None = None,
     overrides: Sequence[str] = (),
@@ -55,11 +62,12 @@ def open_decay(
     In `run_dir`, by default `PARENT-decay-STEP-TOKENS` beside the parent, which is only read.
     `shape` and `final_lr_fraction` are those of the parent's config unless given; `overrides`
     (`section.field=value`) may set what a resume may. `run.json` records the lineage under
-    `parent`: run id, step, checkpoint and the hash of its manifest.
+    `parent`: run id, step, checkpoint and the hash of its manifest. The data in `data_dir`, if
+    given, are looked at before anything is made.
 
     Raises `ValueError` when the parent has no stable phase, its checkpoint of that step is missing,
-    damaged, still warming up or decaying already, or `run_dir` holds something else; `OSError` when
-    the disk fails.
+    damaged, still warming up or decaying already, the data are missing or others, an override is of
+    the recipe, or `run_dir` holds something else; `OSError` when the disk fails.
     """
     parent = Path(parent)
     described = RunDir.read(parent)
@@ -71,6 +79,16 @@ def open_decay(
         shape=shape,
         final_lr_fraction=final_lr_fraction,
     )
+    raw = config_to_dict(config)
+    for override in overrides:
+        apply_override(raw, override)
+    chosen = config_from_dict(raw)
+    recipe = config_differences(config_to_dict(config), chosen)[0]
+    if recipe:
+        changes = "; ".join(f"`{name}`: {change}" for name, change in recipe.items())
+        raise ValueError(f"`--set` may change what a resume may, not the recipe ({changes}).")
+    if data_dir is not None:
+        open_run_stream(parent, chosen, data_dir, ())  # are the data there, and the parent's?
     is_new = not (target / "run.json").is_file()
     if is_new:
         checkpoint = _find_checkpoint(parent, from_step)
@@ -88,10 +106,7 @@ def open_decay(
             f"{str(target)!r} holds another run than the decay of {str(parent)!r} from step "
             f"{from_step}; choose another `--run-dir`."
         )
-    raw = config_to_dict(config)
-    for override in overrides:
-        apply_override(raw, override)
-    return DecayRun(target, config_from_dict(raw), is_new)
+    return DecayRun(target, chosen, is_new)
 
 
 def decay_config(

@@ -25,6 +25,7 @@ from matilda_train.loop import train
 from matilda_train.metrics_log import EventLog, read_rows
 from matilda_train.rollback import is_restorable, read_rollbacks
 from matilda_train.run_dir import RunDir
+from matilda_train.trace import open_run_stream
 
 __all__ = ["Replay", "read_bundle", "replay_step"]
 
@@ -85,8 +86,8 @@ def replay_step(
     Compared with the autopsy's `report` if given (then the run is replayed as it was before a
     later rollback), else with the run's metrics row. The same bits on a CPU, and on a GPU with
     `train.deterministic`. `device` replaces the run's; `scratch` keeps the replay's run directory.
-    Raises `ValueError` for a step that the run has not, `CheckpointError` when no checkpoint
-    before it is left.
+    Raises `ValueError` for a step that the run has not or other data, `CheckpointError` when no
+    checkpoint before it is left.
     """
     run_dir = Path(run_dir)
     config = RunDir.config(run_dir)
@@ -94,6 +95,7 @@ def replay_step(
         raise ValueError(
             f"Step {step} is not part of this run; give one from 1 to {config.train.total_steps}."
         )
+    open_run_stream(run_dir, config, data_dir, ())  # are the data there, and the run's own?
     rollbacks = read_rollbacks(run_dir)
     behind = len(rollbacks) if report is None else int(report["rollbacks"])
     undone_by = rollbacks[behind] if behind < len(rollbacks) else None

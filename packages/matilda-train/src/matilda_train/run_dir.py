@@ -34,7 +34,7 @@ from matilda_train.config_load import (
 )
 from matilda_train.errors import naming
 
-__all__ = ["RunDir", "check_run_dir", "write_durably"]
+__all__ = ["RunDir", "check_run_dir", "write_durably", "write_output"]
 
 
 class RunDir:
@@ -247,3 +247,11 @@ def write_durably(target: Path, content: str | bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_output(target: Path, text: str) -> None:
+    """`write_durably` where a user asked for it: links are followed, no pipe or device replaced."""
+    if target.exists() and not target.is_file():
+        target.write_text(text, encoding="utf-8")
+    else:
+        write_durably(target.resolve(), text)

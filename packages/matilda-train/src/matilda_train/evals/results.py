@@ -13,7 +13,7 @@ from matilda_train.evals.pythia import Comparison, describe, footnotes
 from matilda_train.metrics_log import MetricsLog
 from matilda_train.report.section import describe_provenance, replace_section
 from matilda_train.report.tables import markdown_table
-from matilda_train.run_dir import RunDir, write_durably
+from matilda_train.run_dir import RunDir, write_output
 
 __all__ = ["FORMAT", "record_in_run", "scores_only", "table", "write_page", "write_results"]
 
@@ -25,7 +25,7 @@ SCORE_NAMES = ("items", "acc", "acc_norm", "perplexity")
 def write_results(results: Mapping[str, Any], path: Path) -> Path:
     """Write `results`, whole or not at all; the path."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_durably(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
+    write_output(path, json.dumps(results, indent=1, allow_nan=False) + "\n")
     return path
 
 

@@ -47,12 +47,12 @@ def open_run(run_dir: Path, *, step: int | None = None, device: str = "auto") ->
 def open_checkpoint(folder: Path, *, device: str = "auto") -> Subject:
     """One `step-…` folder of a run's checkpoints; `ValueError` when it is none or damaged."""
     run_dir = folder.resolve().parent.parent
+    number = folder.resolve().name.removeprefix("step-").partition("-")[0]
+    if not number.isdigit() or not folder.is_dir():
+        raise ValueError(f"{str(folder)!r} is no `step-…` folder of a run's checkpoints.")
     config = RunDir.config(run_dir)
     where = choose_device(device)
     dtype = choose_dtype(config.train.dtype, where)
-    number = folder.resolve().name.removeprefix("step-").partition("-")[0]
-    if not number.isdigit():
-        raise ValueError(f"{str(folder)!r} is no `step-…` folder of a run's checkpoints.")
     model = load_pretrained(folder.resolve(), device=where, compute_dtype=dtype)
     return _subject(run_dir, int(number), model)
 

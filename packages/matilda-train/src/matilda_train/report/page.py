@@ -12,6 +12,7 @@ from typing import Any
 
 from matilda_train.config_load import flatten_sections
 from matilda_train.report.run_record import RunRecord, name_runs, read_run
+from matilda_train.run_dir import write_output
 from matilda_train.time_account import BUCKETS, format_seconds
 
 __all__ = ["plotly_source", "write_report"]
@@ -22,8 +23,8 @@ Cell = tuple[str, str]
 def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     """Write the report of these run directories to `out`, whole or not at all.
 
-    Equal runs give equal bytes. Raises `ValueError` for a directory that holds no run and when
-    plotly is not installed.
+    Equal runs give equal bytes. Raises `ValueError` for a directory that holds no run, for an `out`
+    that cannot be a file, and when plotly is not installed.
     """
     if not runs:
         raise ValueError("A report needs at least one run directory.")
@@ -31,9 +32,12 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     paths = [Path(run) for run in runs]
     records = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
     out = Path(out)
-    temporary = out.with_name(f".{out.name}.tmp")
-    temporary.write_text(render(records, script), encoding="utf-8")
-    return temporary.replace(out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(
+            f"{str(out)!r} must be a file in a folder that is there; name it by `--out`."
+        )
+    write_output(out, render(records, script))
+    return out
 
 
 def plotly_source() -> str:

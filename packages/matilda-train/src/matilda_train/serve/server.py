@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import ipaddress
 import json
+import math
 import select
 import socket
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib import resources
@@ -57,11 +58,12 @@ def open_server(
 
     Port 0 takes a free one. `names` are host names by which it may be asked besides `localhost` and
     addresses. Raises `ValueError` when the directory holds no run or no checkpoint yet,
-    `CheckpointError` when none is valid, `OSError` when the port is taken.
+    and when that address cannot be had, `CheckpointError` when none is valid.
     """
     trained = load_trained(run_dir, step=step, device=device)
     config, model = trained.config, trained.model
-    rows = [r for r in read_rows(Path(run_dir) / "metrics.jsonl") if r["step"] <= trained.step]
+    rows = read_rows(Path(run_dir) / "metrics.jsonl")
+    rows = [row for row in rows if _step(row) <= trained.step]
     card = {
         "run": Path(run_dir).resolve().name,
         "step": trained.step,
@@ -75,7 +77,18 @@ def open_server(
             for name in ("loss_nats", "val_loss_nats", "val_bits_per_byte")
         },
     }
-    return CompletionServer(model, trained.tokenizer, card, (host, port), names)
+    try:
+        return CompletionServer(model, trained.tokenizer, card, (host, port), names)
+    except (OSError, OverflowError) as error:
+        raise ValueError(
+            f"Nobody can be served at '{host}:{port}' ({getattr(error, 'strerror', None) or error})"
+            "; choose another `--port`, 0 for a free one, or another `--host`."
+        ) from None
+
+
+def _step(row: Mapping[str, Any]) -> float:
+    step = row.get("step")
+    return step if isinstance(step, int) else math.inf
 
 
 class CompletionServer(ThreadingHTTPServer):
