@@ -44,6 +44,10 @@ def main() -> int:
         metavar=("NAME=WEIGHT", "GLOB"),
         help="one part of a mixture, by weight; give it once for each part",
     )
+    add = parser.add_argument
+    add("--exclude", nargs="+", metavar="PATTERN", default=[], help="files, folders to leave out")
+    add("--text-field", default="text", metavar="NAME", help="key or column of the text (text)")
+    add("--invalid-utf8", choices=("error", "replace"), default="error", help="replace: by U+FFFD")
     add_preparation_options(parser, val_fraction=0.01)
     options = parser.parse_args()
     try:
@@ -51,7 +55,14 @@ def main() -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    code = run_preparation(prepare_text, options, inputs=inputs)
+    code = run_preparation(
+        prepare_text,
+        options,
+        inputs=inputs,
+        exclude=options.exclude,
+        text_field=options.text_field,
+        invalid_utf8=options.invalid_utf8,
+    )
     if code == 0 and options.partition is None:
         config = "base_124m" if options.tokenizer == "gpt2" else "quickstart"
         train = f"uv run apps/train.py --config configs/{config}.json"

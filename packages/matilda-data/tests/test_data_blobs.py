@@ -5,8 +5,12 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +68,29 @@ def test_giving_up_is_one_sentence(store: tuple[Path, str]) -> None:
     retry = Retry(first_wait=0.01, give_up_after=0.05)
     with pytest.raises(DataError, match=r"fetching .* failed \(DataError: the content at"):
         fetch_blobs(url, [name], retry)
+
+
+@pytest.mark.timeout(60)
+def test_ctrl_c_ends_the_waiting_for_a_store_that_is_down() -> None:
+    with socket.socket() as closed:  # bound, but nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}/{{blob_id}}"
+        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        with pytest.raises(KeyboardInterrupt):
+            fetch_blobs(url, ["0" * 40] * 100, Retry(first_wait=10**6, longest_wait=10**6))
+
+
+def test_a_download_under_way_does_not_keep_a_process_that_ends(tmp_path: Path) -> None:
+    code = f"""
+import threading
+from pathlib import Path
+import matilda_data.hub_client as client
+began = threading.Event()
+client._download_checked = lambda *_: began.set() or threading.Event().wait()
+files = client.HubFiles(Path({str(tmp_path)!r}), None, client.Retry(), None)
+file = client.HubFile(path="a.parquet", size=1, sha256="0" * 64, blob_id="")
+files.look_ahead(client.HubSource(name="a", dataset="org/a"), "main", file)
+began.wait()
+files.close()
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=100)

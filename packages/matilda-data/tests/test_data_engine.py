@@ -57,6 +57,11 @@ def test_partitions_merge_to_the_same_bytes(corpus: Path, tmp_path: Path) -> Non
     assert contents(tmp_path / "two") == contents(tmp_path / "whole")
     with pytest.raises(DataError, match="holds no partition's work"):
         prepare(corpus, tmp_path / "none", merge=[tmp_path / "nowhere"])
+    # Its parts would be of no use, and all would be done again here in silence.
+    with pytest.raises(DataError, match=r"part0' was prepared with `tokenizer_sha256`"):
+        prepare(corpus, tmp_path / "none", merge=parts, tokenizer="gpt2")
+    with pytest.raises(DataError, match=r"part0' was prepared with `text_policy`"):
+        prepare(corpus, tmp_path / "none", merge=parts, invalid_utf8="replace")
     with pytest.raises(DataError, match=r"`partition` is \(3, 3\)"):
         prepare(corpus, tmp_path / "none", partition=(3, 3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -205,6 +206,35 @@ def test_manifest_edited_by_hand_is_refused(data_dir: Path) -> None:
     path.write_text(json.dumps(value, sort_keys=True, ensure_ascii=False, indent=1) + "\n")
     with pytest.raises(DataError, match=r"manifest\.json' is damaged"):
         open_dataset(data_dir)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        (("shards", 0, "file"), "../text_train_000000.bin"),
+        (("shards", 0, "file"), 7),
+        (("shards", 0, "tokens"), 4000),
+        (("shards", 0, "documents"), "many"),
+        (("shards", 0, "chunk_sha256"), []),
+        (("sources", 0, "weight"), -1),
+        (("sources", 0, "tokens"), {}),
+        (("tokenizer", "eot_id"), None),
+    ],
+)
+def test_manifest_edited_by_hand_with_a_fitting_data_id_is_refused(
+    data_dir: Path, where: tuple[str | int, ...], value: object
+) -> None:
+    path = data_dir / "manifest.json"
+    content = json.loads(path.read_bytes())
+    content.pop("data_id")
+    item = content
+    for key in where[:-1]:
+        item = item[key]
+    item[where[-1]] = value
+    data_id = hashlib.sha256(manifest_module.canonical_json(content)).hexdigest()
+    path.write_bytes(manifest_module.render(content, data_id))
+    with pytest.raises(DataError, match=r"is damaged|not the one its manifest describes"):
+        read_everything(data_dir)
 
 
 def test_other_format_version_is_refused_by_name(data_dir: Path) -> None:

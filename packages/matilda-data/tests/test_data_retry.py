@@ -67,9 +67,11 @@ def test_progress_line_has_speed_share_sources_and_notes() -> None:
     line(Progress(stage="download", tokens=2_000_000, note="hub: down", **base))
     line(Progress(stage="done", tokens=8_000_000, **base))
     rows = out.getvalue().splitlines()
+    line(Progress(stage="pack", tokens=8_000_000, **base))
+    assert "%" not in out.getvalue().splitlines()[-1], "how far packing is nobody knows"
     assert len(rows) == 4
     assert "25.0 %" in rows[1]
     assert "tokens/s" in rows[1]
     assert "ETA 0:00:" in rows[1]
-    assert "(web 1.5M, code 0.5M)" in rows[1]
+    assert "(web 1.50M, code 500,000)" in rows[1]
     assert rows[2].endswith("hub: down")

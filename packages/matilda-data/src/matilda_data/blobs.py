@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import threading
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
@@ -25,11 +26,15 @@ def fetch_blobs(url: str, blob_ids: Sequence[str], retry: Retry) -> list[str]:
     Each content is checked against its id (the SHA-1 of a git blob), so that a cut or garbled
     answer is asked for again.
     """
+    stopping = threading.Event()
     with ThreadPoolExecutor(CONNECTIONS) as pool:
-        return list(pool.map(lambda blob_id: _fetch(url, blob_id, retry), blob_ids))
+        try:
+            return list(pool.map(lambda blob_id: _fetch(url, blob_id, retry, stopping), blob_ids))
+        finally:
+            stopping.set()  # on an error or Ctrl-C, nothing is waited for
 
 
-def _fetch(url: str, blob_id: str, retry: Retry) -> str:
+def _fetch(url: str, blob_id: str, retry: Retry, stopping: threading.Event) -> str:
     address = url.format(blob_id=blob_id)
 
     def get() -> bytes | None:
@@ -48,5 +53,5 @@ def _fetch(url: str, blob_id: str, retry: Retry) -> str:
             raise DataError(f"the content at {address!r} is not the one asked for")
         return raw
 
-    content = retry.call(get, f"fetching {address!r}")
+    content = retry.call(get, f"fetching {address!r}", stopping=stopping)
     return "" if content is None else content.decode("utf-8", errors="replace")

@@ -343,7 +343,8 @@ def check_entry(directory: Path, entry: ShardEntry) -> None:
     path = directory / entry.file
     ensure_expanded(path, entry)
     header = read_header(path)
-    if hashlib.sha256(header.to_bytes()).hexdigest() != entry.header_sha256:
+    stated = (entry.header_sha256, entry.tokens, entry.documents)
+    if (hashlib.sha256(header.to_bytes()).hexdigest(), header.tokens, header.documents) != stated:
         raise DataError(
             f"shard {str(path)!r} is not the one its manifest describes; restore it or prepare the "
             "data set again"

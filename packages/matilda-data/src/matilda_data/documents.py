@@ -87,7 +87,7 @@ def _decode(raw: bytes, where: str, options: ReadOptions) -> str:
             return raw.decode("utf-8", errors="replace")
         raise DataError(
             f"{where} is not UTF-8 at byte {error.start}; convert or exclude it, or set "
-            "`invalid_utf8='replace'`"
+            "`invalid_utf8` to 'replace'"
         ) from None
 
 
@@ -100,7 +100,7 @@ def _clean(text: str, where: str, options: ReadOptions) -> str:
             return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         raise DataError(
             f"{where} has a lone surrogate at character {error.start}; repair or exclude it, or "
-            "set `invalid_utf8='replace'`"
+            "set `invalid_utf8` to 'replace'"
         ) from None
     return text
 

@@ -309,7 +309,7 @@ def prepared(
                 tidy(directory)
                 return manifest
             logger.warning("%s (which is done now)", damage)
-        write_incomplete(directory, command or "")
+        write_incomplete(directory, command or "", preparation)
         if evaluation is not None:
             store_evaluation_set(evaluation, directory / WORK_DIR)
         return prepare(journal)

@@ -101,7 +101,7 @@ def prepare_hub(
         try:
             engine = replace(settings.engine(directory, journal, meter), provide=hub.provide)
             for other in merge:
-                take_over(Path(other), engine)
+                take_over(Path(other), engine, preparation)
             return _run(engine, hub, sources, target_tokens, preparation, partition)
         finally:
             hub.close()

@@ -8,7 +8,7 @@ import json
 import shutil
 import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,15 @@ class HubFiles:
         self._settings = settings
         self._retry = retry
         self._meter = meter
-        self._pool = ThreadPoolExecutor(DOWNLOADS_AHEAD, thread_name_prefix="matilda-data-hub")
+        self._slots = threading.Semaphore(DOWNLOADS_AHEAD)
         self._stopping = threading.Event()
         self._downloads: dict[str, Future[Path]] = {}
         self._origins: dict[str, tuple[str, str, HubFile]] = {}
         work.mkdir(exist_ok=True)
 
     def close(self) -> None:
+        """Start no further download; those under way end with the process."""
         self._stopping.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
 
     def _note(self, text: str) -> None:
         self._meter.report("download", text)
@@ -158,7 +158,17 @@ class HubFiles:
     def _start(self, dataset: str, commit: str, file: HubFile) -> Future[Path]:
         key = str(self._local(file).absolute())
         if key not in self._downloads:
-            self._downloads[key] = self._pool.submit(self._download, dataset, commit, file)
+            future = self._downloads[key] = Future[Path]()
+
+            def download() -> None:
+                try:
+                    with self._slots:
+                        future.set_result(self._download(dataset, commit, file))
+                except BaseException as error:
+                    future.set_exception(error)
+
+            # Not an executor's thread, which would keep a process that was stopped until it ends.
+            threading.Thread(target=download, name="matilda-data-hub", daemon=True).start()
         return self._downloads[key]
 
     def _fetch(self, dataset: str, commit: str, file: HubFile) -> Path:
@@ -166,6 +176,8 @@ class HubFiles:
 
     def _download(self, dataset: str, commit: str, file: HubFile) -> Path:
         target = self._local(file)
+        if self._stopping.is_set():
+            raise DataError("stopped")
         if target.exists() and _is_file(target, file):
             return target
         folder = self._work / f"download-{target.name}"

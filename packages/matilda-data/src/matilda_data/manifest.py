@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -135,9 +135,10 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_durably(directory / MANIFEST_NAME, render(manifest.to_json(), manifest.data_id))
 
 
-def write_incomplete(directory: Path, command: str) -> None:
+def write_incomplete(directory: Path, command: str, preparation: Mapping[str, Any]) -> None:
     """Mark `directory` as a preparation under way, with the `command` that finishes it."""
     content = {"format": FORMAT, "complete": False, "command": command}
+    content["preparation"] = dict(preparation)
     write_durably(directory / MANIFEST_NAME, canonical_json(content) + b"\n")
 
 
@@ -192,8 +193,40 @@ def read_manifest(directory: Path) -> Manifest:
             preparation=value["preparation"],
         )
         # Re-rendering catches every flipped bit, also in white space and the data_id itself.
-        if render(manifest.to_json(), manifest.data_id) != raw:
+        if render(manifest.to_json(), manifest.data_id) != raw or not _well_formed(manifest):
             raise damaged
     except (KeyError, TypeError, ValueError, AttributeError):
         raise damaged from None
     return manifest
+
+
+KINDS = {
+    "str": str,
+    "int": int,
+    "tuple[str, ...]": tuple,
+    "Mapping[str, Any]": dict,
+    "Mapping[str, int]": dict,
+}
+
+
+def _well_formed(manifest: Manifest) -> bool:
+    """Whether all values are of their kinds and all files lie beside the manifest: who edits it by
+    hand can give it a fitting `data_id` too."""
+    values: list[tuple[Any, type]] = [
+        (getattr(item, field.name), KINDS[str(field.type)])
+        for items in (manifest.sources, manifest.shards)
+        for item in items
+        for field in fields(item)
+    ]
+    values += [(manifest.tokenizer.get(name), str) for name in ("name", "sha256")]
+    values += [(manifest.tokenizer.get(name), int) for name in ("vocab_size", "eot_id")]
+    for source in manifest.sources:
+        counts = (source.documents, source.tokens, source.text_bytes)
+        values += [(count.get(split), int) for count in counts for split in SPLITS]
+    names = [name for shard in manifest.shards for name in (shard.file, shard.index_file)]
+    return (
+        all(type(value) is kind for value, kind in values)
+        and all(0 <= value < 2**62 for value, kind in values if kind is int)
+        and all(Path(name).name == name for name in names)
+        and all(len(s.chunk_sha256) == -(-2 * s.tokens // CHUNK_BYTES) for s in manifest.shards)
+    )

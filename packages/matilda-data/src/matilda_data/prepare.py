@@ -7,7 +7,7 @@ import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from matilda_data.engine import WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
 from matilda_data.inputs import find_files, plan_units
 from matilda_data.journal import Journal
-from matilda_data.manifest import Manifest, canonical_json
+from matilda_data.manifest import Manifest, canonical_json, read_incomplete
 from matilda_data.packer import PackOptions
 from matilda_data.progress import Meter, ProgressCallback
 from matilda_data.shard import MAX_TOKENS
@@ -239,7 +239,7 @@ def prepare_text(
     def prepare(journal: Journal) -> Manifest:
         engine = settings.engine(directory, journal, Meter(progress))
         for other in merge:
-            take_over(Path(other), engine)
+            take_over(Path(other), engine, preparation)
         mine = sources if partition is None else _own_share(sources, partition)
         engine.expect(mine)
         engine.encode(mine)
@@ -271,15 +271,22 @@ def _own_share(sources: list[PlannedSource], partition: tuple[int, int]) -> list
     ]
 
 
-def take_over(other: Path, engine: Engine) -> None:
+def take_over(other: Path, engine: Engine, preparation: Mapping[str, Any]) -> None:
     """Take the finished parts of the unfinished data set `other` into `engine`'s.
 
     Raises:
-        DataError: `other` holds no such work.
+        DataError: `other` holds no such work, or work of no use to this `preparation`.
     """
     work = other / WORK_DIR
     if not (work / "journal.jsonl").exists():
         raise DataError(f"{str(other)!r} holds no partition's work; name the partition's `out_dir`")
+    theirs = (read_incomplete(other) or {}).get("preparation", preparation)
+    for name in ("pipeline", "tokenizer_sha256", "text_policy"):
+        if theirs[name] != preparation[name]:
+            raise DataError(
+                f"partition {str(other)!r} was prepared with `{name}` {theirs[name]!r} and this "
+                f"has {preparation[name]!r}; merge with the options of the partitions"
+            )
     with_records = Journal(work / "journal.jsonl")
     with_records.close()
     for key, record in with_records.records.items():

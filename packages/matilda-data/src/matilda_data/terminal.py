@@ -85,26 +85,32 @@ def describe(row: Progress, seconds: float, new_tokens: int) -> str:
     """The line for `row`, `seconds` and `new_tokens` after the first one."""
     rate = new_tokens / seconds if seconds > 0 else 0.0
     fraction = None
-    if row.target_tokens:
+    if row.stage == "pack":
+        rate = 0.0  # both are of the encoding
+    elif row.target_tokens:
         fraction = min(row.tokens / row.target_tokens, 1.0)
     elif row.bytes_total:
-        fraction = row.bytes_done / row.bytes_total
+        fraction = min(row.bytes_done / row.bytes_total, 1.0)
     fields = [row.stage]
     if fraction is not None:
         fields.append(f"{100 * fraction:.1f} %")
-    fields.append(f"{row.tokens / 1e6:,.1f}M tokens")
+    fields.append(f"{_number(row.tokens)} tokens")
     fields.append(f"{row.documents:,} documents")
     if rate > 0 and row.stage != "done":
-        fields.append(f"{rate / 1e6:.2f}M tokens/s")
+        fields.append(f"{_number(round(rate))} tokens/s")
         if fraction and row.stage == "encode":
             left = row.tokens / fraction - row.tokens
             fields.append(f"ETA {_duration(left / rate)}")
     if len(row.source_tokens) > 1:
-        shares = (f"{name} {count / 1e6:,.1f}M" for name, count in row.source_tokens.items())
+        shares = (f"{name} {_number(count)}" for name, count in row.source_tokens.items())
         fields.append("(" + ", ".join(shares) + ")")
     if row.note:
         fields.append(row.note)
     return " · ".join(fields)
+
+
+def _number(count: int) -> str:
+    return f"{count / 1e6:,.2f}M" if count >= 1_000_000 else f"{count:,}"
 
 
 def _duration(seconds: float) -> str:
