@@ -48,6 +48,21 @@ def test_a_signal_is_a_request(number: signal.Signals) -> None:
     assert f"{number.name}: saving at the next step" in said
 
 
+@pytest.mark.parametrize(("before", "ends"), [("SIG_DFL", 7), ("SIG_IGN", -signal.SIGKILL)])
+def test_a_terminal_that_is_gone_is_a_request_unless_that_is_ignored(
+    before: str, ends: int
+) -> None:
+    program = f"import signal; signal.signal(signal.SIGHUP, signal.{before})\n{POLITE}"
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"ready\n"
+    process.send_signal(signal.SIGHUP)
+    if before == "SIG_IGN":
+        process.kill()  # it would go on for ever
+    assert process.wait(timeout=60) == ends
+    process.stdout.close()
+
+
 def test_a_hanging_process_ends_after_its_grace_period() -> None:
     code, said = ends_with(DEADLOCKED, signal.SIGTERM)
     assert code == EXIT_PREEMPTED

@@ -49,8 +49,8 @@ def add_run_options(parser: argparse.ArgumentParser, *, run_dir_help: str, set_h
         "--grace-seconds",
         type=float,
         metavar="S",
-        help="on SIGTERM, SIGINT or SIGUSR1 save and stop, but end after S seconds in any case "
-        "(default: however long the save takes)",
+        help="on SIGTERM, SIGINT, SIGUSR1 or SIGHUP save and stop, but end after S seconds in any "
+        "case (default: however long the save takes)",
     )
 
 

@@ -50,6 +50,8 @@ def _end_before_anything(number: int, frame: FrameType | None) -> None:
 class StopRequest:
     """Becomes true when one of `STOP_SIGNALS` arrives; a second SIGINT ends the process at once.
 
+    So it does when the terminal is gone (SIGHUP), unless that is ignored, as under `nohup`.
+
     Until `begin` is called there is nothing to save: the process ends at once, with
     `EXIT_PREEMPTED`, unless it is one of several ranks, which stop together.
     """
@@ -63,6 +65,8 @@ class StopRequest:
         """Handle the signals from now on; call it from the main thread."""
         for number in STOP_SIGNALS:
             signal.signal(number, self._handle)
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            signal.signal(signal.SIGHUP, self._handle)
         return self
 
     def begin(self) -> StopRequest:
@@ -108,7 +112,7 @@ class StopRequest:
 
     def _enforce(self, arrived: int) -> None:
         assert self._grace_seconds is not None
-        while os.read(arrived, 1)[0] not in STOP_SIGNALS:
+        while os.read(arrived, 1)[0] not in (*STOP_SIGNALS, signal.SIGHUP):
             pass
         time.sleep(self._grace_seconds)
         say(f"\nNot done within {self._grace_seconds:g} s; the newest checkpoint stands.\n")

@@ -22,8 +22,9 @@ class LogConfig:
     """The same as a duration, such as `"1M tokens"` or `"10 s"`; null means `every_steps`."""
 
     rms_every_steps: int = 50
-    """Steps between rows that also hold the RMS of every optimizer group's parameters and of their
-    change; such a step is about a millisecond longer for 152M parameters on an H100."""
+    """A row of a step that is a multiple of this also holds the RMS of every optimizer group's
+    parameters and of their change; such a step is about a millisecond longer for 152M parameters on
+    an H100."""
 
     autopsies: int = 5
     """Bundles to write on bad steps (not finite, or a spike), the run's first; 0 for none."""
