@@ -124,10 +124,13 @@ class NanoGPT(Peer):
     def losses(self, ids: Tensor, targets: Tensor) -> Tensor:
         with self._autocast():
             logits_BTV: Tensor = self._compiled(ids, targets)[0]
-        flat = nn.functional.cross_entropy(
-            logits_BTV.float().flatten(0, 1), targets.flatten(), reduction="none"
+        # A sequence at a time: all logits in float32 would be twice those that training needs.
+        return torch.stack(
+            [
+                nn.functional.cross_entropy(logits.float(), row, reduction="none")
+                for logits, row in zip(logits_BTV, targets, strict=True)
+            ]
         )
-        return flat.view(targets.shape)
 
     def _seq_len(self) -> int:
         return int(self.model.config.block_size)  # type: ignore[union-attr, arg-type]
