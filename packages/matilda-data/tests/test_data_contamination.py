@@ -186,4 +186,5 @@ def test_the_overlap_command_counts_and_writes_what_it_found(
     assert main(arguments) == 0
     assert "quiz_val.jsonl       1 of 2 items" in capsys.readouterr().out
     assert json.loads(out.read_text())["files"][0]["ids"] == ["q"]
+    assert json.loads(out.read_text())["files"][0]["items_too_short"] == 1
     assert main(["overlap", "--evals", str(path)]) == 2

@@ -214,7 +214,11 @@ def _overlap(options: argparse.Namespace) -> None:
         write_durably(options.json, (json.dumps(found, indent=1) + "\n").encode())
     width = max(len(file["name"]) for file in found["files"])
     for file in found["files"]:
-        print(f"{file['name']:<{width}}  {file['items_found']:>6,} of {file['items']:,} items")
+        short = file["items_too_short"]
+        print(
+            f"{file['name']:<{width}}  {file['items_found']:>6,} of {file['items']:,} items"
+            + (f", {short:,} of them too short to be found" if short else "")
+        )
     print(f"rule: {found['rule']}; {found['searched']['documents']:,} documents looked through")
 
 

@@ -42,9 +42,10 @@ def measure_overlap(
     """What of `evaluations` (`.jsonl`, `.jsonl.gz`) is in a data set, or in `inputs`.
 
     Of the result, plain JSON, `files` has a row for each evaluation file: `name`, `sha256`,
-    `items`, `items_found`, and `ids` of the items found (their `id` field, else the number of their
-    line from 0); `documents` names the documents with what they share. `progress` is called with
-    the share done and the number of documents.
+    `items`, `items_found`, `ids` of the items found (their `id` field, else the number of their
+    line from 0), and `items_too_short`, those without a run that could be found; `documents` names
+    the documents with what they share. `progress` is called with the share done and the number of
+    documents.
 
     Raises:
         DataError: an evaluation file, the data set or an input cannot be read.
@@ -84,9 +85,13 @@ def measure_overlap(
     progress(1.0, number)
     told = report(evaluation, found)
     touched, first = {item for _, _, items in found for item in items}, 0
+    long_enough = set(evaluation.items.tolist())
     for file, path in zip(told["files"], map(Path, evaluations), strict=True):
         ids = enumerate(item_ids(path), start=first)
         file["ids"] = [name for item, name in ids if item in touched]
+        file["items_too_short"] = sum(
+            item not in long_enough for item in range(first, first + file["items"])
+        )
         first += file["items"]
     return {"format": FORMAT, "searched": {**looked_at, "documents": number}, **told}
 

@@ -28,6 +28,8 @@ class Overlap:
     """Ids of the items found, by SHA-256 of the file that they are in."""
     files: dict[str, str]
     """SHA-256 of each file, by its name."""
+    too_short: dict[str, int]
+    """How many items are too short to be found, by SHA-256 of the file."""
 
     def ids(self, task: TaskFile) -> tuple[str, ...] | None:
         """The task's items that were found, None if its file was not looked for.
@@ -54,6 +56,11 @@ def read_overlap(path: str | Path) -> Overlap:
             rule=report["rule"],
             found={file["sha256"]: tuple(file["ids"]) for file in files},
             files={file["name"]: file["sha256"] for file in files},
+            too_short={
+                file["sha256"]: file["items_too_short"]
+                for file in files
+                if "items_too_short" in file  # of no file that an older version wrote
+            },
         )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(

@@ -57,7 +57,7 @@ def evaluate_tasks(
         scores = score_tasks(
             subject.model, subject.coder, files, batch_tokens=batch_tokens, on_progress=progress
         )
-        tasks = _local_results(files, scores, overlap)
+        tasks = _local_results(files, scores, overlap, limited=limit is not None)
     else:
         from matilda_train.evals.harness_model import HarnessModel
 
@@ -133,7 +133,11 @@ def check_request(
 
 
 def _local_results(
-    files: Sequence[TaskFile], scores: Sequence[TaskScores], overlap: Overlap | None
+    files: Sequence[TaskFile],
+    scores: Sequence[TaskScores],
+    overlap: Overlap | None,
+    *,
+    limited: bool,
 ) -> dict[str, dict[str, Any]]:
     """By task: its metrics, its file, and which items were right, in order, as 0s and 1s."""
     by_name = {file.name: file for file in files}
@@ -149,5 +153,8 @@ def _local_results(
         }
         found = None if overlap is None or score.name not in by_name else overlap.ids(file)
         if found is not None:
+            assert overlap is not None
             tasks[score.name]["contaminated"] = len(set(found) & set(score.ids))
+            if not limited and file.sha256 in overlap.too_short:
+                tasks[score.name]["too_short"] = overlap.too_short[file.sha256]
     return tasks

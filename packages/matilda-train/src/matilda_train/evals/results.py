@@ -87,7 +87,11 @@ def write_page(
         searched = f"{found['searched']['documents']:,} documents"
         data_id = found["searched"].get("data_id")
         searched += f" of data set {data_id[:12]}" if data_id else ""
-        lines += ["", f"In training text: {found['rule']}; looked for in {searched}."]
+        lines += [
+            "",
+            f"In training text: {found['rule']}, of the items that have as many in a field; looked "
+            f"for in {searched}.",
+        ]
     for comparison in comparisons:
         lines += ["", *describe(comparison, markdown=True)]
     lines += ["", *(f"- {note}" for note in footnotes())] if comparisons else []
@@ -113,12 +117,21 @@ def table(tasks: Mapping[str, Mapping[str, Any]]) -> list[list[str]]:
             _percent(task, "acc"),
             _percent(task, "acc_norm"),
             _plain(task, "perplexity"),
-            "" if task.get("contaminated") is None else f"{task['contaminated']:,} items",
+            _contaminated(task),
         ]
         for name, task in tasks.items()
     ]
     used = [i for i in range(len(heads)) if i < 3 or any(row[i] for row in rows)]
     return [[row[i] for i in used] for row in [heads, *rows]]
+
+
+def _contaminated(task: Mapping[str, Any]) -> str:
+    """Of those items that are long enough to be found."""
+    if task.get("contaminated") is None:
+        return ""
+    if "too_short" not in task:
+        return f"{task['contaminated']:,} items"
+    return f"{task['contaminated']:,} of {task['items'] - task['too_short']:,.0f}"
 
 
 def _percent(task: Mapping[str, Any], name: str) -> str:
