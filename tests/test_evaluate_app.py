@@ -127,10 +127,12 @@ def test_tasks_scored_before_stay_in_the_runs_file(
     evaluate: App, run_dir: Path, task_dir: Path
 ) -> None:
     for task in ("sciq", "winogrande"):
-        done = evaluate(*("--run", run_dir, "--tasks", task, "--task-dir", task_dir))
+        given = ("--run", run_dir, "--tasks", task, "--task-dir", task_dir)
+        done = evaluate(*given, "--compare", "pythia-160m")
         assert done.returncode == 0, done.stderr
     kept = json.loads((run_dir / "evals" / "step-00000012.json").read_text())
     assert list(kept["tasks"]) == ["sciq", "winogrande"]
+    assert list(kept["comparisons"]["pythia-160m"]) == ["sciq", "winogrande", "average"]
 
 
 def test_a_run_goes_on_after_an_evaluation_as_if_there_had_been_none(

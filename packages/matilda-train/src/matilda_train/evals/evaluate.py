@@ -14,7 +14,7 @@ from matilda_train.console import Display, SilentDisplay
 from matilda_train.evals import pythia
 from matilda_train.evals.contamination import Overlap, add_clean_scores, read_overlap
 from matilda_train.evals.harness import evaluate_harness, require_harness
-from matilda_train.evals.results import FORMAT
+from matilda_train.evals.results import FORMAT, accuracies
 from matilda_train.evals.subject import Subject
 from matilda_train.evals.task_files import TaskFile, read_tasks
 from matilda_train.evals.task_scores import TaskScores, plain_metrics, score_tasks
@@ -78,13 +78,8 @@ def evaluate_tasks(
     }
     if overlap is not None:
         results["contamination"] = {"rule": overlap.rule, "searched": overlap.searched}
-    accuracies = {
-        name: (task["acc"], int(task["items"]))
-        for name, task in tasks.items()
-        if task.get("acc") is not None
-    }
     comparisons = [
-        pythia.compare_with(model, accuracies, tokens=results["tokens"]) for model in compare
+        pythia.compare_with(model, accuracies(tasks), tokens=results["tokens"]) for model in compare
     ]
     if comparisons:
         results["comparisons"] = {each.model: each.to_dict() for each in comparisons}

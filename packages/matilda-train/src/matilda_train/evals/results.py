@@ -9,13 +9,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matilda_train.evals.pythia import Comparison, describe, footnotes
+from matilda_train.evals.pythia import Comparison, compare_with, describe, footnotes
 from matilda_train.metrics_log import MetricsLog
 from matilda_train.report.section import describe_provenance, replace_section
 from matilda_train.report.tables import markdown_table
 from matilda_train.run_dir import RunDir, write_output
 
-__all__ = ["FORMAT", "record_in_run", "scores_only", "table", "write_page", "write_results"]
+__all__ = [
+    "FORMAT",
+    "accuracies",
+    "record_in_run",
+    "scores_only",
+    "table",
+    "write_page",
+    "write_results",
+]
 
 FORMAT = "matilda-evaluation/1"
 MADE_WITH = ("git_sha", "uncommitted", "device", "torch", "cuda", "python", "data_id")
@@ -43,7 +51,13 @@ def record_in_run(results: Mapping[str, Any], run_dir: Path) -> tuple[Path, str]
             before = json.loads(path.read_text(encoding="utf-8")).get("tasks", {})
         except (ValueError, AttributeError):
             before = {}  # damaged: these results replace it
-    write_results({**results, "tasks": {**before, **results["tasks"]}}, path)
+    kept = {**results, "tasks": {**before, **results["tasks"]}}
+    if "comparisons" in kept and before:  # of all the tasks that are kept, then
+        kept["comparisons"] = {
+            model: compare_with(model, accuracies(kept["tasks"]), tokens=kept["tokens"]).to_dict()
+            for model in kept["comparisons"]
+        }
+    write_results(kept, path)
     row = {name: results[name] for name in ("step", "tokens")}
     scores = {name: scores_only(task) for name, task in results["tasks"].items()}
     try:
@@ -99,6 +113,15 @@ def write_page(
     lines += ["", "Made by", "", "```sh", command, "```", ""]
     lines.append(f"with {describe_provenance(made_with)}.")
     replace_section(page, f"evaluation: {name}", "\n".join(lines), title="Results")
+
+
+def accuracies(tasks: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[float, int]]:
+    """(accuracy, items) of each task that has one, as `compare_with` takes them."""
+    return {
+        name: (task["acc"], int(task["items"]))
+        for name, task in tasks.items()
+        if task.get("acc") is not None
+    }
 
 
 def scores_only(task: Mapping[str, Any]) -> dict[str, Any]:
