@@ -213,3 +213,11 @@ def test_an_export_whose_logits_disagree_writes_nothing(
 def test_a_shape_without_a_counterpart_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="`qk_norm` is off"):
         export_transformers(made(qk_norm=False), tmp_path / "out", torch.zeros(1, 4).long())
+
+
+@pytest.mark.parametrize("shape", [(4,), (1, 1), (0, 4)])
+def test_too_few_ids_to_check_an_export_on_are_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="give rows of at least two"):
+        export_transformers(made(), tmp_path / "out", torch.zeros(shape, dtype=torch.int64))

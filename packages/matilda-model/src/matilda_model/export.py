@@ -65,6 +65,11 @@ def export_transformers(
     for name in ("residual_scalars", "value_embeddings", "window", "document_token"):
         if getattr(config, name) not in (None, False):
             raise ValueError(f"`{name}` has no counterpart in transformers' Qwen3: not exported")
+    if check_ids_BT.ndim != 2 or check_ids_BT.shape[1] < 2 or check_ids_BT.shape[0] < 1:
+        raise ValueError(
+            f"`check_ids_BT` has shape {tuple(check_ids_BT.shape)!r}: give rows of at least two "
+            "ids, for one alone shows neither attention nor positions"
+        )
     if folder.exists():
         raise ValueError(f"{str(folder)!r} exists: choose a new folder for the export")
     try:
