@@ -69,7 +69,11 @@ def test_no_future_token_leaks_into_the_past(config: ModelConfig) -> None:
     assert not torch.equal(before[:, 20:], after[:, 20:])
 
 
-@pytest.mark.parametrize("config", [TINY, TINY_HERO, HERO], ids=["tiny", "tiny_hero", "hero"])
+@pytest.mark.parametrize(
+    "config",
+    [TINY, TINY_HERO, dataclasses.replace(HERO, n_layers=2)],
+    ids=["tiny", "tiny_hero", "hero's width and vocabulary"],
+)
 def test_initial_loss_is_within_one_percent_of_ln_vocab(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = Transformer(config)
@@ -84,8 +88,8 @@ def test_one_batch_is_overfit(config: ModelConfig) -> None:
     torch.manual_seed(0)
     model = Transformer(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
-    ids = torch.randint(0, 128, (4, 33))
-    for _ in range(120):
+    ids = torch.randint(0, 128, (2, 17))
+    for _ in range(80):
         out = model(ids[:, :-1], ids[:, 1:])
         optimizer.zero_grad()
         out.loss.backward()
