@@ -353,6 +353,21 @@ def test_a_wrong_config_is_refused_in_one_sentence(change: dict[str, object], me
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)])
+@pytest.mark.parametrize("loss", ["plain", "chunked"])
+def test_empty_and_single_token_batches_are_batches(shape: tuple[int, int], loss: str) -> None:
+    model = Transformer(dataclasses.replace(TINY_HERO, loss=loss))
+    for dtype in (torch.float32, torch.bfloat16):
+        model.compute_dtype = dtype
+        ids = torch.zeros(shape, dtype=torch.int64)
+        out = model(ids, ids)
+        out.loss.backward()
+        assert model(ids).shape == (*shape, 128)
+        assert model(ids, ids, per_token=True).shape == shape
+        assert bool(out.loss > 0) is (ids.numel() > 0)
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in model.parameters())
+
+
 def test_a_sequence_longer_than_max_seq_len_is_refused() -> None:
     with pytest.raises(ValueError, match="65 tokens exceeds `max_seq_len` 64"):
         Transformer(TINY)(torch.zeros(1, 65, dtype=torch.int64))

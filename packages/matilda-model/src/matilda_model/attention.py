@@ -226,16 +226,16 @@ class Attention(nn.Module):
         return q_BTHE, _norm_and_rotate(k_BTKE, self.k_norm, cos, sin), v_BTKE
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads = (*x_BTD.shape[:2], -1, self.head_dim)
+        rows, e = x_BTD.shape[:2], self.head_dim
         q, k, v = self.q.weight, self.k.weight, self.v.weight
         if x_BTD.dtype == q.dtype:
             return (
-                F.linear(x_BTD, q).view(heads),
-                F.linear(x_BTD, k).view(heads),
-                F.linear(x_BTD, v).view(heads),
+                F.linear(x_BTD, q).view(*rows, self.n_heads, e),
+                F.linear(x_BTD, k).view(*rows, self.n_kv_heads, e),
+                F.linear(x_BTD, v).view(*rows, self.n_kv_heads, e),
             )
-        qkv = self._joint_product(x_BTD).view(heads)
         sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
+        qkv = self._joint_product(x_BTD).view(*rows, sum(sizes), e)
         q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, sizes, dim=-2)
         return q_BTHE, k_BTKE, v_BTKE
 
