@@ -37,11 +37,12 @@ def collect_provenance(device: torch.device) -> dict[str, Any]:
     checkout, as on a machine that it was copied to, `MATILDA_COMMIT` may name its commit.
     """
     source = Path(__file__).resolve().parent
-    root = _git(source, "rev-parse", "--show-toplevel")
+    found = _git(source, "rev-parse", "--show-toplevel", "HEAD")
+    root, commit = found.splitlines() if found else (None, None)
     diff = _git(source, "diff", "HEAD") if root else None
     lock = Path(root) / "uv.lock" if root else None
     return {
-        "git_sha": _git(source, "rev-parse", "HEAD") or os.environ.get("MATILDA_COMMIT"),
+        "git_sha": commit or os.environ.get("MATILDA_COMMIT"),
         "git_diff_sha256": hashlib.sha256(diff.encode()).hexdigest() if diff else None,
         "lock_sha256": hashlib.sha256(lock.read_bytes()).hexdigest()
         if lock and lock.is_file()
