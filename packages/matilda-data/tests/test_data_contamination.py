@@ -62,8 +62,8 @@ def test_contaminated_documents_are_dropped_and_named(corpus: Path, tmp_path: Pa
 
 def test_evaluation_set_that_cannot_be_read_is_refused(corpus: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    bad.write_text('{"a": 1}\n{"a": \n')
-    for path, match in ((bad, r"line 2 of .*bad\.jsonl"), (tmp_path / "no.jsonl", "cannot read")):
+    bad.write_text('{"a": 1}\n\n{"a": \n')
+    for path, match in ((bad, r"line 3 of .*bad\.jsonl"), (tmp_path / "no.jsonl", "cannot read")):
         with pytest.raises(DataError, match=match):
             prepare_text(corpus, tmp_path / "out", tokenizer="byte", decontaminate=[path])
     assert not (tmp_path / "out").exists()

@@ -263,10 +263,10 @@ def test_text_is_kept_to_the_byte(tmp_path: Path) -> None:
         assert manifest.preparation["dropped"] == {"duplicates": 0, "empty": 1, "contaminated": 0}
 
 
-def refuse(tmp_path: Path, inputs: object, match: str, workers: int = 1, **options: object) -> None:
+def refuse(tmp_path: Path, inputs: object, match: str, **options: object) -> None:
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(DataError, match=match) as caught:
-        prepare(inputs, tmp_path / "out", workers=workers, **options)
+        prepare(inputs, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before, "a refused preparation left something behind"
 
@@ -285,7 +285,6 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
     refuse(tmp_path, tmp_path / "in" / "image.png", "unknown type")
 
 
-@pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize(
     ("line", "match"),
     [
@@ -299,10 +298,19 @@ def test_nothing_to_read_is_refused(tmp_path: Path) -> None:
         (b'{"text": "a", "n": ' + b"9" * 5000 + b"}", "line 2 .*is not JSON .*4300"),
     ],
 )
-def test_bad_lines_are_named(tmp_path: Path, line: bytes, match: str, workers: int) -> None:
+def test_bad_lines_are_named(tmp_path: Path, line: bytes, match: str) -> None:
     good = b'{"text": "good"}\n'
     (tmp_path / "b.jsonl").write_bytes(good + line + b"\n" + good)
-    refuse(tmp_path, tmp_path / "b.jsonl", match, workers)
+    refuse(tmp_path, tmp_path / "b.jsonl", match)
+
+
+def test_bad_line_that_a_worker_process_met_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 1)  # a unit for each line
+    (tmp_path / "b.jsonl").write_text('{"text": "good"}\n[1]\n{"text": "fine"}\n')
+    with pytest.raises(DataError, match=r"line 2 of .*b\.jsonl' has no string `text`"):
+        prepare(tmp_path / "b.jsonl", tmp_path / "out", workers=2)
 
 
 def test_undecodable_bytes_are_refused_or_replaced(tmp_path: Path) -> None:

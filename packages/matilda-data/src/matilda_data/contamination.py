@@ -145,17 +145,19 @@ def _items(path: Path) -> Iterator[object]:
     try:
         with opener(path, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8") as lines:
             for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
                 try:
                     yield json.loads(line)
-                except ValueError:
+                except (ValueError, RecursionError):
                     raise DataError(f"line {number} of {str(path)!r} is not JSON") from None
     except (OSError, EOFError, UnicodeDecodeError, zlib.error) as error:
         raise DataError(f"cannot read evaluation set {str(path)!r}: {error}") from None
 
 
 def item_ids(path: Path) -> list[str]:
-    """The `id` of each item of a file that `build_evaluation_set` reads; without one, the number of
-    its line from 0."""
+    """The `id` of each item of a file that `build_evaluation_set` reads; without one, its number
+    from 0."""
     return [
         str(item["id"] if isinstance(item, dict) and "id" in item else number)
         for number, item in enumerate(_items(path))
@@ -165,7 +167,7 @@ def item_ids(path: Path) -> list[str]:
 def build_evaluation_set(paths: Sequence[str | os.PathLike[str]]) -> EvaluationSet:
     """Read evaluation items, one JSON object a line of `.jsonl` or `.jsonl.gz` files.
 
-    Every string anywhere in an item counts.
+    Every string anywhere in an item counts. Empty lines are none.
 
     Raises:
         DataError: a file cannot be read.

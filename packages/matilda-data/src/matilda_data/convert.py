@@ -55,7 +55,6 @@ def import_bin(
         raise DataError(f"{str(directory)!r} already holds a data set; choose another directory")
     if any(Path(path).resolve().parent == directory.resolve() for path in (*train, *val)):
         raise DataError(f"{str(directory)!r} holds shards to convert; choose another directory")
-    encoder = load_tokenizer(tokenizer)
     listed = {"train": list(train), "val": list(val)}
     opened = {
         split: open_bin(paths, tokenizer=tokenizer, split=split)
@@ -79,13 +78,7 @@ def import_bin(
     )
     content = [[entry.split, entry.sha256] for entry in entries]
     manifest = Manifest(
-        tokenizer={
-            "name": encoder.name,
-            "vocab_size": encoder.vocab_size,
-            "eot_id": encoder.eot_id,
-            "sha256": encoder.sha256,
-            "pattern": encoder.pattern,
-        },
+        tokenizer=load_tokenizer(tokenizer).identity(),
         sources=(source,),
         shards=tuple(entries),
         preparation={

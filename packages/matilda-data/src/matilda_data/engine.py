@@ -197,15 +197,8 @@ class Engine:
             raw = (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode("utf-8")
             write_durably(self.directory / REPORT_NAME, raw)
             preparation["contamination_report_sha256"] = hashlib.sha256(raw).hexdigest()
-        encoder = self.tokenizer
         manifest = Manifest(
-            tokenizer={
-                "name": encoder.name,
-                "vocab_size": encoder.vocab_size,
-                "eot_id": encoder.eot_id,
-                "sha256": encoder.sha256,
-                "pattern": encoder.pattern,
-            },
+            tokenizer=self.tokenizer.identity(),
             sources=tuple(packed.sources),
             shards=tuple(packed.shards),
             preparation=preparation,

@@ -42,10 +42,9 @@ def measure_overlap(
     """What of `evaluations` (`.jsonl`, `.jsonl.gz`) is in a data set, or in `inputs`.
 
     Of the result, plain JSON, `files` has a row for each evaluation file: `name`, `sha256`,
-    `items`, `items_found`, `ids` of the items found (their `id` field, else the number of their
-    line from 0), and `items_too_short`, those without a run that could be found; `documents` names
-    the documents with what they share. `progress` is called with the share done and the number of
-    documents.
+    `items`, `items_found`, `ids` of the items found (their `id` field, else their number from 0),
+    and `items_too_short`, those without a run that could be found; `documents` names the documents
+    with what they share. `progress` is called with the share done and the number of documents.
 
     Raises:
         DataError: an evaluation file, the data set or an input cannot be read.

@@ -302,14 +302,14 @@ def take_over(other: Path, engine: Engine, preparation: Mapping[str, Any]) -> No
         engine.journal.append(record)
 
 
-def _as_list(inputs: PathLike | Sequence[PathLike]) -> list[PathLike]:
+def _as_list(inputs: Any) -> list[Any]:
     return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
 
 
 def _as_sources(
     inputs: PathLike | Sequence[PathLike] | Sequence[TextSource],
 ) -> list[TextSource]:
-    items: list[Any] = [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    items = _as_list(inputs)
     named = [item for item in items if isinstance(item, TextSource)]
     if not named:
         return [TextSource(name="text", inputs=items)]

@@ -77,6 +77,16 @@ class Tokenizer:
         self._ranks = ranks
         self._splits = splits
 
+    def identity(self) -> dict[str, str | int]:
+        """What a manifest says of it."""
+        return {
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            "sha256": self.sha256,
+            "pattern": self.pattern,
+        }
+
     def encode(self, text: str) -> TokenArray:
         """uint16[n] ids of `text`; special-token spellings in it are encoded as plain text.
 
