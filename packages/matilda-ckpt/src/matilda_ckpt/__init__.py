@@ -14,6 +14,7 @@ from matilda_ckpt.errors import (
     NoValidCheckpointError,
     OtherFormatError,
     SaveError,
+    UnreadableError,
 )
 from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.reading import VerifyReport, load_state, verify
@@ -39,6 +40,7 @@ __all__ = [
     "SaveHandle",
     "Scrubber",
     "Skipped",
+    "UnreadableError",
     "VerifyReport",
     "capture_rng",
     "load_state",

@@ -5,12 +5,18 @@ Nothing here imports torch, takes a lock or changes anything on disk.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from matilda_ckpt.errors import CheckpointError, DamagedError, OtherFormatError
+from matilda_ckpt.errors import (
+    CheckpointError,
+    DamagedError,
+    OtherFormatError,
+    UnreadableError,
+)
 from matilda_ckpt.fs import Entry, Fs, read_small
 from matilda_ckpt.manifest import (
     COMMIT_NAME,
@@ -49,6 +55,8 @@ class CheckpointInfo:
     manifest_sha256: str = ""
     other_format: bool = False
     """It is not damaged, but another version of this package wrote it."""
+    unreadable: bool = False
+    """It may be intact, but cannot be read at present; see `UnreadableError`."""
 
 
 def parse_name(name: str) -> tuple[int, int] | None:
@@ -86,6 +94,7 @@ class Catalog:
                         parsed[0],
                         problem=str(error),
                         other_format=isinstance(error, OtherFormatError),
+                        unreadable=isinstance(error, UnreadableError),
                     )
                 )
         found.sort(key=lambda info: info.name)
@@ -112,7 +121,7 @@ class Catalog:
         try:
             stamp = tuple(self.fs.listdir(path))
         except OSError as error:
-            raise DamagedError(f"checkpoint `{path}` cannot be read: {reason_of(error)}") from error
+            raise _not_read(f"checkpoint `{path}`", error) from error
         known = self._opened.get(name)
         if known is not None and known[0] == stamp and not fresh:
             return known[1], known[2]
@@ -130,7 +139,7 @@ class Catalog:
                 raise damaged(file, f"is not the one that `{COMMIT_NAME}` seals")
             manifest = parse_manifest(data)
         except OSError as error:
-            raise damaged(file, f"cannot be read: {reason_of(error)}") from error
+            raise _not_read(f"checkpoint `{path}`: `{file}`", error) from error
         except ValueError as error:
             other = self._other_format(path)
             if other is not None:
@@ -196,7 +205,9 @@ class Catalog:
         path = f"{self.root}/{name}"
         try:
             data = read_small(self.fs, f"{path}/{file}", entry.size)
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise _not_read(f"checkpoint `{path}`: `{file}`", error) from error
+        except ValueError as error:
             raise DamagedError(f"checkpoint `{path}`: `{file}` cannot be read: {error}") from error
         if len(data) != entry.size or hashlib.sha256(data).hexdigest() != entry.sha256:
             raise DamagedError(f"checkpoint `{path}`: `{file}` is damaged (SHA-256 differs)")
@@ -220,9 +231,7 @@ class Catalog:
                 lambda text: DamagedError(f"checkpoint `{path}`: `{file}` {text}"),
             )
         except OSError as error:
-            raise DamagedError(
-                f"checkpoint `{path}`: `{file}` cannot be read: {reason_of(error)}"
-            ) from error
+            raise _not_read(f"checkpoint `{path}`: `{file}`", error) from error
 
     def read_one_tensor(
         self, name: str, manifest: Manifest, file: str, key: str, buffer: memoryview
@@ -233,9 +242,7 @@ class Catalog:
         try:
             good = read_one_tensor(self.fs, f"{path}/{file}", entry, key, buffer)
         except OSError as error:
-            raise DamagedError(
-                f"checkpoint `{path}`: `{file}` cannot be read: {reason_of(error)}"
-            ) from error
+            raise _not_read(f"checkpoint `{path}`: `{file}`", error) from error
         if not good:
             raise DamagedError(
                 f"checkpoint `{path}`: `{file}` has a damaged tensor {key!r} (SHA-256 differs)"
@@ -261,6 +268,21 @@ def info_of(root: str, name: str, manifest: Manifest, sha256: str) -> Checkpoint
         metrics=manifest.metrics,
         manifest_sha256=sha256,
     )
+
+
+_NO_DAMAGE = {
+    *(errno.EACCES, errno.EPERM, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EBUSY),
+    *(errno.EAGAIN, errno.EINTR, errno.ESTALE, errno.ETIMEDOUT),
+}
+
+
+def _not_read(what: str, error: OSError) -> CheckpointError:
+    """The error to raise: damage, unless the system refused for a reason of its own."""
+    text = f"{what} cannot be read: {reason_of(error)}"
+    refused = isinstance(error, PermissionError | TimeoutError | ConnectionError)
+    if refused or error.errno in _NO_DAMAGE:
+        return UnreadableError(f"{text}; it stays where it is: mend that, then try again")
+    return DamagedError(text)
 
 
 def reason_of(error: OSError) -> str:

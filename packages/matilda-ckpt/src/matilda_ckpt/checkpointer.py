@@ -16,7 +16,13 @@ from typing import TYPE_CHECKING, Literal
 
 from matilda_ckpt.background import Background, SaveHandle
 from matilda_ckpt.catalog import CheckpointInfo
-from matilda_ckpt.errors import DamagedError, NoValidCheckpointError, OtherFormatError
+from matilda_ckpt.errors import (
+    CheckpointError,
+    DamagedError,
+    NoValidCheckpointError,
+    OtherFormatError,
+    UnreadableError,
+)
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest
@@ -264,10 +270,11 @@ class Checkpointer:
             accept: without a `step`: passes over every checkpoint for which it is false, such as
                 those that a rollback undid; they stay where they are.
 
-        Damaged checkpoints are moved to `quarantine/` and the next older one is tried; one that
-        another version of the format wrote is an OtherFormatError, and stays. Returns None only
-        when the directory holds no checkpoint at all. Raises NoValidCheckpointError when some exist
-        and none can be used, ValueError when a name or the step is not there.
+        Damaged checkpoints are moved to `quarantine/` and the next older one is tried. One that
+        another version of the format wrote is an OtherFormatError, one that the system refuses to
+        read an UnreadableError; they stay. Returns None only when the directory holds no checkpoint
+        at all. Raises NoValidCheckpointError when some exist and none can be used, ValueError when
+        a name or the step is not there.
         """
         self._background.settle()
         if not self.read_only and self._store.fs.entry(self._store.root) is not None:
@@ -275,10 +282,8 @@ class Checkpointer:
         skipped: list[Skipped] = []
         for info in self._candidates(step):
             try:
-                if info.other_format:
-                    raise OtherFormatError(str(info.problem))
                 if info.problem is not None:
-                    raise DamagedError(info.problem)
+                    raise _problem_of(info)
                 if step is None and not info.healthy:
                     skipped.append(Skipped(info.name, info.step, "it is not healthy"))
                     continue
@@ -349,8 +354,8 @@ class Checkpointer:
         if path_or_step is not None and not isinstance(path_or_step, int):
             return load_state(path_or_step, names=names)
         found = self._candidates(path_or_step)
-        if found and found[0].other_format:
-            raise OtherFormatError(str(found[0].problem))
+        if found and (found[0].other_format or found[0].unreadable):
+            raise _problem_of(found[0])
         newest = found[0] if found else None
         if path_or_step is None:
             found = [info for info in found if info.problem is None and info.healthy]
@@ -406,3 +411,13 @@ class Checkpointer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _problem_of(info: CheckpointInfo) -> CheckpointError:
+    """What opening it said."""
+    kind: type[CheckpointError] = DamagedError
+    if info.other_format:
+        kind = OtherFormatError
+    elif info.unreadable:
+        kind = UnreadableError
+    return kind(info.problem)

@@ -26,6 +26,12 @@ class OtherFormatError(CheckpointError):
     """A checkpoint is of another version of the format, its seal intact; it stays where it is."""
 
 
+class UnreadableError(CheckpointError):
+    """A checkpoint could not be read for a reason that says nothing of its content: rights, too
+    many open files, memory, a timeout, the way to an object store. It stays where it is.
+    """
+
+
 class LockedError(CheckpointError):
     """Another live process is writing to the same directory, or has taken it over."""
 

@@ -35,10 +35,12 @@ def _as_os_errors(path: str) -> Iterator[None]:
     """Clients raise errors of their own; the protocol knows OSError only."""
     try:
         yield
-    except (OSError, ValueError):
+    except (FileNotFoundError, FileExistsError, PermissionError, ValueError):
         raise
     except Exception as error:
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", path) from error
+        # Of the way to the object, not of the object, which the store itself keeps whole.
+        text = f"{type(error).__name__}: {error}"
+        raise TimeoutError(errno.ETIMEDOUT, text, path) from error
 
 
 class ObjectFs:

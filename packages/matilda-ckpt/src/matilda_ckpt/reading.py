@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matilda_ckpt.catalog import Catalog
-from matilda_ckpt.errors import DamagedError, OtherFormatError
+from matilda_ckpt.errors import CheckpointError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest
@@ -41,7 +41,7 @@ def verify(
     catalog, name = open_catalog(path, fs)
     try:
         manifest = catalog.verify(name) if deep else catalog.open(name)[0]
-    except (DamagedError, OtherFormatError) as error:
+    except CheckpointError as error:
         return VerifyReport(Path(path), False, str(error), None)
     return VerifyReport(Path(path), True, None, manifest)
 

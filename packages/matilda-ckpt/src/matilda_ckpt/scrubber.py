@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from matilda_ckpt.catalog import Catalog
-from matilda_ckpt.errors import DamagedError
+from matilda_ckpt.errors import CheckpointError, DamagedError
 from matilda_ckpt.fs import Fs, OsFs
 
 _LOG = logging.getLogger("matilda_ckpt")
@@ -87,7 +87,7 @@ class Scrubber:
         while not self._stop.wait(self._every_s):
             try:
                 self.scrub_one()
-            except OSError as error:
+            except (OSError, CheckpointError) as error:
                 _LOG.warning("scrubbing `%s` failed: %s", self._catalog.root, error)
 
     def __enter__(self) -> Scrubber:

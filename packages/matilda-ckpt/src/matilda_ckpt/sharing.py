@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 
 from matilda_ckpt import system_calls
 from matilda_ckpt.catalog import Catalog
-from matilda_ckpt.errors import DamagedError
+from matilda_ckpt.errors import DamagedError, UnreadableError
 from matilda_ckpt.manifest import FileEntry, Manifest, TensorEntry
 from matilda_ckpt.tensor_file import TensorFilePlan, TensorSource, chunks, plan_tensor_file
 
@@ -108,7 +108,7 @@ def share(
     assert before.second is not None
     try:
         catalog.read_tensors(before.second_name, before.second, file, lambda _name, _tensor: None)
-    except DamagedError:
+    except (DamagedError, UnreadableError):
         return None
     source = f"{catalog.root}/{before.second_name}/{file}"
     for make in (catalog.fs.clone, catalog.fs.link):

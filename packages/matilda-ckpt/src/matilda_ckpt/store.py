@@ -28,7 +28,13 @@ from matilda_ckpt.catalog import (
     parse_name,
     reason_of,
 )
-from matilda_ckpt.errors import CheckpointError, DamagedError, NotFiniteError, SaveError
+from matilda_ckpt.errors import (
+    CheckpointError,
+    DamagedError,
+    NotFiniteError,
+    SaveError,
+    UnreadableError,
+)
 from matilda_ckpt.fs import Entry, Fs, WriteFile, remove_tree
 from matilda_ckpt.manifest import (
     COMMIT_NAME,
@@ -344,7 +350,7 @@ class Store(Catalog):
         stamp = self._stamp(name)
         try:
             self.verify(name)
-        except DamagedError:
+        except (DamagedError, UnreadableError):
             return False
         self._verified[name] = stamp
         return True

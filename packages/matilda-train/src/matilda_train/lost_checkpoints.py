@@ -25,7 +25,7 @@ def finished_step(run_dir: Path) -> int | None:
         return None
     step: int = finish["step"]
     found = Checkpointer(run_dir / "checkpoints", read_only=True).list()
-    intact = [info.step for info in found if info.problem is None or info.other_format]
+    intact = [i.step for i in found if i.problem is None or i.other_format or i.unreadable]
     return step if not found or max(intact, default=-1) >= step else None
 
 
