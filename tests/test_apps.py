@@ -46,15 +46,13 @@ def loaded_app(server: TrainServer, command: str, cwd: Path) -> subprocess.Compl
 
 
 def test_dry_run_of_the_calibration_config_leaves_nothing_behind(
-    server: TrainServer, tmp_path: Path, pytestconfig: pytest.Config
+    server: TrainServer, tmp_path: Path
 ) -> None:
-    whole = pytestconfig.getoption("--run-slow")
-    batch = "" if whole else " train.tokens_per_step=1024 train.micro_batch_size=1"
     done = loaded_app(
         server,
         f"apps/train.py --config {ROOT}/configs/calibration.json --dry-run --set "
         "model.d_model=128 model.n_layers=2 train.total_steps=20 train.device=cpu "
-        f"train.compile=false{batch}",
+        "train.compile=false",
         tmp_path,
     )
     assert done.returncode == 0, done.stderr

@@ -71,7 +71,7 @@ def verify_resume(
 
     Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
-    if min(kills, *(spread or ())) < 0:
+    if min((kills, *(spread or ()))) < 0:
         raise ValueError("`--kills`, `--sigkills` and `--sigterms` must be 0 or more.")
     config = load_config(config_path, overrides)
     proof = Proof(
