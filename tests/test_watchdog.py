@@ -29,13 +29,16 @@ def test_rank_that_waits_for_a_stopped_one_names_it_and_the_phase(
     code = server.run(tiny_config, run_dir, corpus, set=patience(3), **fault)
     said = server.log.read_text()
     assert code == EXIT_HUNG, said
-    found = re.search(r"error: rank 0 hangs: no progress for . s while training, at step 4, ", said)
+    # Rank 1 may be stopped before rank 0 has all of what step 3 exchanges.
+    pattern = r"error: rank 0 hangs: no progress for . s while training, at step ([34]), "
+    found = re.search(pattern, said)
     assert found, said
+    step = int(found[1])
     assert "rank 1 is silent (stopped, dead or cut off)" in said
-    [dump] = (run_dir / "hangs").glob("step-00000004-rank-0-*.txt")
+    [dump] = (run_dir / "hangs").glob(f"step-{step:08}-rank-0-*.txt")
     assert 'matilda_train/loop.py", line' in dump.read_text()
     event = read_rows(run_dir / "events.jsonl")[-1]
-    assert (event["event"], event["phase"], event["step"]) == ("hang", "training", 4)
+    assert (event["event"], event["phase"], event["step"]) == ("hang", "training", step)
     assert "rank 1 is silent" in event["peers"][0]
     # What a launcher does next: the newest checkpoint stands.
     assert server.run(tiny_config, run_dir, corpus, ranks=2, set=FEW) == 0

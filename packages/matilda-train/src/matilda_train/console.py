@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -72,7 +73,7 @@ class TerminalDisplay:
         self._end()
         self._what, self._total, self._first = what, total, done
         self._began = time.monotonic()
-        self._spoke, self._whole = self._began - self._interval, False
+        self._spoke, self._whole = -math.inf, False
         self._progress = _live_bar()
         if self._progress is not None:
             with suppress(OSError):
