@@ -75,7 +75,15 @@ def test_ctrl_c_ends_the_waiting_for_a_store_that_is_down() -> None:
     with socket.socket() as closed:  # bound, but nobody listens
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/{{blob_id}}"
-        threading.Timer(0.2, os.kill, [os.getpid(), signal.SIGINT]).start()
+        main = threading.main_thread().ident
+        assert main is not None
+
+        def press_once_it_waits_for_an_answer() -> None:
+            while sys._current_frames()[main].f_back.f_code.co_name != "result":  # type: ignore[union-attr]
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=press_once_it_waits_for_an_answer, daemon=True).start()
         with pytest.raises(KeyboardInterrupt):
             fetch_blobs(url, ["0" * 40] * 100, Retry(first_wait=10**6, longest_wait=10**6))
 
