@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -144,21 +144,55 @@ def test_run_that_has_saved_never_begins_from_scratch_by_itself(
     assert [log.read_bytes() for log in logs] == before  # a copy by hard links is one's own, too
 
 
-@pytest.mark.parametrize("lost", ["step-00000012", "step-00000012/COMMIT"])
+def flip_last_bit(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "model.safetensors").write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (shutil.rmtree, "step 12 is gone"),
+        (lambda checkpoint: (checkpoint / "COMMIT").unlink(), "`COMMIT` is missing; it is now"),
+        (flip_last_bit, "`model.safetensors` has a damaged tensor"),
+    ],
+    ids=["gone", "unsealed", "flipped bit"],
+)
 def test_finished_run_without_its_last_checkpoint_makes_it_again(
-    lost: str, server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+    harm: Callable[[Path], None],
+    said: str,
+    server: TrainServer,
+    tiny_config: Path,
+    corpus: Path,
+    twin: Path,
+    tmp_path: Path,
 ) -> None:
     run_dir = tmp_path / "run"
     shutil.copytree(twin, run_dir)
-    gone = run_dir / "checkpoints" / lost
-    is_whole = gone.is_dir()
-    shutil.rmtree(gone) if is_whole else gone.unlink()
+    harm(run_dir / "checkpoints/step-00000012")
     request = ["--config", str(tiny_config), "--data-dir", str(corpus), "--run-dir", str(run_dir)]
     done = server.run_program(ROOT / "apps/train.py", request, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert ("step 12 is gone" if is_whole else "`COMMIT` is missing") in done.stderr
+    assert said in done.stderr
     assert state_sha256(run_dir) == state_sha256(twin)
     assert untimed_rows(run_dir) == untimed_rows(twin)
+
+
+def test_finished_run_whose_only_checkpoint_is_damaged_is_never_called_complete(
+    server: TrainServer, tiny_config: Path, corpus: Path, twin: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(twin, run_dir)
+    *older, last = sorted((run_dir / "checkpoints").glob("step-*"))
+    for checkpoint in older:
+        shutil.rmtree(checkpoint)
+    flip_last_bit(last)
+    for said in ("has a damaged tensor", "only 1 damaged in `quarantine`"):
+        server.log.write_text("")
+        assert server.run(tiny_config, run_dir, corpus) == 4
+        [line] = [line for line in server.log.read_text().splitlines() if "error:" in line]
+        assert said in line
 
 
 def test_calendar_clock_that_jumps_changes_nothing(

@@ -141,7 +141,7 @@ def train(
                 display.note(change)
         ranks.barrier()
         run = RunDir.read(run_dir)
-        finished = finished_step(run_dir)
+        finished = finished_step(run_dir, display.note)
         ranks.require_same(run_id=run["run_id"], finished=finished)
         if finished is not None:
             return TrainResult("already_finished", run_dir, finished)

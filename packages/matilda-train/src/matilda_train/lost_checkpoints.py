@@ -6,27 +6,46 @@ a copy, or lie on a disk that is not mounted are named, and a person decides.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from matilda_ckpt import Checkpointer, NoValidCheckpointError, Restored
+from matilda_ckpt import Checkpointer, NoValidCheckpointError, Restored, verify
 from matilda_train.metrics_log import EventLog, read_rows
 
 __all__ = ["describe_lost", "finished_step"]
 
+PATIENCE_SECONDS = 2.0
 
-def finished_step(run_dir: Path) -> int | None:
+
+def finished_step(run_dir: Path, note: Callable[[str], None]) -> int | None:
     """The step that the run finished at; None while it has something to do.
 
-    That is so, too, where its last checkpoint is damaged or gone and an older one is there. Without
-    any checkpoint the events are believed: metrics alone may have been kept.
+    It has where its last checkpoint is damaged, of which every byte is hashed, or gone. Without any
+    checkpoint, set aside ones included, the events are believed: metrics alone may have been kept.
+    `note` is told when the hashing takes long.
     """
     finish = EventLog(run_dir / "events.jsonl").last("finish")
     if finish is None or not isinstance(finish.get("step"), int):
         return None
     step: int = finish["step"]
-    found = Checkpointer(run_dir / "checkpoints", read_only=True).list()
-    intact = [i.step for i in found if i.problem is None or i.other_format or i.unreadable]
-    return step if not found or max(intact, default=-1) >= step else None
+    folder = run_dir / "checkpoints"
+    found = Checkpointer(folder, read_only=True).list()
+    if not found:
+        set_aside = any(folder.glob(f"quarantine/step-{step:08d}[-.]*"))
+        return None if set_aside else step
+    last = [info for info in found if info.step >= step]
+    if any(info.other_format or info.unreadable for info in last):
+        return step
+    size = sum(info.bytes for info in last) / 1e9
+    slow = threading.Timer(
+        PATIENCE_SECONDS, note, [f"the run has finished; its last {size:.1f} GB are being verified"]
+    )
+    slow.start()
+    try:
+        return step if any(info.problem is None and verify(info.path).ok for info in last) else None
+    finally:
+        slow.cancel()
 
 
 def describe_lost(run_dir: Path, restored: Restored | None) -> list[str]:
