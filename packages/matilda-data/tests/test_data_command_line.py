@@ -6,6 +6,8 @@ import argparse
 import os
 import resource
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from matilda_data import (
 
 @pytest.fixture(autouse=True)
 def _signals_as_before() -> Iterator[None]:
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
     yield
     for number, handler in zip(numbers, before, strict=True):
@@ -71,6 +73,47 @@ def test_failures_are_one_sentence_and_an_exit_code(
     options = parse("--out-dir", corpus / "z.jsonl")
     assert run_preparation(prepare_text, options, inputs=corpus) == 2
     assert "Not a directory; choose another output directory" in capsys.readouterr().err
+
+
+IN_A_TERMINAL = """
+import argparse, os, sys, time
+from matilda_data import add_preparation_options, run_preparation
+
+def prepare(**_):
+    print("going", flush=True)
+    while True:
+        time.sleep(0.01)
+
+os.close(os.open(os.ttyname(0), os.O_RDWR))  # this session's terminal, whose end is told to it
+parser = argparse.ArgumentParser()
+add_preparation_options(parser, val_fraction=0.1)
+sys.exit(run_preparation(prepare, parser.parse_args(["--out-dir", "out"])))
+"""
+
+
+def test_a_terminal_that_is_gone_stops_a_preparation_like_sigterm() -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_TERMINAL],
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+    )
+    os.close(theirs)
+    said = os.read(ours, 1000)
+    os.close(ours)
+    assert process.wait() == 75
+    assert b"going" in said
+
+
+def test_under_nohup_a_preparation_outlives_its_terminal(tmp_path: Path) -> None:
+    def going_on(**_: Any) -> Manifest:
+        os.kill(os.getpid(), signal.SIGHUP)
+        raise DataError("going on")
+
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    assert run_preparation(going_on, parse("--out-dir", tmp_path / "out")) == 2
 
 
 def test_disk_that_is_full_for_a_worker_is_one_sentence_and_the_rerun_goes_on(

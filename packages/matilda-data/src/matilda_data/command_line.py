@@ -13,6 +13,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,13 @@ from matilda_data.errors import DataError
 from matilda_data.manifest import SPLITS, Manifest
 from matilda_data.terminal import ProgressLine
 from matilda_data.tokenizer import TOKENIZERS
-from matilda_data.worker import RUNNERS
+from matilda_data.worker import RUNNERS, STOP_SIGNALS
 
 __all__ = ["add_preparation_options", "parse_weights", "run_preparation"]
 
 EXIT_BAD_INPUT = 2
 EXIT_ENVIRONMENT = 4
 EXIT_STOPPED = 75  # a launcher should run the same command again
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: float) -> None:
@@ -94,11 +94,12 @@ def run_preparation(
     """Call `prepare` with `arguments` and the shared `options`; returns the exit code.
 
     0 when done; with one sentence, 2 for bad input and 4 for an environment that failed (disk
-    full); 75 when stopped by SIGTERM, SIGINT (Ctrl-C) or SIGUSR1. After 4 and 75 the same command
-    goes on.
+    full); 75 when stopped by SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP (the terminal is gone),
+    the last one not where it is ignored, as under `nohup`. After 4 and 75 the same command goes on.
     """
     for number in STOP_SIGNALS:
-        signal.signal(number, signal.default_int_handler)
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     command = "uv run " + shlex.join(sys.argv)
     try:
         manifest = prepare(
@@ -124,7 +125,8 @@ def run_preparation(
     except KeyboardInterrupt:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one changes nothing any more
-        print("\nStopped; run the same command again to go on.", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone: the exit code tells
+            print("\nStopped; run the same command again to go on.", file=sys.stderr)
         return EXIT_STOPPED
     if options.partition is not None:
         index, count = options.partition

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from typing import TextIO
 
 from matilda_data.progress import Progress
@@ -16,7 +17,8 @@ SECONDS_BETWEEN = 0.2
 class ProgressLine:
     """A progress callback that keeps one line up to date: share, tokens/s, ETA, sources.
 
-    On a terminal the line is rewritten; elsewhere a line is printed every `interval` seconds.
+    On a terminal the line is rewritten; elsewhere a line is printed every `interval` seconds. What
+    can no longer be written (the terminal is gone) is passed over.
 
     Args:
         stream: where to write; None for standard error.
@@ -42,10 +44,12 @@ class ProgressLine:
         self._written, self._stage = now, row.stage
         text = describe(row, now - self._began[0], row.tokens - self._began[1])
         if self._terminal:
-            self._stream.write(f"\r\x1b[K{text}" + ("\n" if row.stage == "done" else ""))
+            text = f"\r\x1b[K{text}" + ("\n" if row.stage == "done" else "")
         else:
-            self._stream.write(text + "\n")
-        self._stream.flush()
+            text += "\n"
+        with suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
 
 
 class CountLine:

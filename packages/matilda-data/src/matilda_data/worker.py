@@ -28,6 +28,7 @@ from matilda_data.parts import PartRecord, encode_unit
 __all__ = ["RUNNERS", "EncodeSettings", "load_runner", "record_of", "reply_to", "run_units"]
 
 RUNNERS = ("local", "ray")
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 
 WORKER_PROGRAM = "from matilda_data.worker import main; main()"
 
@@ -226,7 +227,7 @@ def record_of(reply: Mapping[str, Any]) -> PartRecord:
 
 def main() -> None:
     """Serve units until standard input ends."""
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # the parent's to handle; it ends this one's input
     settings = EncodeSettings.from_json(sys.argv[1])
     requests: queue.SimpleQueue[str] = queue.SimpleQueue()
