@@ -120,6 +120,8 @@ def main() -> int:
         if args.grid
         else ablation.resolve_rows(config, args.variants)
     )
+    if args.stop_after is not None and not args.stop_after >= 0:
+        raise ValueError(f"`--stop-after` is {args.stop_after:g}, but must be 0 or more.")
     STOP.begin()
     deadline = None if args.stop_after is None else time.monotonic() + args.stop_after
     with ablation.StudyTerminal() as display:

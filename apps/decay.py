@@ -66,7 +66,10 @@ def main() -> int:
     STOP.end_after(args.grace_seconds)
     from matilda_train import RunDir
 
-    tokens = parse_count(args.tokens)
+    try:
+        tokens = parse_count(args.tokens)
+    except ValueError as error:
+        raise ValueError(f"`--tokens`: {error}") from None
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
     from matilda_train import open_decay
 

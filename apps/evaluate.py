@@ -89,6 +89,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    if args.batch_tokens is not None and args.batch_tokens < 1:
+        raise ValueError(f"`--batch-tokens` must be 1 or more, not {args.batch_tokens}.")
     from matilda_train import RunDir, TerminalDisplay
 
     if args.run is not None:

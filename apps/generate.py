@@ -50,6 +50,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    if not -(2**63) <= args.seed < 2**64:
+        raise ValueError(f"`--seed` is {args.seed}, but must fit 64 bits.")
     from matilda_train import RunDir
 
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds

@@ -55,6 +55,7 @@ def refused(server: TrainServer, watched: list[Path], config: Path, **request: o
         ("train.device=tpu", "must be auto, cpu, cuda or cuda:N"),
         ("train.device=meta", "must be auto, cpu, cuda or cuda:N"),
         ('data.mix=["half"]', "`data.mix`: 'half' is not NAME=WEIGHT"),
+        ('data.mix=["text=0"]', "weights must be 0 or more, and one above 0"),
         ("train.micro_batch_size=3", "change `train.micro_batch_size`"),
         ("model.vocab_size=64", "raise it to at least that"),
         ("data.tokenizer=gpt2", "was made with the 'byte' tokenizer"),
@@ -158,15 +159,20 @@ def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpu
         ("evaluate.py --checkpoint {tmp}/empty", "no `step-…` folder"),
         ("decay.py --run {twin} --from-step 6 --tokens 512 --set optim.lr=3", "`optim.lr`"),
         ("decay.py --run {twin} --from-step 6 --tokens 512 --data-dir {tmp}/no", "does not exist"),
+        ("train.py --config {config} --preflight --dollars-per-hour nan", "`--dollars-per-hour`"),
+        ("generate.py --run {twin} --seed 100000000000000000000", "`--seed`"),
+        ("verify_resume.py --config {config} --run-dir {tmp}/out --sigkills 10000000", "10^6"),
+        ("ablate.py --config {config} --out {tmp}/out --variants mha --gpus 10000000", "to 1024"),
+        ("ablate.py --config {config} --out {tmp}/out --variants mha --stop-after nan", "is nan"),
     ],
 )
 def test_app_says_one_sentence_and_exits_2(
-    command: str, fix: str, server: TrainServer, tmp_path: Path, twin: Path
+    command: str, fix: str, server: TrainServer, tmp_path: Path, twin: Path, tiny_config: Path
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad.jsonl").write_text(json.dumps({"text": "fine"}) + "\n{broken\n")
     before = snapshot(twin.parent)
-    name, *args = command.format(tmp=tmp_path, twin=twin).split()
+    name, *args = command.format(tmp=tmp_path, twin=twin, config=tiny_config).split()
     done = server.run_program(ROOT / "apps" / name, args, tmp_path)
     assert done.returncode == 2, done.stderr
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]

@@ -99,6 +99,7 @@ def test_two_newest_healthy_always_stay_and_a_second_pass_deletes_nothing(
         ({"last": 0}, "`last`"),
         ({"every": 0}, "`every`"),
         ({"hours": -1.0}, "`hours`"),
+        ({"hours": 5e-324}, "`hours`"),
         ({"best": ("m", 0, "min")}, "`best`"),
         ({"best": ("m", 1, "low")}, "`best`"),
         ({"best": ("m", 1)}, "`best`"),

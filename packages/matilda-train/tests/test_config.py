@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import re
+import typing
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 import matilda_train.config
+from matilda_model import flops_per_token
 from matilda_train import config_from_dict, config_to_dict, load_config
+from matilda_train.config import RunConfig
 from matilda_train.config_load import config_differences, config_identity
 
 
@@ -85,6 +90,39 @@ def test_bad_override_is_one_sentence_that_names_it(
         load_config(config_file, [override])
     assert said in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+FIELDS = [
+    f"{section.name}.{field.name}"
+    for section in dataclasses.fields(RunConfig)
+    for field in dataclasses.fields(typing.get_type_hints(RunConfig)[section.name])
+]
+MAGNITUDES = ["1e400", "1e308", "5e-324", "1e18", "1" + 30 * "0", "1" + 400 * "0", "9" * 5000]
+ABSURD = [
+    *[sign + number for sign in ("", "-") for number in (*MAGNITUDES, "0", "1")],
+    *("NaN", "Infinity", "-Infinity", f"{2**31}", f"{2**63}", "null", "true", '"\\u0000"', "[]"),
+    *('"1e999 tokens"', '"1e-99 s"', '["1e400 steps: 5"]', f'["1 step: {10**18}"]', "[" * 9999),
+    *("[1e400, 1e400]", f"[{10**400}, 0]", "[5e-324, 0.5]"),
+]
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_absurd_value_of_any_field_is_taken_or_refused_in_one_sentence(
+    config_file: Path, name: str
+) -> None:
+    for value in ABSURD:
+        try:
+            config = load_config(config_file, [f"{name}={value}"])
+        except ValueError as error:
+            said = str(error)
+            assert "\n" not in said
+            named = [field for field in FIELDS if field.split(".")[1] in said]
+            assert named, said
+        else:
+            # What a run computes from it before it asks for memory.
+            flops = flops_per_token(config.model, config.seq_len, causal=False)
+            assert math.isfinite(flops * config.plan.tokens(config.train.total_steps) / 1.0)
+            assert config.model.n_params * 8 < 2**63
 
 
 def test_missing_file_suggests_its_neighbour(config_file: Path) -> None:

@@ -245,7 +245,7 @@ def _gc(options: argparse.Namespace) -> tuple[int, object, str]:
     best = None
     if options.best:
         parts = options.best.rsplit(":", 2)
-        if len(parts) != 3 or not parts[1].isdigit():
+        if len(parts) != 3 or not parts[1].isdecimal() or len(parts[1]) > 18:
             raise ValueError(f"`--best` must be METRIC:N:min or METRIC:N:max, not {options.best!r}")
         best = (parts[0], int(parts[1]), parts[2])
     keep = Keep(last=options.last, every=options.every, hours=options.hours, best=best)

@@ -34,8 +34,8 @@ class Keep:
             raise ValueError(f"`last` must be at least 1, not {self.last!r}")
         if self.every is not None and self.every < 1:
             raise ValueError(f"`every` must be a positive number of steps, not {self.every!r}")
-        if self.hours is not None and not (self.hours > 0 and math.isfinite(self.hours)):
-            raise ValueError(f"`hours` must be positive and finite, not {self.hours!r}")
+        if self.hours is not None and not 1e-6 <= self.hours < math.inf:
+            raise ValueError(f"`hours` must be finite and at least 1e-6, not {self.hours!r}")
         if self.best is not None:
             if len(self.best) != 3:
                 raise ValueError(f"`best` must be (metric, n, mode), not {self.best!r}")

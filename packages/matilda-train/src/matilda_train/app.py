@@ -140,6 +140,9 @@ def look_before(
     """
     from matilda_train.preflight import estimate_seconds, run_preflight
 
+    price = args.dollars_per_hour
+    if price is not None and not 0 <= price <= 1e9:
+        raise ValueError(f"`--dollars-per-hour` is {price:g}, but must be from 0 to 10^9.")
     if not args.preflight:
         new = not dry_run and not (run_dir / "run.json").exists()
         if args.no_preflight or not new or estimate_seconds(config) < LONG_RUN_SECONDS:
@@ -148,7 +151,7 @@ def look_before(
         config,
         run_dir=run_dir,
         data_dir=args.data_dir,
-        dollars_per_hour=args.dollars_per_hour,
+        dollars_per_hour=price,
         deep=args.deep,
         world_size=int(os.environ.get("WORLD_SIZE", "1")),
         thorough=args.preflight,

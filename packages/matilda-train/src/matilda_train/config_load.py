@@ -56,6 +56,9 @@ ROUNDING_ON_RESUME = (
     "train.max_consecutive_skips",
 )
 
+# Far beyond any run; what is computed from numbers between them neither overflows nor vanishes.
+LARGEST_NUMBER, SMALLEST_NUMBER = 10**18, 1e-30
+
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a JSON config and apply overrides of the form `section.field=value`.
@@ -69,7 +72,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         raise ValueError(f"Config file {str(path)!r} does not exist.{_nearby_config(path)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Config file {str(path)!r} is not valid JSON: {error}.") from None
     if not isinstance(raw, dict):
         raise ValueError(f"Config file {str(path)!r} must hold one JSON object of sections.")
@@ -161,7 +164,7 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"`--set` takes section.field=value, but got {override!r}.")
     try:
         value = json.loads(text)
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):  # a number of thousands of digits is the former, too
         value = text
     section = raw.setdefault(parts[0], {})
     if not isinstance(section, dict):
@@ -181,7 +184,7 @@ def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
             raise ValueError(f"Unknown config key `{name}`.{hint} Known here: {', '.join(known)}.")
         if dataclasses.is_dataclass(hints[key]):
             if not isinstance(value, dict):
-                raise ValueError(f"Section `{name}` must be a JSON object, not {value!r}.")
+                raise ValueError(f"Section `{name}` must be a JSON object, not {_shown(value)}.")
             section = hints[key]
             assert isinstance(section, type)
             kwargs[key] = _build(section, value, f"{name}.")
@@ -197,6 +200,12 @@ def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
 
 def _checked(value: Any, hint: Any, name: str) -> Any:
     """`value` if it has the annotated type; lists become tuples, ints become floats."""
+    if isinstance(value, int | float) and (
+        LARGEST_NUMBER < abs(value) < math.inf or 0 < abs(value) < SMALLEST_NUMBER
+    ):
+        raise ValueError(
+            f"`{name}` is {_shown(value)}, but must be 0 or from 10^-30 to 10^18 in magnitude."
+        )
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -224,7 +233,12 @@ def _checked(value: Any, hint: Any, name: str) -> Any:
     words = [str(a) for a in args if isinstance(a, str)]
     close = difflib.get_close_matches(str(value), words, n=1)
     hint_text = f" Did you mean {close[0]!r}?" if close else ""
-    raise ValueError(f"`{name}` is {value!r}, but must be {_expected(hint)}.{hint_text}")
+    raise ValueError(f"`{name}` is {_shown(value)}, but must be {_expected(hint)}.{hint_text}")
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:50]}… ({len(text)} characters)"
 
 
 def _expected(hint: Any) -> str:

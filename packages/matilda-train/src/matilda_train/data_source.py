@@ -128,6 +128,10 @@ def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
             parsed = parse_weights(weights.strip())
         except ValueError as error:
             raise ValueError(f"`data.mix`: {error}") from None
+        if min(parsed.values()) < 0 or max(parsed.values()) == 0:
+            raise ValueError(
+                f"`data.mix` has {entry!r}, but weights must be 0 or more, and one above 0."
+            )
         phases.append((plan.samples(plan.step_at(point)), parsed))
     return phases or None
 

@@ -90,7 +90,7 @@ def parse_count(text: str) -> int:
         amount = _exact(match[1], match[2])
         if amount <= _LARGEST and amount == amount.to_integral_value():
             return int(amount)
-    raise ValueError(f"{text!r} is no whole number; write one, as in 1048576.")
+    raise ValueError(f"{text!r} is no whole number up to 10^18; write one, as in 1048576.")
 
 
 def _exact(number: str, suffix: str) -> Decimal:

@@ -78,12 +78,14 @@ class StopRequest:
         """Have the process end with `EXIT_PREEMPTED` that long after the first signal; None: never.
 
         Wherever it hangs by then; its newest durable checkpoint stands. Call it once, from the main
-        thread. Raises `ValueError` unless it is above 0.
+        thread. Raises `ValueError` unless it is above 0 and at most 10^9.
         """
         if grace_seconds is None:
             return self
-        if not grace_seconds > 0:
-            raise ValueError(f"`--grace-seconds` is {grace_seconds:g}, but must be above 0.")
+        if not 0 < grace_seconds <= 1e9:
+            raise ValueError(
+                f"`--grace-seconds` is {grace_seconds:g}, but must be above 0 and at most 10^9."
+            )
         self._grace_seconds = grace_seconds
         # Python's own handlers wait for the main thread, which may hang in a collective.
         arrived, note = os.pipe()

@@ -71,8 +71,10 @@ def verify_resume(
 
     Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
-    if min((kills, *(spread or ()))) < 0:
-        raise ValueError("`--kills`, `--sigkills` and `--sigterms` must be 0 or more.")
+    if not all(0 <= number <= 10**6 for number in (kills, *(spread or ()))):
+        raise ValueError("`--kills`, `--sigkills` and `--sigterms` must be from 0 to 10^6.")
+    if math.isnan(pause_after_seconds):
+        raise ValueError("`--pause-after` is nan, but must be a number of seconds.")
     config = load_config(config_path, overrides)
     proof = Proof(
         config,

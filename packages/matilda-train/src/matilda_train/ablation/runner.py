@@ -78,8 +78,8 @@ def places(gpus: int | None, jobs_per_gpu: int, environment: str | None = None) 
 
     `environment` is the variable as it is set: its devices are taken in turn.
     """
-    if jobs_per_gpu < 1 or (gpus is not None and gpus < 1):
-        raise ValueError("`--gpus` and `--jobs-per-gpu` must be 1 or more.")
+    if not all(1 <= number <= 1024 for number in (jobs_per_gpu, 1 if gpus is None else gpus)):
+        raise ValueError("`--gpus` and `--jobs-per-gpu` must be from 1 to 1024.")
     if gpus is None:
         return [None] * jobs_per_gpu
     visible = environment.split(",") if environment else [str(number) for number in range(gpus)]

@@ -90,13 +90,15 @@ class OptimConfig:
             value = getattr(self, name)
             require(value is None or value > 0, f"optim.{name}", value, "positive")
         for name in (
-            *("weight_decay", "adamw_weight_decay", "batch_lr_exponent"),
+            *("weight_decay", "adamw_weight_decay"),
             *("warmup_steps", "momentum_warmup_steps", "momentum_cooldown_steps"),
         ):
             require(getattr(self, name) >= 0, f"optim.{name}", getattr(self, name), "0 or more")
         for name in ("decay_fraction", "final_lr_fraction", "final_weight_decay_fraction"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"optim.{name}", value, "in [0, 1]")
+        exponent = self.batch_lr_exponent
+        require(0 <= exponent <= 10, "optim.batch_lr_exponent", exponent, "in [0, 10]")
         for name in ("momentum", "momentum_start"):
             value = getattr(self, name)
             require(0 <= value < 1, f"optim.{name}", value, "in [0, 1)")

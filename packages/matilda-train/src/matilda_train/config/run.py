@@ -17,6 +17,10 @@ from matilda_train.step_plan import StepPlan
 
 __all__ = ["RunConfig"]
 
+MOST_LAYERS = 10_000
+MOST_PARAMETERS = 10**16
+"""Their bytes still fit 64 bits; whether memory holds them is found out elsewhere."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -33,6 +37,16 @@ class RunConfig:
     def __post_init__(self) -> None:
         vocab_size = self.model.vocab_size
         require(vocab_size <= 2**16, "model.vocab_size", vocab_size, "at most 65536 (uint16)")
+        n_layers, max_seq_len = self.model.n_layers, self.model.max_seq_len
+        require(n_layers <= MOST_LAYERS, "model.n_layers", n_layers, f"at most {MOST_LAYERS}")
+        require(max_seq_len < 2**31, "model.max_seq_len", max_seq_len, "below 2^31")
+        n_params = self.model.n_params
+        require(
+            n_params <= MOST_PARAMETERS,
+            "model.d_model` × `model.d_ff` × `model.n_layers",
+            n_params,
+            "less: at most 10^16 parameters in all",
+        )
         require(
             self.seq_len <= self.model.max_seq_len,
             "train.seq_len",

@@ -91,9 +91,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("total_steps", "tokens_per_step", "max_consecutive_skips"):
             require(getattr(self, name) >= 1, f"train.{name}", getattr(self, name), "1 or more")
-        for name in ("seq_len", "threads"):
-            value = getattr(self, name)
-            require(value is None or value >= 1, f"train.{name}", value, "1 or more, or null")
+        require(
+            self.seq_len is None or self.seq_len >= 1, "train.seq_len", self.seq_len, "1 or more"
+        )
+        threads = self.threads
+        require(
+            threads is None or 1 <= threads <= 4096, "train.threads", threads, "1 to 4096, or null"
+        )
         size = self.micro_batch_size
         require(size == "auto" or size >= 1, "train.micro_batch_size", size, "1 or more, or 'auto'")
         for name in ("grad_clip", "rollback_margin_steps", "max_rollbacks"):
