@@ -16,18 +16,21 @@ is counted apart. Peers use their recipe for this size, at the sequence length o
 of `--set`.
 
 Every system is a process of its own and leaves `OUT/NAME-MINUTES.json`; those that are there are
-not run again, with whatever `--set` they were made.
+not run again, with whatever `--set` they were made. One that was cut off is run again from its
+beginning, compiling included: of minutes of training, none can be gone on with.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import gc
 import json
 import math
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -98,6 +101,7 @@ def main() -> int:
 
 def run_all(args: argparse.Namespace) -> list[str]:
     """Run what is missing, each in its own process; the names of those that failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the child as well
     failed = []
     for system in args.systems:
         name, _, minutes = system.partition(":")
@@ -108,6 +112,15 @@ def run_all(args: argparse.Namespace) -> list[str]:
                 raise SystemExit(f"error: {path} is of another data set; choose another --out")
             print(f"{path} is there: {wanted} is not run again", file=sys.stderr)
             continue
+        begun = path.with_suffix(".begun")
+        before = begun.exists()
+        lock = begun.open("w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise SystemExit(f"error: a process still trains {wanted}; end it first") from None
+        if before:
+            print(f"{wanted} was begun and cut off: it is run anew, from 0", file=sys.stderr)
         environment = dict(os.environ)
         if not cuda():
             environment["TORCHDYNAMO_DISABLE"] = "1"  # nanochat compiles its optimizer anywhere
@@ -116,8 +129,18 @@ def run_all(args: argparse.Namespace) -> list[str]:
         command += ["--evaluate-every", str(args.evaluate_every)]
         command += ["--peer-dir", str(args.peer_dir)] if args.peer_dir else []
         command += ["--set", *args.set] if args.set else []
-        if subprocess.run(command, env=environment, check=False).returncode:
+        with tempfile.TemporaryDirectory() as caches:
+            # What another system, or this one before it was cut off, has compiled starts no other.
+            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
+            environment["TRITON_CACHE_DIR"] = f"{caches}/triton"
+            # The child holds the lock, too: an orphan's minutes and result are nobody else's.
+            inherited = [lock.fileno()]
+            done = subprocess.run(command, env=environment, check=False, pass_fds=inherited)
+        lock.close()
+        if done.returncode:
             failed.append(wanted)
+        else:
+            begun.unlink()
     return failed
 
 

@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -114,6 +115,51 @@ def test_a_peer_is_evaluated_by_the_function_that_evaluates_us(
     expected = peer.losses(windows[:, :-1], windows[:, 1:]).mean().item()
     assert found is not None
     assert found.val_loss_nats == pytest.approx(expected, rel=1e-6)
+
+
+CHILD = """
+import os, signal, sys, time
+out, system = sys.argv[sys.argv.index("--out") + 1], sys.argv[sys.argv.index("--child") + 1]
+assert system == "hero:1"
+with open(f"{out}/pids", "a") as file:
+    print(os.getpid(), file=file)
+times = len(open(f"{out}/pids").readlines())
+if times == 1:
+    time.sleep(100)
+with open(f"{out}/hero-1.json", "w") as file:
+    file.write("{}")
+"""
+PARENT = """
+import sys
+from argparse import Namespace
+from pathlib import Path
+import time_to_loss
+time_to_loss.__file__, time_to_loss.cuda = sys.argv[1], lambda: True
+args = Namespace(out=Path(sys.argv[2]), systems=["hero:1"], data_dir=Path("data"), quick=False)
+print(time_to_loss.run_all(Namespace(**vars(args), evaluate_every=1, peer_dir=None, set=[])))
+"""
+
+
+def test_a_system_that_was_cut_off_is_run_again_and_never_beside_its_orphan(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(CHILD)
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "child.py"), str(tmp_path)]
+    run: dict[str, Any] = {"cwd": ROOT / "benchmarks", "text": True, "capture_output": True}
+    first = subprocess.Popen(command, cwd=ROOT / "benchmarks")
+    pids = tmp_path / "pids"
+    while not (pids.exists() and pids.read_text().endswith("\n")):
+        assert first.poll() is None
+    first.kill()
+    first.wait()
+    beside = subprocess.run(command, **run, check=False)
+    assert beside.returncode != 0
+    assert "a process still trains hero:1" in beside.stderr
+    os.kill(int(pids.read_text()), signal.SIGKILL)
+    again = subprocess.run(command, **run, check=False)
+    while "still trains" in again.stderr:  # the orphan is still about to end
+        again = subprocess.run(command, **run, check=False)
+    assert again.stdout == "[]\n", again.stderr
+    assert "hero:1 was begun and cut off: it is run anew" in again.stderr
+    assert [path.name for path in tmp_path.glob("hero*")] == ["hero-1.json"]
 
 
 @pytest.mark.slow
