@@ -26,6 +26,7 @@ CHECKS = (
     "check_linear_cross_entropy",
     "check_relu2",
     "check_qkv_norm_rope",
+    "check_qkv_norm_rope_from_tiles",
 )
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9),
@@ -320,3 +321,55 @@ def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
 
     for got, want in zip(run(fused, None), run(textbook, torch.float64), strict=True):
         assert error(got, want) < bound(dtype)
+
+
+def check_qkv_norm_rope_from_tiles(device: str, dtype: torch.dtype) -> None:
+    from matilda_model.layers import rope_table
+    from matilda_model.triton_qkv import qkv_norm_rope_backward, qkv_norm_rope_backward_tiled
+
+    torch.manual_seed(0)
+    batch, seq_len, heads, kv, e = 1, 128, 2, 1, 16
+    cos, sin = rope_table(seq_len, e, 100.0, torch.device(device))
+    qkv = torch.randn(batch, seq_len, (heads + 2 * kv) * e, device=device).to(dtype)
+    rest = qkv, *(1 + 0.3 * torch.randn(2, e, device=device)), cos, sin, 1e-6
+    dq, dk, dv = (torch.randn(batch, seq_len, n, e, device=device) for n in (heads, kv, kv))
+    want = qkv_norm_rope_backward(dq / 4, dk / 4, dv, *rest)
+    got = qkv_norm_rope_backward_tiled(*(as_tiles(d) for d in (dq, dk, dv)), *rest)
+    for a, b in zip(got, want, strict=True):
+        assert error(a, b) < 1e-6
+
+
+def as_tiles(d_BTHE: Tensor) -> Tensor:
+    """[B, H, T E]: 64 rows as four warps, in each two halves of eight rows; columns in pairs."""
+    batch, seq_len, heads, e = d_BTHE.shape
+    tiles = d_BTHE.view(batch, seq_len // 64, 4, 2, 8, heads, e // 8, 4, 2)
+    #                   0      1              2  3  4  5      6       7  8
+    return tiles.permute(0, 5, 1, 6, 2, 4, 7, 3, 8).reshape(batch, heads, -1)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_joint_attention_equals_its_parts_on_the_gpu() -> None:
+    pytest.importorskip("flash_attn.cute", reason="needs the flash-attn-4 package")
+    from matilda_model.flash4 import FlashAttention4, JointAttention4
+    from matilda_model.layers import rope_table
+    from matilda_model.triton_qkv import FusedQKVNormRope
+
+    for e, seq_len in ((64, 256), (128, 384)):
+        torch.manual_seed(0)
+        batch, heads, kv = 2, 6, 2
+        cos, sin = rope_table(seq_len, e, 1e4, torch.device("cuda"))
+        qkv = torch.randn(batch, seq_len, (heads + 2 * kv) * e, device="cuda").bfloat16()
+        leaves = [qkv, *(1 + 0.3 * torch.randn(2, e, device="cuda"))]
+        leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+        arguments = (*leaves, cos, sin, heads, kv, 1e-6)
+        dout = torch.randn(batch, seq_len, heads, e, device="cuda").bfloat16()
+        joint = JointAttention4.apply(*arguments)
+        apart = FlashAttention4.apply(*FusedQKVNormRope.apply(*arguments))
+        assert torch.equal(joint, apart)
+        for a, b in zip(
+            torch.autograd.grad(joint, leaves, dout),
+            torch.autograd.grad(apart, leaves, dout),
+            strict=True,
+        ):
+            assert error(a, b) < bound(torch.bfloat16)  # the parts round in between

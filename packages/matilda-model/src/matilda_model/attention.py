@@ -6,6 +6,8 @@ E head dim.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
@@ -46,7 +48,9 @@ def causal_attention(
     masked = window is not None or documents_BT is not None
     if backend == "flex" or (masked and backend == "auto" and q_BTHE.is_cuda):
         return _flex_attention(q_BTHE, k_BTKE, v_BTKE, window, documents_BT)
-    if backend == "fa4" or (backend == "auto" and _prefers_flash4(q_BTHE)):
+    if backend in ("fa4", "fa4_joint") or (
+        backend == "auto" and _prefers_flash4(q_BTHE, q_BTHE.shape[-1])
+    ):
         from matilda_model.flash4 import FlashAttention4
 
         fa4_BTHE: Tensor = FlashAttention4.apply(q_BTHE, k_BTKE, v_BTKE)
@@ -70,12 +74,12 @@ def causal_attention(
     return y_BHTE.transpose(1, 2)
 
 
-def _prefers_flash4(q_BTHE: Tensor) -> bool:
+def _prefers_flash4(x: Tensor, head_dim: int) -> bool:
     """Measured on Hopper in bf16: forward as cuDNN's, backward a sixth faster (docs/LOG.md)."""
     return (
-        q_BTHE.is_cuda
-        and q_BTHE.dtype == torch.bfloat16
-        and q_BTHE.shape[-1] <= 128
+        x.is_cuda
+        and x.dtype == torch.bfloat16
+        and head_dim <= 128
         and not torch.are_deterministic_algorithms_enabled()
         and bool(has_flash4())
     )
@@ -174,6 +178,8 @@ class Attention(nn.Module):
         residual_BTD: Tensor | None = None,
     ) -> Tensor:
         """Attention's output for the normed `x_BTD`, plus `residual_BTD` when given."""
+        if cache is None and self.joins(x_BTD):
+            return self.output(self.attend_jointly(x_BTD, cos, sin).flatten(2), residual_BTD)
         q_BTHE, k_BTKE, v_BTKE = self.heads(x_BTD, cos, sin, plain=cache is not None)
         if self.value_embed is not None and self.value_gate is not None:
             gate_BTK = 2.0 * torch.sigmoid(self.value_gate(x_BTD[..., :GATE_CHANNELS]))
@@ -249,24 +255,41 @@ class Attention(nn.Module):
             return False
         return self.norm == "fused" or (x_BTD.dtype == torch.bfloat16 and bool(has_triton()))
 
+    def joins(self, x_BTD: Tensor) -> bool:
+        """Whether norm, RoPE and attention are one step here (FlashAttention-4 on Hopper)."""
+        if self.backend not in ("auto", "fa4_joint") or not self._fuses(x_BTD):
+            return False
+        if self.window is not None or self.document_token is not None:
+            return False
+        if self.value_embed is not None:
+            return False
+        from matilda_model.flash4 import takes_tiles
+
+        fits = takes_tiles(self.n_heads, self.n_kv_heads, self.head_dim, x_BTD.shape[1])
+        return fits and (self.backend == "fa4_joint" or _prefers_flash4(x_BTD, self.head_dim))
+
+    def attend_jointly(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """Heads' outputs [B, T, H, E] of the normed `x_BTD`."""
+        from matilda_model.flash4 import JointAttention4
+
+        y_BTHE: Tensor = JointAttention4.apply(*self._normed_product(x_BTD, cos, sin))
+        return y_BTHE
+
     def _project_fused(
         self, x_BTD: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         from matilda_model.triton_qkv import FusedQKVNormRope
 
+        q_BTHE, k_BTKE, v_BTKE = FusedQKVNormRope.apply(*self._normed_product(x_BTD, cos, sin))
+        return q_BTHE, k_BTKE, v_BTKE
+
+    def _normed_product(self, x_BTD: Tensor, cos: Tensor, sin: Tensor) -> tuple[Any, ...]:
+        """Arguments of `FusedQKVNormRope`."""
         assert self.q_norm is not None
         assert self.k_norm is not None
-        q_BTHE, k_BTKE, v_BTKE = FusedQKVNormRope.apply(
-            self._joint_product(x_BTD),
-            self.q_norm.weight,
-            self.k_norm.weight,
-            cos,
-            sin,
-            self.n_heads,
-            self.n_kv_heads,
-            self.q_norm.eps,
-        )
-        return q_BTHE, k_BTKE, v_BTKE
+        weights = self.q_norm.weight, self.k_norm.weight
+        heads = self.n_heads, self.n_kv_heads
+        return (self._joint_product(x_BTD), *weights, cos, sin, *heads, self.q_norm.eps)
 
 
 def _norm_and_rotate(x_BTHE: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:

@@ -190,28 +190,37 @@ def _check_norm(
 def _check_attention(
     model: Transformer, block: Block, hidden_BTD: Tensor, input_ids_BT: Tensor, limit: float
 ) -> list[KernelCheck]:
-    documents_BT = block.attn.documents(input_ids_BT)
+    attn = block.attn
+    documents_BT = attn.documents(input_ids_BT)
     n_tokens = hidden_BTD.shape[1]
     cos, sin = model.cos[:n_tokens, None, :], model.sin[:n_tokens, None, :]
     with torch.no_grad():
-        leaves = block.attn.heads(hidden_BTD, cos, sin, plain=True)
+        leaves = attn.heads(hidden_BTD, cos, sin, plain=True)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        attn = block.attn
         return causal_attention(q, k, v, attn.backend, attn.window, documents_BT)
 
     def reference(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> Tensor:
         group = q_BTHE.shape[2] // k_BTKE.shape[2]
         k_BTHE, v_BTHE = (x.repeat_interleave(group, dim=2) for x in (k_BTKE, v_BTKE))
         scores = torch.einsum("bthe,bshe->bhts", q_BTHE, k_BTHE) / math.sqrt(q_BTHE.shape[-1])
-        visible = causal_mask(n_tokens, block.attn.window, scores.device)
+        visible = causal_mask(n_tokens, attn.window, scores.device)
         if documents_BT is not None:
             visible = visible & same_document(documents_BT)
         weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
         return torch.einsum("bhts,bshe->bthe", weights, v_BTHE)
 
     kinds = (model.compute_dtype,) * 3
-    return _compare("attention", ("q", "k", "v"), run, reference, leaves, kinds, limit)
+    if not attn.joins(hidden_BTD.to(model.compute_dtype)):
+        return _compare("attention", ("q", "k", "v"), run, reference, leaves, kinds, limit)
+
+    def jointly(x: Tensor) -> Tensor:
+        return attn.attend_jointly(x, cos, sin)
+
+    def apart(x: Tensor) -> Tensor:
+        return reference(*attn.heads(x, cos, sin, plain=True))
+
+    return _compare("attention", ("x",), jointly, apart, (hidden_BTD,), kinds[:1], limit)
 
 
 def _check_matmul(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "flex", "math")
+ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "fa4_joint", "flex", "math")
 LOSS_BACKENDS = ("auto", "fused", "fused_fp8", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
@@ -103,8 +103,9 @@ class ModelConfig:
 
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
-    `"flex"`, `"math"` (all torch's), `"fa4"` (FlashAttention-4, the `hopper` extra). Layers with a
-    window and `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
+    `"flex"`, `"math"` (all torch's), `"fa4"` (FlashAttention-4, the `hopper` extra), `"fa4_joint"`
+    (the same in one with QK-norm and RoPE, where the shape allows). Layers with a window and
+    `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
     """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"fused_fp8"`,
@@ -160,7 +161,7 @@ class ModelConfig:
                 f"`window` {self.window!r} is of no layer: give `window_pattern` S layers, such as "
                 "'SSSL'"
             )
-        if "S" in self.window_pattern and self.attention in ("cudnn", "flash", "fa4"):
+        if "S" in self.window_pattern and self.attention in ("cudnn", "flash", "fa4", "fa4_joint"):
             raise ValueError(
                 f"`attention` {self.attention!r} has no window: choose 'auto', 'flex' or 'math'"
             )
@@ -173,7 +174,7 @@ class ModelConfig:
                     f"`document_token` {token!r} is no row of the vocabulary: choose one under "
                     f"`vocab_size` {self.vocab_size!r}"
                 )
-            if self.attention in ("cudnn", "flash", "fa4"):
+            if self.attention in ("cudnn", "flash", "fa4", "fa4_joint"):
                 raise ValueError(
                     f"`attention` {self.attention!r} has no document mask: choose 'auto', 'flex' "
                     "or 'math'"

@@ -1,4 +1,4 @@
-"""FlashAttention-4 (CuTe DSL, sm_90 and later) as two opaque operators.
+"""FlashAttention-4 (CuTe DSL, sm_90 and later) as opaque operators, alone or with QK-norm and RoPE.
 
 Optional: needs the `flash-attn-4` package. Unlike cuDNN's, its backward pass has a deterministic
 mode, taken when torch's deterministic algorithms are on.
@@ -7,6 +7,8 @@ Shape suffixes: B batch, T sequence, H query heads, K key/value heads, E head di
 """
 
 from __future__ import annotations
+
+from types import FunctionType
 
 import torch
 from torch import Tensor
@@ -66,6 +68,85 @@ def _(
         torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q_BTHE, k_BTKE, v_BTKE)
     )
     return dq, dk, dv
+
+
+@torch.library.custom_op("matilda_model::fa4_backward_tiled", mutates_args=())
+def fa4_backward_tiled(
+    q_BTHE: Tensor,
+    k_BTKE: Tensor,
+    v_BTKE: Tensor,
+    out_BTHE: Tensor,
+    dout_BTHE: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v as the kernel sums them: float32 tiles [B, heads, T E].
+
+    Unscaled, for grouped queries and T a multiple of 128; `triton_qkv` says how a tile lies.
+    """
+    import flash_attn.cute.interface as interface  # type: ignore[import-not-found]
+
+    tiles: list[Tensor] = []
+
+    def keep(tile: Tensor, *_: object, **__: object) -> None:
+        tiles.append(tile)
+
+    whole = interface._flash_attn_bwd
+    # the same function without its last step, which would sort and round the tiles
+    unconverted = FunctionType(
+        whole.__code__,
+        {**whole.__globals__, "_bwd_postprocess_convert": keep},
+        argdefs=whole.__defaults__,
+    )
+    unconverted(q_BTHE, k_BTKE, v_BTKE, out_BTHE, dout_BTHE.contiguous(), lse_BHT, causal=True)
+    dq, dk, dv = tiles
+    return dq, dk, dv
+
+
+@fa4_backward_tiled.register_fake
+def _(
+    q_BTHE: Tensor,
+    k_BTKE: Tensor,
+    v_BTKE: Tensor,
+    out_BTHE: Tensor,
+    dout_BTHE: Tensor,
+    lse_BHT: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    def tiles(x_BTHE: Tensor) -> Tensor:
+        batch, seq_len, heads, e = x_BTHE.shape
+        return x_BTHE.new_empty(batch, heads, seq_len * e, dtype=torch.float32)
+
+    return tiles(q_BTHE), tiles(k_BTKE), tiles(v_BTKE)
+
+
+def takes_tiles(n_heads: int, n_kv_heads: int, head_dim: int, seq_len: int) -> bool:
+    """Whether `JointAttention4` can compute this shape."""
+    return n_kv_heads < n_heads and head_dim in (64, 128) and seq_len % 128 == 0
+
+
+class JointAttention4(torch.autograd.Function):
+    """QK-norm, RoPE and attention; its gradient passes from one to the other in float32 tiles.
+
+    [B, T, H, E] from the joint product [B, T, (H + 2K) E]; arguments as `FusedQKVNormRope`.
+    """
+
+    @staticmethod
+    def forward(ctx, qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps):  # type: ignore[no-untyped-def]
+        from matilda_model.triton_qkv import qkv_norm_rope
+
+        q, k, v = qkv_norm_rope(qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps)
+        out, lse = fa4_forward(q, k, v)
+        ctx.save_for_backward(q, k, v, out, lse, qkv_BTX, q_weight, k_weight, cos, sin)
+        ctx.eps = eps
+        return out
+
+    @staticmethod
+    def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        from matilda_model.triton_qkv import qkv_norm_rope_backward_tiled
+
+        q, k, v, out, lse, *product = ctx.saved_tensors
+        tiles = fa4_backward_tiled(q, k, v, out, dout, lse)
+        dqkv, dweight = qkv_norm_rope_backward_tiled(*tiles, *product, ctx.eps)
+        return dqkv, dweight[0], dweight[1], None, None, None, None, None
 
 
 class FlashAttention4(torch.autograd.Function):
