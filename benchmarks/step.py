@@ -48,6 +48,7 @@ CASES = [
     Case("hero", "base_152m_v2", 64),
     Case("hero loss=fused_fp8", "base_152m_v2", 64, {"loss": "fused_fp8"}),
     Case("hero adamw", "base_152m_v2", 64, optimizer="adamw"),
+    Case("hero attention=fa4", "base_152m_v2", 64, {"attention": "fa4"}),
     Case("hero attention=cudnn", "base_152m_v2", 64, {"attention": "cudnn"}),
     Case("hero matmul=quack", "base_152m_v2", 64, {"matmul": "quack"}),
     Case("hero matmul=fused", "base_152m_v2", 64, {"matmul": "fused"}),
