@@ -25,6 +25,7 @@ CHECKS = (
     "check_nan_is_not_hidden",
     "check_linear_cross_entropy",
     "check_relu2",
+    "check_rms_norm",
     "check_qkv_norm_rope",
     "check_qkv_norm_rope_from_tiles",
 )
@@ -284,6 +285,27 @@ def test_quack_products_equal_float64_on_the_gpu(added: bool) -> None:
     square = (0.1 * torch.randn(256, 256, device="cuda")).bfloat16().requires_grad_()
     out = QuackLinearAdd.apply(x, square, residual)
     assert error(out, residual.double() + x.double() @ square.double().T) < bound(torch.bfloat16)
+
+
+def check_rms_norm(device: str, dtype: torch.dtype) -> None:
+    from matilda_model.triton_norm import BranchingRMSNorm
+
+    torch.manual_seed(0)
+    x = torch.randn(2, 7, 48, device=device).to(dtype).requires_grad_()
+    weight = (1 + 0.3 * torch.randn(48, device=device)).requires_grad_()
+    seeds = [torch.randn(2, 7, 48, device=device).to(dtype) for _ in range(2)]
+    exact = [leaf.detach().double().requires_grad_() for leaf in (x, weight)]
+    mean = exact[0].square().mean(-1, keepdim=True)
+    expected = exact[0] * torch.rsqrt(mean + 1e-2) * exact[1], exact[0]
+    got = BranchingRMSNorm.apply(x, weight, 1e-2)
+    assert error(got[0], expected[0]) < bound(dtype)
+    assert torch.equal(got[1], x)
+    for a, b in zip(
+        torch.autograd.grad(got, (x, weight), seeds),
+        torch.autograd.grad(expected, exact, [seed.double() for seed in seeds]),
+        strict=True,
+    ):
+        assert error(a, b) < bound(dtype)
 
 
 def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:

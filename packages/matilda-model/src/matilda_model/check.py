@@ -19,7 +19,7 @@ from torch import Tensor
 
 from matilda_model.attention import causal_attention, causal_mask, same_document
 from matilda_model.errors import KernelMismatchError
-from matilda_model.layers import ReLU2
+from matilda_model.layers import ReLU2, branching_rms_norm
 from matilda_model.loss import linear_cross_entropy
 from matilda_model.model import Block, Transformer
 
@@ -184,7 +184,18 @@ def _check_norm(
         rows += _compare(
             "norm", (f"{name}'s input",), run, reference, (hidden_BTD,), (dtype,), limit
         )
-    return rows
+    norm = block.attn_norm
+
+    def branched(x: Tensor, weight: Tensor, backend: str = block.norm_backend) -> Tensor:
+        normed, past = branching_rms_norm(x, weight, norm.eps, backend)
+        return normed + 0.5 * past
+
+    def plainly(x: Tensor, weight: Tensor) -> Tensor:
+        return branched(x, weight, "plain")
+
+    leaves, kinds = (hidden_BTD, norm.weight), (dtype, torch.float32)
+    names = ("a block's input", "a norm's weight")
+    return rows + _compare("norm", names, branched, plainly, leaves, kinds, limit)
 
 
 def _check_attention(

@@ -13,7 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from matilda_model.config import ModelConfig
-from matilda_model.device import has_hopper_triton, has_quack
+from matilda_model.device import has_hopper_triton, has_quack, has_triton
 
 
 class Linear(nn.Linear):
@@ -44,11 +44,31 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()  # itself, unless the model was cast
-        return F.rms_norm(x.float(), weight.shape, weight, self.eps).to(x.dtype)
+        return branching_rms_norm(x, self.weight, self.eps, "plain")[0]
+
+    def branch(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+        """The norm of `x`, and `x` for the residual stream; see `branching_rms_norm`."""
+        return branching_rms_norm(x, self.weight, self.eps, backend)
 
     def extra_repr(self) -> str:
         return f"{self.weight.shape[0]}, eps={self.eps:g}"
+
+
+def branching_rms_norm(
+    x: Tensor, weight_D: Tensor, eps: float, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`RMSNorm` of `x`, and `x` for the residual stream that goes on past it.
+
+    Where `backend`, a config's `norm`, allows it, one kernel adds the gradients of both.
+    """
+    weight_D = weight_D.float()  # itself, unless the model was cast
+    fuses = x.is_cuda and x.requires_grad and weight_D.requires_grad and backend != "plain"
+    if fuses and (backend == "fused" or (x.dtype == torch.bfloat16 and has_triton())):
+        from matilda_model.triton_norm import BranchingRMSNorm
+
+        y, past = BranchingRMSNorm.apply(x, weight_D, eps)
+        return y, past
+    return F.rms_norm(x.float(), weight_D.shape, weight_D, eps).to(x.dtype), x
 
 
 def rope_table(

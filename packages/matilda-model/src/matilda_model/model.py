@@ -31,6 +31,7 @@ class Block(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
+        self.norm_backend = config.norm
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -44,8 +45,10 @@ class Block(nn.Module):
         input_ids_BT: Tensor,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        x_BTD = self.attn(self.attn_norm(x_BTD), cos, sin, input_ids_BT, cache, x_BTD)
-        out: Tensor = self.mlp(self.mlp_norm(x_BTD), x_BTD)
+        normed_BTD, x_BTD = self.attn_norm.branch(x_BTD, self.norm_backend)
+        x_BTD = self.attn(normed_BTD, cos, sin, input_ids_BT, cache, x_BTD)
+        normed_BTD, x_BTD = self.mlp_norm.branch(x_BTD, self.norm_backend)
+        out: Tensor = self.mlp(normed_BTD, x_BTD)
         return out
 
 
@@ -134,6 +137,8 @@ class Transformer(nn.Module):
                 module.matmul = self.config.matmul
             elif isinstance(module, ReLU2):
                 module.matmul = self.config.matmul
+            elif isinstance(module, Block):
+                module.norm_backend = self.config.norm
 
     @overload
     def forward(
