@@ -51,6 +51,7 @@ CASES = [
     Case("hero attention=fa4", "base_152m_v2", 64, {"attention": "fa4"}),
     Case("hero attention=cudnn", "base_152m_v2", 64, {"attention": "cudnn"}),
     Case("hero matmul=quack", "base_152m_v2", 64, {"matmul": "quack"}),
+    Case("hero matmul=quack_residual", "base_152m_v2", 64, {"matmul": "quack_residual"}),
     Case("hero matmul=fused", "base_152m_v2", 64, {"matmul": "fused"}),
     Case("hero cudnn fused", "base_152m_v2", 64, {"attention": "cudnn", "matmul": "fused"}),
     Case("hero attention=flash", "base_152m_v2", 32, {"attention": "flash"}),
@@ -149,6 +150,7 @@ def _available(case: Case, args: argparse.Namespace) -> bool:
         "liger": "liger_kernel",
         "quack": "quack",
         "quack_residual": "quack",
+        "quack_all": "quack",
         "transformers": "transformers",
     }
     for value in (*case.overrides.values(), case.peer):

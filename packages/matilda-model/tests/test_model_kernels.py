@@ -253,10 +253,10 @@ def check_relu2(device: str, dtype: torch.dtype) -> None:
 
 @needs_gpu
 @pytest.mark.gpu
-@pytest.mark.parametrize("added", [False, True])
-def test_quack_products_equal_float64_on_the_gpu(added: bool) -> None:
+@pytest.mark.parametrize(("added", "everywhere"), [(False, False), (True, False), (True, True)])
+def test_quack_products_equal_float64_on_the_gpu(added: bool, everywhere: bool) -> None:
     pytest.importorskip("quack", reason="needs the quack-kernels package")
-    from matilda_model.quack_relu2 import QuackLinearAdd, QuackReLU2
+    from matilda_model.quack_products import QuackLinear, QuackLinearAdd, QuackReLU2
 
     torch.manual_seed(0)
     x, up, down, residual, dy = (
@@ -274,7 +274,7 @@ def test_quack_products_equal_float64_on_the_gpu(added: bool) -> None:
     expected = torch.relu(exact[0] @ exact[1].T).square() @ exact[2].T
     if added:
         expected = expected + exact[3]
-    y = QuackReLU2.apply(x, up, down, residual if added else None)
+    y = QuackReLU2.apply(x, up, down, residual if added else None, everywhere)
     assert error(y, expected) < bound(torch.bfloat16)
     for got, want in zip(
         torch.autograd.grad(y, leaves, dy),
@@ -283,8 +283,16 @@ def test_quack_products_equal_float64_on_the_gpu(added: bool) -> None:
     ):
         assert error(got, want) < bound(torch.bfloat16)
     square = (0.1 * torch.randn(256, 256, device="cuda")).bfloat16().requires_grad_()
-    out = QuackLinearAdd.apply(x, square, residual)
+    out = QuackLinearAdd.apply(x, square, residual, everywhere)
     assert error(out, residual.double() + x.double() @ square.double().T) < bound(torch.bfloat16)
+    for width in (768, 1280, 320):  # tiles of 192, of 160, and neither
+        wide = (0.1 * torch.randn(width, 256, device="cuda")).bfloat16().requires_grad_()
+        seed = torch.randn(520, width, device="cuda").bfloat16()
+        product = QuackLinear.apply(x, wide)
+        assert error(product, x.double() @ wide.double().T) < bound(torch.bfloat16)
+        dx, dwide = torch.autograd.grad(product, (x, wide), seed)
+        assert error(dx, seed.double() @ wide.double()) < bound(torch.bfloat16)
+        assert error(dwide, seed.double().T @ x.double()) < bound(torch.bfloat16)
 
 
 def check_rms_norm(device: str, dtype: torch.dtype) -> None:

@@ -199,21 +199,24 @@ class Attention(nn.Module):
         if residual_BTD is None:
             alone: Tensor = self.o(y_BTX)
             return alone
-        if self._adds_in_product(y_BTX):
-            from matilda_model.quack_relu2 import QuackLinearAdd
+        if self._takes_quack(y_BTX, "quack_residual", "quack_all"):
+            from matilda_model.quack_products import QuackLinearAdd
 
             weight = self.o.weight.to(y_BTX.dtype)
             flat: Tensor = QuackLinearAdd.apply(
-                y_BTX.flatten(0, 1), weight, residual_BTD.flatten(0, 1)
+                y_BTX.flatten(0, 1),
+                weight,
+                residual_BTD.flatten(0, 1),
+                self._takes_quack(y_BTX, "quack_all"),
             )
             return flat.view(residual_BTD.shape)
         added: Tensor = residual_BTD + self.o(y_BTX)
         return added
 
-    def _adds_in_product(self, y_BTX: Tensor) -> bool:
-        if not (y_BTX.is_cuda and y_BTX.requires_grad and y_BTX.dtype == torch.bfloat16):
+    def _takes_quack(self, x: Tensor, *backends: str) -> bool:
+        if not (x.is_cuda and x.requires_grad and x.dtype == torch.bfloat16):
             return False
-        return self.matmul == "quack_residual" or (self.matmul == "auto" and bool(has_quack()))
+        return self.matmul in backends or (self.matmul == "auto" and bool(has_quack()))
 
     def documents(self, input_ids_BT: Tensor) -> Tensor | None:
         """Which document each token is of, when that bounds what it sees."""
@@ -241,13 +244,19 @@ class Attention(nn.Module):
                 F.linear(x_BTD, v).view(*rows, self.n_kv_heads, e),
             )
         sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
-        qkv = self._joint_product(x_BTD).view(*rows, sum(sizes), e)
+        qkv = self.joint_product(x_BTD).view(*rows, sum(sizes), e)
         q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, sizes, dim=-2)
         return q_BTHE, k_BTKE, v_BTKE
 
-    def _joint_product(self, x_BTD: Tensor) -> Tensor:
+    def joint_product(self, x_BTD: Tensor) -> Tensor:
+        """`x_BTD` times the joined weights of q, k and v: [B, T, (H + 2K) E]."""
         # the weights are cast anyway, so joining them is free and one wide matmul runs faster
         joint = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTD.dtype)
+        if self._takes_quack(x_BTD, "quack_all"):
+            from matilda_model.quack_products import QuackLinear
+
+            flat: Tensor = QuackLinear.apply(x_BTD.flatten(0, 1), joint)
+            return flat.view(*x_BTD.shape[:2], -1)
         return F.linear(x_BTD, joint)
 
     def _fuses(self, x_BTD: Tensor) -> bool:
@@ -289,7 +298,7 @@ class Attention(nn.Module):
         assert self.k_norm is not None
         weights = self.q_norm.weight, self.k_norm.weight
         heads = self.n_heads, self.n_kv_heads
-        return (self._joint_product(x_BTD), *weights, cos, sin, *heads, self.q_norm.eps)
+        return (self.joint_product(x_BTD), *weights, cos, sin, *heads, self.q_norm.eps)
 
 
 def _norm_and_rotate(x_BTHE: Tensor, norm: RMSNorm | None, cos: Tensor, sin: Tensor) -> Tensor:

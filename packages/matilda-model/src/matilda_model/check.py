@@ -237,16 +237,20 @@ def _check_attention(
 def _check_matmul(
     model: Transformer, block: Block, hidden_BTD: Tensor, limit: float
 ) -> list[KernelCheck]:
-    """The products that may add the residual stream: attention's output and the MLP."""
+    """The products that kernels of their own may compute: of q, k, v and output, and the MLP."""
     attn, mlp = block.attn, block.mlp
     kind = model.compute_dtype
     with torch.no_grad():
         joined_BTX = torch.nn.functional.linear(hidden_BTD, attn.q.weight)
 
+    def joint(x: Tensor) -> Tensor:
+        return x @ torch.cat((attn.q.weight, attn.k.weight, attn.v.weight)).T
+
     def output(y: Tensor, residual: Tensor) -> Tensor:
         return residual + y @ attn.o.weight.T.to(y.dtype)
 
-    rows = _compare(
+    rows = _compare("matmul", ("x",), attn.joint_product, joint, (hidden_BTD,), (kind,), limit)
+    rows += _compare(
         "matmul", ("y", "the residual"), attn.output, output, (joined_BTX, hidden_BTD),
         (kind, kind), limit,
     )  # fmt: skip

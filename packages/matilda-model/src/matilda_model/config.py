@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "fa4_joint", "flex", "math")
-LOSS_BACKENDS = ("auto", "fused", "fused_fp8", "plain", "chunked", "liger")
-MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "plain")
+LOSS_BACKENDS = ("auto", "fused", "fused_quack", "fused_fp8", "plain", "chunked", "liger")
+MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "quack_all", "plain")
 NORM_BACKENDS = ("auto", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
 GATE_CHANNELS = 32  # of the residual stream, read by the gate of a value embedding
@@ -115,7 +115,8 @@ class ModelConfig:
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
     bf16, Hopper or later), `"quack"` does so with quack-kernels (Hopper, the `hopper` extra),
     `"quack_residual"` adds the residual stream in the output products of attention and MLP as well,
-    `"plain"` leaves it to torch, `"auto"` takes quack_residual, else fused, where they run."""
+    `"quack_all"` computes all products of the blocks but weights' gradients, `"plain"` leaves it to
+    torch, `"auto"` takes quack_all, else fused, where they run."""
 
     norm: str = "auto"
     """QK-norm and RoPE: `"fused"` is one Triton pass over the joint q, k, v product (CUDA),

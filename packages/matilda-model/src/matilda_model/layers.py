@@ -131,13 +131,14 @@ class ReLU2(nn.Module):
         y_ND: Tensor
         if kind == "plain":
             y_BTD = F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
-        elif kind in ("quack", "quack_residual"):
-            from matilda_model.quack_relu2 import QuackReLU2
+        elif kind in ("quack", "quack_residual", "quack_all"):
+            from matilda_model.quack_products import QuackReLU2
 
             added_ND = None
-            if kind == "quack_residual" and residual_BTD is not None:
+            if kind != "quack" and residual_BTD is not None:
                 added_ND, residual_BTD = residual_BTD.flatten(0, 1), None
-            y_ND = QuackReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF, added_ND)
+            everywhere = kind == "quack_all"
+            y_ND = QuackReLU2.apply(x_BTD.flatten(0, 1), up_FD, down_DF, added_ND, everywhere)
             y_BTD = y_ND.view(x_BTD.shape)
         else:
             from matilda_model.triton_relu2 import FusedReLU2
@@ -153,5 +154,5 @@ class ReLU2(nn.Module):
         if self.matmul != "auto":
             return self.matmul
         if x_BTD.dtype == torch.bfloat16 and has_quack():
-            return "quack_residual"
+            return "quack_all"
         return "fused" if x_BTD.dtype == torch.bfloat16 and has_hopper_triton() else "plain"

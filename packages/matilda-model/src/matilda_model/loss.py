@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from matilda_model.device import has_hopper_triton, has_triton
+from matilda_model.device import has_hopper_triton, has_quack, has_triton
 
 _CHUNK_TOKENS = 8192
 _CPU_CHUNK_LOGITS = 1 << 22
@@ -57,18 +57,21 @@ def linear_cross_entropy(
     - `"liger"`: Liger's fused kernel, float32 accumulation, outside the compiled graph (it is
       wrong inside one); needs the `liger` extra and CUDA.
     - `"fused"`: as chunked, with soft-cap, loss and gradient in one Triton kernel; CUDA.
+    - `"fused_quack"`: as fused, the logits' product by quack-kernels; Hopper, bf16, `hopper` extra.
     - `"fused_fp8"`: as fused, the head's product and its gradient for `h_ND` in 8 bits: not exact,
       see docs/RESULTS.md for losses beside bf16's; Hopper or later, bf16, sizes divisible by 16.
-    - `"auto"`: fused on CUDA where triton is, else chunked.
+    - `"auto"`: fused_quack or fused on CUDA, where they run, else chunked.
     """
     _check_targets(h_ND, targets_N)
     if backend == "auto":
         backend = "fused" if h_ND.device.type == "cuda" and has_triton() else "chunked"
+        if backend == "fused" and h_ND.dtype == torch.bfloat16 and has_quack():
+            backend = "fused_quack"
     if backend == "plain":
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
     if backend == "fused_fp8":
         _check_fp8(h_ND, weight_VD)
-    if backend in ("chunked", "fused", "fused_fp8"):
+    if backend in ("chunked", "fused", "fused_quack", "fused_fp8"):
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
         loss, ce, zl = _SweepLoss.apply(
             h_ND, weight_VD, targets_N, softcap, z_loss, with_grad, backend
@@ -80,7 +83,8 @@ def linear_cross_entropy(
         out: LossOutput = liger_linear_cross_entropy(h_ND, weight_VD, targets_N, softcap, z_loss)
         return out
     raise ValueError(
-        f"`backend` must be auto, fused, fused_fp8, plain, chunked or liger, not {backend!r}"
+        "`backend` must be auto, fused, fused_quack, fused_fp8, plain, chunked or liger, not "
+        f"{backend!r}"
     )
 
 
@@ -165,7 +169,8 @@ class _SweepLoss(torch.autograd.Function):
         if backend != "chunked":
             from matilda_model.triton_loss import linear_cross_entropy_op
 
-            sweep = partial(linear_cross_entropy_op, fp8=backend == "fused_fp8")
+            head = {"fused": "cublas", "fused_quack": "quack", "fused_fp8": "fp8"}[backend]
+            sweep = partial(linear_cross_entropy_op, head=head)
         w_VD = weight_VD.to(h_ND.dtype)
         ce, zl, dh_ND, dw_VD = sweep(h_ND, w_VD, targets_N, softcap, z_loss, with_grad)
         count = (targets_N >= 0).sum().clamp_min(1).float()

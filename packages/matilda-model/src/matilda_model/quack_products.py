@@ -1,10 +1,11 @@
-"""quack-kernels (CuTe DSL, Hopper): the ReLU² matmuls with ping-pong warp groups.
+"""quack-kernels (CuTe DSL, Hopper): matmuls with ping-pong warp groups, ReLU² or residual inside.
 
 One warp group multiplies while the other runs its epilogue, and the activation that backward reads
-is fetched by the copy engine meanwhile; Triton's kernels expose that read. Needs `quack-kernels`;
-compiled on first use, seconds a kernel, and kept in quack's own cache.
+is fetched by the copy engine meanwhile; Triton's kernels expose that read. Weights' gradients stay
+with cuBLAS, which splits their long sum over the multiprocessors. Needs `quack-kernels`; compiled
+on first use, seconds a kernel, and kept in quack's own cache.
 
-Shape suffixes: N tokens, D model, F feed-forward.
+Shape suffixes: N tokens, D model, F feed-forward, X whatever a product's width is.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 class Epilogues(NamedTuple):
     """What quack does with a product before it is stored."""
 
+    product: Callable[..., Any]
     relu2: Callable[..., Any]
     relu2_backward: Callable[..., Any]
     residual: Callable[..., Any]
@@ -27,10 +29,14 @@ class Epilogues(NamedTuple):
 
 @functools.cache
 def epilogues() -> Epilogues:
-    """The three matmuls, compiled on first use. ImportError without `quack-kernels`."""
+    """The four matmuls, compiled on first use. ImportError without `quack-kernels`."""
     from cutlass import cute  # type: ignore[import-not-found]
     from quack.activation import relu  # type: ignore[import-not-found]
     from quack.epilogue import gemm_epilogue  # type: ignore[import-not-found]
+
+    @gemm_epilogue()
+    def product_epilogue(acc):  # type: ignore[no-untyped-def]
+        return {"D": acc}
 
     @gemm_epilogue()
     def relu2_epilogue(acc):  # type: ignore[no-untyped-def]
@@ -45,7 +51,7 @@ def epilogues() -> Epilogues:
     def residual_epilogue(acc, c):  # type: ignore[no-untyped-def]
         return {"D": acc + c}
 
-    return Epilogues(relu2_epilogue, relu2_backward_epilogue, residual_epilogue)
+    return Epilogues(product_epilogue, relu2_epilogue, relu2_backward_epilogue, residual_epilogue)
 
 
 @functools.cache
@@ -61,6 +67,23 @@ def config(tile_m: int = 128, tile_n: int = 192, pingpong: bool = True, cluster_
         cluster_n=1,
         is_dynamic_persistent=False,
     )
+
+
+@torch.library.custom_op("matilda_model::quack_product", mutates_args=())
+def quack_product(a_NX: Tensor, b_XF: Tensor) -> Tensor:
+    """`a @ b`, bf16 [N, F]; `b` may be a transposed view."""
+    width = b_XF.shape[1]
+    # a whole number of tiles where there is one: 1280, a joint q, k, v product, is 8 of 160
+    tile_n = 160 if width % 192 and width % 160 == 0 else 192
+    out = a_NX.new_empty(a_NX.shape[0], width)
+    chosen = config(tile_n=tile_n)
+    epilogues().product(a_NX.contiguous(), b_XF, out={"D": out}, config=chosen, tuned=False)
+    return out
+
+
+@quack_product.register_fake
+def _(a_NX: Tensor, b_XF: Tensor) -> Tensor:
+    return a_NX.new_empty(a_NX.shape[0], b_XF.shape[1])
 
 
 @torch.library.custom_op("matilda_model::quack_up_relu2", mutates_args=())
@@ -106,14 +129,31 @@ def _(x_NF: Tensor, weight_DF: Tensor, residual_ND: Tensor) -> Tensor:
     return torch.empty_like(residual_ND)
 
 
-class QuackReLU2(torch.autograd.Function):
-    """`relu(x @ up.T) ** 2 @ down.T` for bf16 [N, D], plus a residual [N, D] unless it is None."""
+class QuackLinear(torch.autograd.Function):
+    """`x @ weight.T` for bf16 [N, D] and [F, D]."""
 
     @staticmethod
-    def forward(ctx, x_ND, up_FD, down_DF, residual_ND):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_ND, weight_FD):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(x_ND, weight_FD)
+        return quack_product(x_ND, weight_FD.T)
+
+    @staticmethod
+    def backward(ctx, dy_NF):  # type: ignore[no-untyped-def]
+        x_ND, weight_FD = ctx.saved_tensors
+        return quack_product(dy_NF, weight_FD), dy_NF.T @ x_ND
+
+
+class QuackReLU2(torch.autograd.Function):
+    """`relu(x @ up.T) ** 2 @ down.T` for bf16 [N, D], plus a residual [N, D] unless it is None.
+
+    `everywhere` has quack compute the gradient of `x`, too.
+    """
+
+    @staticmethod
+    def forward(ctx, x_ND, up_FD, down_DF, residual_ND, everywhere):  # type: ignore[no-untyped-def]
         h_NF = quack_up_relu2(x_ND, up_FD)
         ctx.save_for_backward(x_ND, up_FD, down_DF, h_NF)
-        ctx.added = residual_ND is not None
+        ctx.added, ctx.everywhere = residual_ND is not None, everywhere
         if residual_ND is None:
             return h_NF @ down_DF.T
         return quack_linear_add(h_NF, down_DF, residual_ND)
@@ -123,18 +163,21 @@ class QuackReLU2(torch.autograd.Function):
         x_ND, up_FD, down_DF, h_NF = ctx.saved_tensors
         du_NF = quack_down_relu2_backward(dy_ND, down_DF, h_NF)
         residual = dy_ND if ctx.added else None
-        return du_NF @ up_FD, du_NF.T @ x_ND, dy_ND.T @ h_NF, residual
+        dx_ND = quack_product(du_NF, up_FD) if ctx.everywhere else du_NF @ up_FD
+        return dx_ND, du_NF.T @ x_ND, dy_ND.T @ h_NF, residual, None
 
 
 class QuackLinearAdd(torch.autograd.Function):
-    """`residual + x @ weight.T` for bf16 [N, F], [D, F] and [N, D]."""
+    """`residual + x @ weight.T` for bf16 [N, F], [D, F] and [N, D]; see `QuackReLU2`."""
 
     @staticmethod
-    def forward(ctx, x_NF, weight_DF, residual_ND):  # type: ignore[no-untyped-def]
+    def forward(ctx, x_NF, weight_DF, residual_ND, everywhere):  # type: ignore[no-untyped-def]
         ctx.save_for_backward(x_NF, weight_DF)
+        ctx.everywhere = everywhere
         return quack_linear_add(x_NF, weight_DF, residual_ND)
 
     @staticmethod
     def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
         x_NF, weight_DF = ctx.saved_tensors
-        return dy_ND @ weight_DF, dy_ND.T @ x_NF, dy_ND
+        dx_NF = quack_product(dy_ND, weight_DF) if ctx.everywhere else dy_ND @ weight_DF
+        return dx_NF, dy_ND.T @ x_NF, dy_ND, None
