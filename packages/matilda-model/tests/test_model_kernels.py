@@ -102,7 +102,9 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
             assert error(got_zl, zl.detach()) < 5e-6
             assert error(got, exact.grad) < bound(dtype)
             assert (got[2] == 0).all()
-            for shared in (2, 4) if FULL or device == "cuda" else (4,):  # logits to a reciprocal
+            # logits that share a reciprocal; tanh computed once a logit or twice
+            ways = ((2, True), (2, False), (1, True)) if FULL or device == "cuda" else ()
+            for shared, kept in (*ways, (4, False)):
                 other = x.clone()
                 other_ce, other_zl = cross_entropy_(
                     other,
@@ -112,6 +114,7 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
                     with_grad=True,
                     block=128,
                     shared=shared,
+                    kept=kept,
                 )
                 assert error(other_ce, ce.detach()) < 5e-6
                 assert error(other_zl, zl.detach()) < 5e-6
@@ -162,10 +165,17 @@ def check_nan_is_not_hidden(device: str, dtype: torch.dtype) -> None:
         x = torch.randn(2, 64, device=device).to(dtype)
         x[0, 5] = float("nan")
         targets = torch.tensor([1, 2], device=device)
-        for shared in (1, 4):
+        for shared, kept in ((1, False), (4, False), (4, True)):
             y = x.clone()
             ce, _ = cross_entropy_(
-                y, targets, softcap=softcap, z_loss=0.0, with_grad=True, block=64, shared=shared
+                y,
+                targets,
+                softcap=softcap,
+                z_loss=0.0,
+                with_grad=True,
+                block=64,
+                shared=shared,
+                kept=kept,
             )
             assert torch.isnan(ce[0])
             assert torch.isnan(y[0]).all()

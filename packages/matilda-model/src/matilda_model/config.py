@@ -104,12 +104,12 @@ class ModelConfig:
     attention: str = "auto"
     """Attention back end: `"auto"` (fastest measured for the device), `"cudnn"`, `"flash"`,
     `"flex"`, `"math"` (all torch's), `"fa4"` (FlashAttention-4, the `hopper` extra), `"fa4_joint"`
-    (the same in one with QK-norm and RoPE, where the shape allows). Layers with a window and
+    (the same in one with QK-norm and RoPE, where shape and version allow). Layers with a window and
     `document_token` need `"auto"`, `"flex"` (compiled) or `"math"`."""
 
     loss: str = "auto"
-    """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"fused_fp8"`,
-    `"plain"`, `"chunked"`, `"liger"`. See `linear_cross_entropy`."""
+    """Loss back end: `"auto"` (fastest measured for the device), `"fused"`, `"fused_quack"`,
+    `"fused_fp8"`, `"plain"`, `"chunked"`, `"liger"`. See `linear_cross_entropy`."""
 
     matmul: str = "auto"
     """MLP matmuls of `"relu2"`: `"fused"` puts the activation into the matmul kernels (Triton,
@@ -119,8 +119,9 @@ class ModelConfig:
     torch, `"auto"` takes quack_all, else fused, where they run."""
 
     norm: str = "auto"
-    """QK-norm and RoPE: `"fused"` is one Triton pass over the joint q, k, v product (CUDA),
-    `"plain"` leaves them to torch, `"auto"` fuses where that runs."""
+    """Norms: `"fused"` is one Triton pass for QK-norm and RoPE over the joint q, k, v product, and
+    one for a block's norm and the residual stream backward (CUDA), `"plain"` leaves them to torch,
+    `"auto"` fuses where that runs."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from importlib import metadata
 from pathlib import Path
 
 import torch
+
+_TILES_OF = "4.0.0b36"
+"""flash-attn-4 promises nothing about how its gradients lie before its own last step."""
 
 
 def has_triton() -> bool:
@@ -25,6 +29,14 @@ def has_hopper_triton() -> bool:
 def has_flash4() -> bool:
     """Whether FlashAttention-4 (the `hopper` extra) can run on the current CUDA device."""
     return _is_hopper() and _can_import("flash_attn", "cute")
+
+
+def has_flash4_tiles() -> bool:
+    """The same, and its gradients can be had as its kernel leaves them: in the version tested."""
+    try:
+        return has_flash4() and metadata.version("flash-attn-4") == _TILES_OF
+    except metadata.PackageNotFoundError:
+        return False
 
 
 def has_quack() -> bool:
@@ -48,5 +60,5 @@ def _can_import(package: str, module: str) -> bool:
 
 # What `torch.compiler.assume_constant_result` does, without the seconds that importing the
 # compiler takes: a run that does not compile never needs it.
-for _function in (has_triton, has_hopper_triton, has_flash4, has_quack):
+for _function in (has_triton, has_hopper_triton, has_flash4, has_flash4_tiles, has_quack):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -13,6 +13,8 @@ from types import FunctionType
 import torch
 from torch import Tensor
 
+from matilda_model.device import has_flash4_tiles
+
 
 @torch.library.custom_op("matilda_model::fa4_forward", mutates_args=())
 def fa4_forward(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,8 +121,9 @@ def _(
 
 
 def takes_tiles(n_heads: int, n_kv_heads: int, head_dim: int, seq_len: int) -> bool:
-    """Whether `JointAttention4` can compute this shape."""
-    return n_kv_heads < n_heads and head_dim in (64, 128) and seq_len % 128 == 0
+    """Whether `JointAttention4` can compute this shape, with the version that is installed."""
+    fits = n_kv_heads < n_heads and head_dim in (64, 128) and seq_len % 128 == 0
+    return fits and bool(has_flash4_tiles())
 
 
 class JointAttention4(torch.autograd.Function):

@@ -25,8 +25,10 @@ _CHUNK_ROWS = 16384  # 1.6 GB of bf16 logits at 50304; the matmuls are no faster
 _BLOCK = 4096
 _WARPS = 32
 _SHARED = 4  # logits that share a reciprocal
-_KEPT = True
-_KEPT_BLOCKS = 14  # of four logits a thread: what its registers hold
+_KEPT_BLOCK = 8192
+_KEPT_BLOCKS = (
+    7  # of a row that its threads' registers hold; at 50304 this kernel is the faster one
+)
 _LOG2E = tl.constexpr(1.4426950408889634)
 _E4M3_MAX = 448.0
 _E5M2_SCALE = tl.constexpr(2.0**12)  # the largest gradients, about 1, leave room for a z-loss
@@ -237,7 +239,7 @@ def _kept_cross_entropy_kernel(  # type: ignore[no-untyped-def]
         x = tl.load(logits_ptr + i * BLOCK + cols, mask=inside, other=float("-inf"))
         u = _half_fall(x.to(tl.float32) * slope, FAST, BLOCK, SHARED)
         total += _exp2(scale - (2.0 * scale) * u, FAST)
-        kept = kept + (_pack(u, BLOCK),)  # noqa: RUF005  (triton has no starred tuples)
+        kept += (_pack(u, BLOCK),)  # type: ignore[assignment]
     # columns past the end were read as -inf, so each added exp(-cap)
     lse = tl.log2(tl.sum(total, 0) - (BLOCKS * BLOCK - n_cols) * tl.exp2(-scale))
     lse_e = lse / _LOG2E
@@ -266,10 +268,10 @@ def cross_entropy_(
     z_loss: float,
     with_grad: bool,
     grad8: tuple[Tensor, Tensor] | None = None,
-    block: int = _BLOCK,
+    block: int | None = None,
     warps: int = _WARPS,
     shared: int = _SHARED,
-    kept: bool = _KEPT,
+    kept: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Per-token cross-entropy and z-loss, float32 [N]; `logits_NV` becomes its gradient in place.
 
@@ -278,14 +280,15 @@ def cross_entropy_(
     target cost and contribute nothing.
 
     `grad8`, e5m2 [N, V] and float32 [N], takes the gradient a second time: scaled, with 0 for the
-    target, and the target's own entry.
+    target, and the target's own entry. `kept` allows the kernel that computes each tanh once, where
+    soft-cap and vocabulary do.
     """
     grad8_NV, target_grad_N = (logits_NV, logits_NV) if grad8 is None else grad8
     n_rows, n_cols = logits_NV.shape
     ce_N = torch.empty(n_rows, dtype=torch.float32, device=logits_NV.device)
     z_N = torch.empty_like(ce_N)
     bounded = softcap is not None and softcap <= _BOUND
-    blocks = triton.cdiv(n_cols, block)
+    blocks = triton.cdiv(n_cols, block or _KEPT_BLOCK)
     if kept and bounded and with_grad and grad8 is None and blocks <= _KEPT_BLOCKS:
         _kept_cross_entropy_kernel[(n_rows,)](
             logits_NV,
@@ -297,7 +300,7 @@ def cross_entropy_(
             softcap,
             z_loss,
             FAST=logits_NV.device.type == "cuda",
-            BLOCK=block,
+            BLOCK=block or _KEPT_BLOCK,
             BLOCKS=blocks,
             SHARED=shared,
             num_warps=warps,
@@ -319,7 +322,7 @@ def cross_entropy_(
         WITH_GRAD=with_grad,
         GRAD8=grad8 is not None and with_grad,
         FAST=logits_NV.device.type == "cuda",
-        BLOCK=block,
+        BLOCK=block or _BLOCK,
         SHARED=shared,
         num_warps=warps,
     )
