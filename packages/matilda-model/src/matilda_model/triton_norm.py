@@ -18,7 +18,7 @@ from torch import Tensor
 
 _ROWS = 1
 _COLUMNS_PER_WARP = 1024  # one warp a row up to there: its sums need no barrier
-_PROGRAMS_PER_SM = 16
+_PROGRAMS_PER_SM = 12
 
 
 @triton.jit  # type: ignore[untyped-decorator]
