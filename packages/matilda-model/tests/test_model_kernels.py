@@ -80,7 +80,7 @@ def reference_loss(
 
 
 def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
-    from matilda_model.triton_loss import cross_entropy_
+    from matilda_model.triton_cross_entropy import cross_entropy_
 
     torch.manual_seed(0)
     n = 6 if device == "cuda" else 4  # the interpreter takes a tenth of a second for each row
@@ -130,7 +130,7 @@ def check_cross_entropy(device: str, dtype: torch.dtype) -> None:
 
 
 def check_gradient_in_8_bits(x: Tensor, targets: Tensor, softcap: float | None) -> None:
-    from matilda_model.triton_loss import cross_entropy_
+    from matilda_model.triton_cross_entropy import cross_entropy_
 
     exact = x.double().requires_grad_()
     torch.cat(reference_loss(exact, targets, softcap, 1e-3)).sum().backward()
@@ -159,7 +159,7 @@ def check_gradient_in_8_bits(x: Tensor, targets: Tensor, softcap: float | None) 
 
 
 def check_nan_is_not_hidden(device: str, dtype: torch.dtype) -> None:
-    from matilda_model.triton_loss import cross_entropy_
+    from matilda_model.triton_cross_entropy import cross_entropy_
 
     for softcap in (None, 30.0):
         x = torch.randn(2, 64, device=device).to(dtype)
@@ -365,7 +365,8 @@ def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
 
 def check_qkv_norm_rope_from_tiles(device: str, dtype: torch.dtype) -> None:
     from matilda_model.layers import rope_table
-    from matilda_model.triton_qkv import qkv_norm_rope_backward, qkv_norm_rope_backward_tiled
+    from matilda_model.triton_qkv import qkv_norm_rope_backward
+    from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_tiled
 
     torch.manual_seed(0)
     batch, seq_len, heads, kv, e = 1, 128, 2, 1, 16

@@ -83,7 +83,7 @@ def fa4_backward_tiled(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v as the kernel sums them: float32 tiles [B, heads, T E].
 
-    Unscaled, for grouped queries and T a multiple of 128; `triton_qkv` says how a tile lies.
+    Unscaled, for grouped queries and T a multiple of 128; `triton_qkv_tiles` says how one lies.
     """
     import flash_attn.cute.interface as interface  # type: ignore[import-not-found]
 
@@ -144,7 +144,7 @@ class JointAttention4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
-        from matilda_model.triton_qkv import qkv_norm_rope_backward_tiled
+        from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_tiled
 
         q, k, v, out, lse, *product = ctx.saved_tensors
         tiles = fa4_backward_tiled(q, k, v, out, dout, lse)
