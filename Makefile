@@ -48,7 +48,7 @@ verify-resume: ## 500 kills of a small run, compared bit for bit with its twin
 		--run-dir runs/verify-resume
 
 bench: ## The benchmarks that need no GPU, root or network, in their quick form
-	for program in ckpt data muon muon_vs_adamw step time_to_loss; do uv run benchmarks/$$program.py --quick || exit 1; done
+	for program in ckpt data muon muon_vs_adamw scaling step time_to_loss; do uv run benchmarks/$$program.py --quick || exit 1; done
 
 eval-parity: ## Our likelihoods beside lm-evaluation-harness' own, on every item (TASK_DIR=data/evals)
 	uv run --extra eval --with accelerate pytest -n 0 \

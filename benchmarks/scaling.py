@@ -1,6 +1,7 @@
 """One node of several GPUs: speed by number and strategy, resume on other numbers, a killed rank.
 
     python benchmarks/scaling.py --data-dir DIR --work-dir DIR [--gpus 8] [--json FILE]
+    python benchmarks/scaling.py --quick         # toy shapes, two CPU processes, a minute or two
 
 Every case is `torchrun apps/train.py` on real shards at one global batch. Speed is the median of
 the logged steps after the first 8; cases that fit on the node together run at the same time, on
@@ -10,7 +11,8 @@ arithmetic, exchange that nothing hides, and idle time. Then one run loses a ran
 all; it must see the batches of the undisturbed run, by hash, and its losses may differ from that
 run's no more than those of another undisturbed run do (in which Muon's work is shared out).
 `--table FILE` prints the figures of an earlier `--json FILE` as Markdown.
-Needs CUDA; `--cpu` tries everything with gloo on small processes.
+Needs CUDA; `--cpu` tries everything with gloo on small processes, `--quick` DDP and
+the disturbed run on two.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -30,12 +33,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from time_to_loss import quick_data
 
 from matilda_train.metrics_log import read_rows
 
 ROOT = Path(__file__).resolve().parents[1]
 WARM_UP_STEPS = 8
 TRACED_STEPS = 6
+QUICK = [
+    *("model.vocab_size=320", "model.d_model=64", "model.n_layers=2", "model.n_heads=2"),
+    *("model.n_kv_heads=1", "model.head_dim=32", "model.max_seq_len=64", "data.tokenizer=byte"),
+    *("train.tokens_per_step=1024", "train.micro_batch_size=8", "train.device=cpu"),
+    *("train.compile=false", "train.threads=1", "eval.tokens=4096"),
+]
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,15 @@ class Case:
 
 def main() -> None:
     args = parse_arguments()
+    with tempfile.TemporaryDirectory() as folder:
+        if args.quick:
+            args.cpu, args.gpus, args.set = True, 2, [*QUICK, *args.set]
+            args.data_dir = args.data_dir or quick_data(Path(folder))
+            args.work_dir = args.work_dir or Path(folder) / "work"
+        measure(args)
+
+
+def measure(args: argparse.Namespace) -> None:
     if args.table:
         print(table(json.loads(args.table.read_text())))
         return
@@ -71,10 +90,12 @@ def main() -> None:
         *(Case(f"{n} ddp" if n > 1 else "1", n, profile=n == 1) for n in smaller),
         *(Case(f"{n} ddp, shared Muon", n, "ddp", "ddp") for n in smaller if n > 1),
         *(Case(f"{n} fsdp", n, "fsdp") for n in smaller if n > 1),
-        Case(f"{full} ddp", full, profile=True),
-        Case(f"{full} ddp, shared Muon", full, "ddp", "ddp"),
+        plain := Case(f"{full} ddp", full, profile=True),
+        shared := Case(f"{full} ddp, shared Muon", full, "ddp", "ddp"),
         Case(f"{full} fsdp", full, "fsdp"),
     ]
+    if args.quick:
+        cases = cases[: cases.index(shared)]
     results: dict[str, Any] = {"environment": environment(args), "speed": []}
 
     def report(title: str, row: dict[str, Any]) -> None:
@@ -90,14 +111,21 @@ def main() -> None:
             row = asdict(case) | ({"exit": code} if code else speed_of(run_dir))
             results["speed"].append(row)
             report(f"{time.monotonic() - began:.0f} s", row)
-    twin = node.run_dir(cases[-3])
-    results["two undisturbed runs"] = differences(twin, node.run_dir(cases[-2]))
-    report("two undisturbed runs", results["two undisturbed runs"])
+    twin = node.run_dir(plain)
+    if shared in cases:
+        results["two undisturbed runs"] = differences(twin, node.run_dir(shared))
+        report("two undisturbed runs", results["two undisturbed runs"])
 
     disturbed = node.work_dir / "disturbed"
     results["disturbed"] = node.disturb(disturbed, full, half)
     results["disturbed"] |= differences(twin, disturbed) | {"events": events_of(disturbed)}
     report("disturbed", results["disturbed"])
+    wrong = [row["name"] for row in results["speed"] if row.get("exit")]
+    same = ("all_steps", "equal_batches")
+    if results["disturbed"]["exit"] or not all(results["disturbed"][name] for name in same):
+        wrong.append("disturbed")
+    if wrong:
+        raise SystemExit(f"error: {', '.join(wrong)} failed; their logs are in `--work-dir`")
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -115,6 +143,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=60, help="steps on all GPUs (60)")
     parser.add_argument("--set", nargs="+", default=[], help="settings of every run")
     parser.add_argument("--cpu", action="store_true", help="processes instead of GPUs")
+    parser.add_argument("--quick", action="store_true", help="toy shapes on two CPU processes")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--table", type=Path, help="print this result as Markdown, run nothing")
     parser.add_argument("--profile-worker", action="store_true", help=argparse.SUPPRESS)
@@ -211,7 +240,9 @@ class Node:
 
 
 def wait_for_step(run_dir: Path, step: int, process: subprocess.Popen[bytes]) -> None:
-    while process.poll() is None:
+    ended = False
+    while not ended:
+        ended = process.poll() is not None  # before the look: its last rows count
         path = run_dir / "metrics.jsonl"
         if path.exists() and any(row["step"] >= step for row in read_rows(path)):
             return
