@@ -207,6 +207,26 @@ def test_rolling_likelihood_and_generation_are_those_of_the_harness_own_model(
     assert any(len(short) < len(text) for short, text in zip(shorter, written, strict=True))
 
 
+def test_a_sampled_answer_is_the_same_whatever_else_is_asked(model: Transformer) -> None:
+    from lm_eval.api.instance import Instance
+
+    ours = HarnessModel(ScoredTransformer(model), DatasetCoder(load_tokenizer("byte")))
+    options = {"max_gen_toks": 12, "do_sample": True, "temperature": 2.0, "until": []}
+
+    def ask(*prompts: str) -> list[str]:
+        return ours.generate_until(
+            [
+                Instance(request_type="generate_until", doc={}, arguments=(each, options), idx=i)
+                for i, each in enumerate(prompts)
+            ]
+        )
+
+    many = ask("The heart", *(f"{i} of" for i in range(70)), "a river", "The heart")
+    assert ask("a river", "The heart", "The heart") == [many[71], many[0], many[72]]
+    assert many[0] != many[72]  # asked again, it is another draw
+    assert len(set(many)) > 60
+
+
 @pytest.fixture(scope="module", params=["byte", "gpt2"])
 def coders(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory

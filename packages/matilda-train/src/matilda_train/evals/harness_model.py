@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -101,7 +103,8 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Continuations up to the first stop text, greedy unless a task asks to sample.
 
-        Sampling draws from a generator seeded with 0 for each batch.
+        Sampling draws each answer from a generator of its own, seeded by the request and by how
+        often it came before: neither the other requests nor their order changes an answer.
         """
         if not isinstance(self._model, ScoredTransformer):
             raise ValueError(
@@ -110,25 +113,40 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra
             )
         answers: list[str] = [""] * len(requests)
         groups: dict[str, list[int]] = {}
+        seen: Counter[tuple[str, str]] = Counter()
+        seeds = []
         for index, request in enumerate(requests):
-            groups.setdefault(repr(sorted(request.args[1].items())), []).append(index)
+            options = repr(sorted(request.args[1].items()))
+            groups.setdefault(options, []).append(index)
+            asked = (request.args[0], options)
+            digest = hashlib.sha256(repr((*asked, seen[asked])).encode()).digest()
+            seeds.append(int.from_bytes(digest[:8]) >> 1)
+            seen[asked] += 1
         for members in groups.values():
             ids = self._coder.encode([requests[index].args[0] for index in members])
             prompts = dict(zip(members, ids, strict=True))
             members.sort(key=lambda index: len(prompts[index]))
             for first in range(0, len(members), GENERATED_ROWS):
                 rows = members[first : first + GENERATED_ROWS]
-                options = dict(requests[rows[0]].args[1])
-                texts = self._generate(self._model, [prompts[index] for index in rows], options)
+                texts = self._generate(
+                    self._model,
+                    [prompts[index] for index in rows],
+                    dict(requests[rows[0]].args[1]),
+                    [seeds[index] for index in rows],
+                )
                 for index, text in zip(rows, texts, strict=True):
                     answers[index] = text
                     self.cache_hook.add_partial("generate_until", requests[index].args, text)
         return answers
 
     def _generate(
-        self, model: ScoredTransformer, prompts: list[list[int]], options: dict[str, Any]
+        self,
+        model: ScoredTransformer,
+        prompts: list[list[int]],
+        options: dict[str, Any],
+        seeds: list[int],
     ) -> list[str]:
-        """One text a prompt; `options` are the harness' `gen_kwargs`, which they share."""
+        """One text a prompt and seed; `options` are the harness' `gen_kwargs`, which they share."""
         until = options.get("until") or []
         stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
         n_new = next(
@@ -163,7 +181,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the harness is an extra
             stop_ids=(self.eot_token_id,),
             stop_when=stopped if stops else None,
             vocab_limit=self._coder.vocab_size,
-            generator=torch.Generator(device=self._device).manual_seed(0),
+            generator=[torch.Generator(device=self._device).manual_seed(seed) for seed in seeds],
         )
         texts = []
         for row in rows:
