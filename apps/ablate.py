@@ -19,6 +19,7 @@ from matilda_train.app import (
     EXIT_ENVIRONMENT,
     add_data_option,
     add_json_option,
+    add_set_option,
     run_app,
     show,
 )
@@ -51,14 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = TeachingParser(description=__doc__, epilog=EXAMPLES + rows)
     add = parser.add_argument
     add("--config", required=True, type=Path, metavar="FILE", help="JSON config of the baseline")
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="a.b=c",
-        help="override config fields of every row, e.g. train.total_steps=200",
-    )
+    add_set_option(parser, "override config fields of every row, e.g. train.total_steps=200")
     add_data_option(parser)
     add("--out", required=True, type=Path, metavar="DIR", help="directory of the study")
     what = parser.add_mutually_exclusive_group(required=True)

@@ -7,7 +7,7 @@ import math
 from pathlib import Path
 
 import _environment  # noqa: F401  (first: it names what is missing)
-from matilda_train.app import add_data_option, add_json_option, run_app, show
+from matilda_train.app import add_data_option, add_json_option, add_set_option, run_app, show
 from matilda_train.arguments import TeachingParser
 from matilda_train.resume_report import as_json, describe
 from matilda_train.stop_signals import EXIT_PREEMPTED
@@ -36,14 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--config", required=True, type=Path, metavar="FILE", help="JSON config of the run")
     add("--run-dir", required=True, type=Path, metavar="DIR", help="directory of the proof's runs")
     add_data_option(parser)
-    add(
-        "--set",
-        nargs="+",
-        action="extend",
-        default=[],
-        metavar="a.b=c",
-        help="override config fields, e.g. train.device=cuda",
-    )
+    add_set_option(parser, "override config fields, e.g. train.device=cuda")
     add(
         "--kills",
         type=int,

@@ -25,6 +25,7 @@ __all__ = [
     "add_json_option",
     "add_preflight_options",
     "add_run_options",
+    "add_set_option",
     "look_before",
     "run_app",
     "show",
@@ -42,9 +43,7 @@ def add_run_options(parser: argparse.ArgumentParser, *, run_dir_help: str, set_h
     """Options of every app that trains: where, on what data, overrides, and how long to save."""
     parser.add_argument("--run-dir", type=Path, metavar="DIR", help=run_dir_help)
     add_data_option(parser)
-    parser.add_argument(
-        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help=set_help
-    )
+    add_set_option(parser, set_help)
     parser.add_argument(
         "--grace-seconds",
         type=float,
@@ -70,6 +69,13 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="DIR",
         help="prepared data set (default: `data.dir` of the config)",
+    )
+
+
+def add_set_option(parser: argparse.ArgumentParser, about: str) -> None:
+    """`--set`."""
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="a.b=c", help=about
     )
 
 
