@@ -174,6 +174,7 @@ def test_top_k_and_top_p_restrict_the_draw() -> None:
     assert set(sample(logits, top_k=2).tolist()) == {0, 1}
     assert set(sample(logits, top_p=0.9).tolist()) == {0, 1, 2}
     assert set(sample(logits, top_p=0.01).tolist()) == {0}
+    assert set(sample(logits, top_p=5e-324).tolist()) == {0}
     assert set(sample(logits, temperature=0).tolist()) == {0}
     frequency = (sample(logits, top_k=2) == 0).double().mean().item()
     assert abs(frequency - 0.5 / 0.8) < 0.04

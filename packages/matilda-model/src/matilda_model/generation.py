@@ -277,8 +277,9 @@ def sample(
     probs_BV = logits_BV.softmax(dim=-1)
     if top_p is not None and top_p < 1.0:
         sorted_BV, order_BV = probs_BV.sort(dim=-1, descending=True)
-        # a token stays while the mass before it is under top_p, so the likeliest always stays
+        # a token stays while the mass before it is under top_p, which float32 may round to 0
         outside = sorted_BV.cumsum(dim=-1) - sorted_BV >= top_p
+        outside[..., 0] = False
         probs_BV = probs_BV.scatter(-1, order_BV, sorted_BV.masked_fill(outside, 0.0))
     if isinstance(generator, Sequence):
         rows = zip(probs_BV, generator, strict=True)
