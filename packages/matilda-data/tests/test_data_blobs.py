@@ -90,11 +90,14 @@ def test_ctrl_c_ends_the_waiting_for_a_store_that_is_down() -> None:
                     pause = 1.0
 
         threading.Thread(target=press_while_it_waits_for_an_answer, daemon=True).start()
+        # a shell's background job begins with the key ignored
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             with pytest.raises(KeyboardInterrupt):
                 fetch_blobs(url, ["0" * 40] * 100, Retry(first_wait=10**6, longest_wait=10**6))
         finally:
             ended.set()
+            signal.signal(signal.SIGINT, before)
 
 
 def test_a_download_under_way_does_not_keep_a_process_that_ends(tmp_path: Path) -> None:
