@@ -1,10 +1,11 @@
 """Tokens per second of a whole training step, per config and back end, beside its peers.
 
-A step is forward, backward, gradient clipping and the optimizer on random tokens, compiled, bf16:
-on one micro-batch, or with `--tokens-per-step` on as many as make that many tokens, as a run does
-(peers as well). Each case runs in its own process, so that none inherits another's compiler
-state or memory: all compile at once, then each is timed alone, median of `--steps` steps by device
-events. On a machine without CUDA the cases shrink to toy shapes, eager, in float32.
+A step is forward, backward, gradient clipping and the optimizer, compiled, bf16: on one micro-batch
+of random tokens, the same in every step, or with `--data-dir` on fresh ones of text; with
+`--tokens-per-step` on as many as make that many tokens, as a run does (peers as well). Each case
+runs in its own process, so that none inherits another's compiler state or memory: all compile at
+once, then each is timed alone, median of `--steps` steps by device events. On a machine without
+CUDA the cases shrink to toy shapes, eager, in float32.
 
 `--peer-dir` holds public checkouts: `nanoGPT/model.py`, `nanochat/nanochat/gpt.py`; transformers
 is used when it can be imported. Peers run at the hero's shape and their MFU counts the hero's
@@ -36,6 +37,8 @@ EXAMPLES = """\
 examples:
   python benchmarks/step.py --quick                        two toy steps, also without a GPU
   python benchmarks/step.py --peer-dir DIR --json all.json every case, and the peers found in DIR
+  python benchmarks/step.py --peer-dir DIR --data-dir DATA --tokens-per-step 524288
+                                                           as a run trains: text, accumulation
   python benchmarks/step.py --cases 'hero,hero loss=*'     back ends of one field beside the choice
   python benchmarks/step.py --cases hero --batch 32 --profile
                                                            one case's kernels, by time (in --json)
@@ -82,7 +85,10 @@ def main() -> int:
         "--peer-dir", type=Path, metavar="DIR", help="folder of public peer checkouts"
     )
     parser.add_argument(
-        "--cases", default="*", metavar="PATTERNS", help="shell patterns of names, by comma"
+        "--cases",
+        default="*",
+        metavar="PATTERNS",
+        help="shell patterns of names, by comma; run in their order",
     )
     parser.add_argument("--steps", type=int, default=20, help="timed steps a case (default 20)")
     parser.add_argument("--batch", type=int, help="sequences in a micro-batch, for every case")
@@ -92,6 +98,9 @@ def main() -> int:
         default=0,
         metavar="N",
         help="accumulate micro-batches up to so many (default: one micro-batch)",
+    )
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="prepared text (default: random tokens)"
     )
     parser.add_argument("--blocks", action="store_true", help="compile each block by itself")
     parser.add_argument(
@@ -114,12 +123,20 @@ def main() -> int:
         show(json.loads(args.table.read_text()), args.write)
         return 0
     patterns = args.cases.split(",")
-    cases = [c for c in CASES if any(fnmatch.fnmatch(c.name, p) for p in patterns)]
+    named = [c for pattern in patterns for c in CASES if fnmatch.fnmatch(c.name, pattern)]
+    cases = list({case.name: case for case in named}.values())
     if args.batch:
         cases = [replace(case, batch=args.batch) for case in cases]
     if args.child:
         case = next(case for case in cases if case.name == args.child)
         return measure(case, args)
+    if args.data_dir is not None:
+        from matilda_data import DataError, open_dataset
+
+        try:
+            open_dataset(args.data_dir)
+        except DataError as error:
+            parser.error(str(error))
     cases = [case for case in cases if _available(case, args)]
     import torch
 
@@ -216,8 +233,9 @@ def _spawn(case: Case, args: argparse.Namespace, work: Path) -> subprocess.Popen
     command += ["--quick"] * args.quick + ["--profile"] * args.profile
     command += ["--blocks"] * args.blocks
     command += ["--parent", json.dumps(args.typed)]
-    if args.peer_dir is not None:
-        command += ["--peer-dir", str(args.peer_dir.resolve())]
+    for option, folder in (("--peer-dir", args.peer_dir), ("--data-dir", args.data_dir)):
+        if folder is not None:
+            command += [option, str(folder.resolve())]
     return subprocess.Popen(
         command,
         stdout=subprocess.DEVNULL,

@@ -9,7 +9,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,8 @@ from typing import Any
 from step_peers import peer_step
 
 ROOT = Path(__file__).resolve().parents[1]
+Batches = Iterator[tuple[Any, Any]]
+"""Inputs and targets [B, T], a micro-batch after another, without end."""
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,10 @@ def measure(case: Case, args: argparse.Namespace) -> int:
             folder = args.peer_dir or Path()
             adamw = partial(_optimizer, kind="adamw", cuda=True)
             step = peer_step(case.peer, shape, folder, accumulate, adamw)
-    ids = torch.randint(0, min(50257, shape.vocab_size), (batch, seq_len + 1), device=device)
-    inputs, targets = ids[:, :-1].contiguous(), ids[:, 1:].contiguous()
-    first = _first_step(lambda: step(inputs, targets))
+    warm_up, timed = (1, 3) if args.quick else (5, args.steps)
+    n_batches = accumulate * (1 + warm_up + timed) if args.data_dir else 1
+    batches = _batches(args.data_dir, shape, batch, n_batches, device)
+    first = _first_step(lambda: step(batches))
     to_first_step = time.monotonic() - started
     if cuda:
         torch.cuda.empty_cache()
@@ -70,11 +73,11 @@ def measure(case: Case, args: argparse.Namespace) -> int:
     while not (args.work / f"{case.slug}.go").exists():
         time.sleep(0.05)
 
-    for _ in range(1 if args.quick else 5):
-        step(inputs, targets)
+    for _ in range(warm_up):
+        step(batches)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times, last = _timed(lambda: step(inputs, targets), 3 if args.quick else args.steps, cuda)
+    times, last = _timed(lambda: step(batches), timed, cuda)
     times.sort()
     median = times[len(times) // 2]
 
@@ -91,6 +94,7 @@ def measure(case: Case, args: argparse.Namespace) -> int:
         "batch": batch,
         "seq_len": seq_len,
         "micro_batches": accumulate,
+        "tokens": "text" if args.data_dir else "random",
         "steps": len(times),
         "tokens_per_s": rate,
         "mfu_palm": peak and rate * flops_per_token(shape, seq_len, causal=False) / peak,
@@ -106,7 +110,7 @@ def measure(case: Case, args: argparse.Namespace) -> int:
         "model": asdict(shape),
     }
     if args.profile and cuda:
-        row["kernels_ms"] = _kernels(lambda: step(inputs, targets))
+        row["kernels_ms"] = _kernels(lambda: step(batches))
     (args.work / f"{case.slug}.tmp").write_text(json.dumps(row))
     (args.work / f"{case.slug}.tmp").rename(args.work / f"{case.slug}.json")
     return 0
@@ -123,6 +127,29 @@ def _shape(case: Case, *, toy: bool) -> Any:
             head_dim=32, max_seq_len=128,
         )  # fmt: skip
     return shape
+
+
+def _batches(data_dir: Path | None, shape: Any, batch: int, n_batches: int, device: Any) -> Batches:
+    """Inputs and targets [batch, T], on the device before the first is asked for; then in circles.
+
+    Windows of a data set, or one batch of random tokens. The board's power, and so its clock,
+    depends on what is multiplied: a batch that is learned by heart is not what a run computes.
+    """
+    import torch
+
+    rows, seq_len = n_batches * batch, shape.max_seq_len
+    if data_dir is None:
+        ids = torch.randint(0, min(50257, shape.vocab_size), (rows, seq_len + 1))
+    else:
+        from matilda_data import BinStream
+
+        windows = BinStream(data_dir, seq_len=seq_len, seed=0).take(rows)
+        ids = torch.from_numpy(windows.astype("int64")) % shape.vocab_size  # a toy has fewer
+    pairs = [
+        (part[:, :-1].contiguous().to(device), part[:, 1:].contiguous().to(device))
+        for part in ids.split(batch)
+    ]
+    return itertools.cycle(pairs)
 
 
 def _first_step(step: Callable[[], Any]) -> float:
@@ -179,7 +206,7 @@ def _kernels(step: Callable[[], Any]) -> list[tuple[float, int, str]]:
 
 def _matilda(
     case: Case, shape: Any, args: argparse.Namespace, accumulate: int
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[Batches], Any]:
     import torch
 
     from matilda_model import Transformer
@@ -196,9 +223,9 @@ def _matilda(
         else:
             run = torch.compile(model, fullgraph=shape.loss != "liger", dynamic=False)
 
-    def step(inputs: Any, targets: Any) -> Any:
+    def step(batches: Batches) -> Any:
         for _ in range(accumulate):
-            loss = run(inputs, targets).loss / accumulate
+            loss = run(*next(batches)).loss / accumulate
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -214,7 +241,7 @@ def _optimizer(model: Any, kind: str, cuda: bool) -> Any:
     if kind == "muon":
         from matilda_optim import Muon, param_groups
 
-        groups = param_groups(model, algorithm="muon", lr=0.02, adamw_lr=3e-3, weight_decay=0.01)
+        groups = param_groups(model, algorithm="muon", lr=0.004, adamw_lr=3e-3, weight_decay=0.01)
         return Muon(groups, graph=cuda)
     return torch.optim.AdamW(model.parameters(), lr=6e-4, betas=(0.9, 0.95), fused=cuda)
 

@@ -11,7 +11,8 @@ from typing import Any
 
 def peer_step(
     peer: str, shape: Any, folder: Path, accumulate: int, adamw: Callable[[Any], Any]
-) -> Callable[[Any, Any], Any]:
+) -> Callable[[Iterator[tuple[Any, Any]]], Any]:
+    """A step takes `accumulate` micro-batches, inputs and targets [B, T], from its argument."""
     import torch
 
     loss: Callable[[Any, Any], Any]
@@ -67,9 +68,9 @@ def peer_step(
 
         loss = _compile(qwen_loss)
 
-    def step(inputs: Any, targets: Any) -> Any:
+    def step(batches: Iterator[tuple[Any, Any]]) -> Any:
         for _ in range(accumulate):
-            value = loss(inputs, targets) / accumulate
+            value = loss(*next(batches)) / accumulate
             value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

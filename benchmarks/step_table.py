@@ -10,6 +10,8 @@ COLUMNS = (
     "peak GiB", "first step, s",
 )  # fmt: skip
 
+TOKENS = {"random": "one batch of random tokens in every step", "text": "fresh text in every step"}
+
 
 def _cells(row: dict[str, Any]) -> list[str]:
     if "error" in row:
@@ -46,9 +48,10 @@ def show(rows: list[dict[str, Any]], write: Path | None) -> None:
         return
     from matilda_train.report.section import replace_section
 
+    tokens = TOKENS[first.get("tokens", "random")]
     lines = ["## Speed of a training step", "", f"`{first['command']}`", ""]
     lines += [
-        f"{first['device']}, {versions}; random tokens, bf16, compiled; median of "
+        f"{first['device']}, {versions}; {tokens}, bf16, compiled; median of "
         f"{first['steps']} steps after 5, with the range. A step takes its optimizer once for all "
         "its micro-batches (number × sequences × tokens). First step: seconds from the start of "
         "the process, all cases compiling at once.",
