@@ -57,7 +57,7 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     assert not (disturbed / "runs" / "again" / "seed-1" / "checkpoints").exists()
 
     page = tmp_path / "docs" / "ABLATIONS.md"
-    quiet = study(tmp_path / "quiet", "--in-process", "--write", str(page))
+    quiet = study(tmp_path / "quiet", "--in-process", "--write", str(page), "--name", "loss parity")
     assert quiet.returncode == 0, quiet.stderr
     result = json.loads(quiet.stdout)
     assert without_clocks(json.loads(ended.stdout)) == without_clocks(result)
@@ -75,7 +75,8 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     assert "`model.qk_norm=false`" in text
     assert result["provenance"]["data_id"][0][:12] in text
     assert "σ of the baseline" in text
-    assert (page.parent / "ablations-quiet.svg").read_text().endswith("</svg>\n")
+    assert "](ablations-loss-parity.svg)" in text  # a blank would end the link
+    assert (page.parent / "ablations-loss-parity.svg").read_text().endswith("</svg>\n")
 
     other = study(disturbed, "--set", "optim.lr=0.01")
     assert other.returncode == 2

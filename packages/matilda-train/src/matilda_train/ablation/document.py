@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from matilda_train.ablation.forest import draw_forest
@@ -40,9 +41,12 @@ def describe_study(result: StudyResult) -> str:
 
 
 def write_document(result: StudyResult, page: str | Path, *, name: str, command: str) -> None:
-    """Write the section `ablation: NAME` of a Markdown page, and its plot as `PAGE-NAME.svg`."""
+    """Write the section `ablation: NAME` of a Markdown page, and its plot as `PAGE-NAME.svg`.
+
+    In the file's name, which a link holds, anything but letters, digits, `_`, `.` and `-` is a `-`.
+    """
     page = Path(page)
-    plot = page.with_name(f"{page.stem.lower()}-{name}.svg")
+    plot = page.with_name(f"{page.stem.lower()}-{re.sub(r'[^A-Za-z0-9_.-]+', '-', name)}.svg")
     page.parent.mkdir(parents=True, exist_ok=True)
     plot.write_text(draw_forest(result), encoding="utf-8")
     text = markdown(result, command=command, plot=plot.name)
