@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch._functorch import config as functorch_config
 
 from matilda_data import load_tokenizer
 from matilda_model import KernelCheck, Transformer, self_check
@@ -34,6 +35,7 @@ def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
 
 def compile_model(model: Transformer) -> nn.Module:
     """`model` compiled for static shapes, sharing its parameters; `model` itself stays eager."""
+    _keep_traced_gradients()
     return cast(nn.Module, torch.compile(model, dynamic=False))
 
 
@@ -43,8 +45,18 @@ def compile_blocks(model: Transformer) -> None:
     With several ranks: a whole compiled backward hands over its gradients at its very end, a
     block's at the block's end, so that their exchange overlaps with what remains.
     """
+    _keep_traced_gradients()
     for block in model.blocks:
         block.forward = torch.compile(block.forward, dynamic=False)
+
+
+def _keep_traced_gradients() -> None:
+    """Have torch cache the traced backward pass of graphs that hold `autograd.Function`s, too.
+
+    Without it a start traces the whole model anew, some ten seconds for the hero, though every
+    kernel is there. Forward and backward of a Function are part of the cache's key.
+    """
+    functorch_config.autograd_cache_allow_custom_autograd_functions = True
 
 
 def check_kernels(

@@ -52,11 +52,15 @@ class CompileCache:
         return torch.compiler.load_cache_artifacts(artifacts) is not None
 
     def account(self) -> dict[str, int]:
-        """Graphs that this process took from a cache, `reused`, and those that it `compiled`."""
+        """Graphs that this process took from a cache, `reused`, and those that it `compiled`.
+
+        `traced` counts the functions whose backward pass was derived anew, before either.
+        """
         from torch._dynamo.utils import counters
 
-        inductor = counters["inductor"]
+        inductor, autograd = counters["inductor"], counters["aot_autograd"]
         return {
+            "traced": autograd["total"] - autograd["autograd_cache_hit"],
             "reused": inductor["fxgraph_cache_hit"],
             "compiled": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
         }
