@@ -8,7 +8,11 @@ Shape suffixes: B batch, T sequence, H query heads, K key/value heads, E head di
 
 from __future__ import annotations
 
+import functools
+import importlib
+import os
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +20,19 @@ from torch import Tensor
 from matilda_model.device import has_flash4_tiles
 
 
+@functools.cache
+def _interface() -> Any:
+    """flash-attn-4's functions, with its cache on disk, which it does not use unless it is told."""
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    return importlib.import_module("flash_attn.cute.interface")
+
+
 @torch.library.custom_op("matilda_model::fa4_forward", mutates_args=())
 def fa4_forward(q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor) -> tuple[Tensor, Tensor]:
     """Causal attention [B, T, H, E] and the log-sum-exp of its scores, float32 [B, H, T]."""
-    from flash_attn.cute.interface import _flash_attn_fwd  # type: ignore[import-not-found]
-
-    out, lse, *_ = _flash_attn_fwd(q_BTHE, k_BTKE, v_BTKE, causal=True, return_lse=True)
+    out, lse, *_ = _interface()._flash_attn_fwd(
+        q_BTHE, k_BTKE, v_BTKE, causal=True, return_lse=True
+    )
     return out, lse
 
 
@@ -42,9 +53,7 @@ def fa4_backward(
     lse_BHT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v, contiguous."""
-    from flash_attn.cute.interface import _flash_attn_bwd
-
-    dq, dk, dv = _flash_attn_bwd(
+    dq, dk, dv = _interface()._flash_attn_bwd(
         q_BTHE,
         k_BTKE,
         v_BTKE,
@@ -85,14 +94,12 @@ def fa4_backward_tiled(
 
     Unscaled, for grouped queries and T a multiple of 128; `triton_qkv_tiles` says how one lies.
     """
-    import flash_attn.cute.interface as interface  # type: ignore[import-not-found]
-
     tiles: list[Tensor] = []
 
     def keep(tile: Tensor, *_: object, **__: object) -> None:
         tiles.append(tile)
 
-    whole = interface._flash_attn_bwd
+    whole = _interface()._flash_attn_bwd
     # the same function without its last step, which would sort and round the tiles
     unconverted = FunctionType(
         whole.__code__,

@@ -2,7 +2,7 @@
 
 The compiler has a cache of its own on the machine's disk; this one travels with the run directory
 to the next machine, and after a reboot. It holds the graphs and the kernels that inductor made for
-a GPU; kernels written in Triton by hand and C++ made for a CPU are built again, in seconds.
+a GPU, and (`kernel_files`) those that were written by hand; C++ made for a CPU is built again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,18 @@ from pathlib import Path
 
 import torch
 
+from matilda_train.kernel_files import KernelFiles
+
 __all__ = ["CompileCache"]
 
 
 class CompileCache:
-    """One file of compiled artifacts in `folder` for this torch, Python and kind of device.
+    """Compiled artifacts in `folder` for this torch, Python and kind of device.
 
-    An entry is used by torch only if the code it was made of is the same to the byte, so a stale
-    file costs time, never correctness. Loading unpickles: a run directory from somebody else can
-    run code, as its config cannot.
+    A file of torch's and, for a GPU, an archive of kernels written by hand. Make it before the
+    first kernel is used, `load` before the first compiled call. An entry is used only if the code
+    it was made of is the same to the byte, so a stale file costs time, never correctness. Loading
+    unpickles: a run directory from somebody else can run code, as its config cannot.
     """
 
     def __init__(
@@ -36,12 +39,18 @@ class CompileCache:
         self.enabled = enabled
         self._writes = writes
         self._saved = b""
+        self._kernels: KernelFiles | None = None
+        if enabled and device.type == "cuda":
+            self._kernels = KernelFiles(self.path.with_suffix(".kernels.zip"))
+            self._kernels.watch()
 
     def load(self) -> bool:
-        """Give torch what an earlier process of this run saved; whether there was anything whole.
+        """Give the compilers what an earlier process saved; whether torch's part was whole.
 
-        Before the first call of a compiled function. A damaged file is passed over.
+        A damaged file is passed over.
         """
+        if self._kernels is not None:
+            self._kernels.load()
         if not (self.enabled and self.path.is_file()):
             return False
         content = self.path.read_bytes()
@@ -50,6 +59,11 @@ class CompileCache:
             return False
         self._saved = digest
         return torch.compiler.load_cache_artifacts(artifacts) is not None
+
+    def close(self) -> None:
+        """Watch no kernel any more."""
+        if self._kernels is not None:
+            self._kernels.close()
 
     def account(self) -> dict[str, int]:
         """Graphs that this process took from a cache, `reused`, and those that it `compiled`.
@@ -72,6 +86,16 @@ class CompileCache:
         """
         if not (self.enabled and self._writes):
             return False
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            for abandoned in self.path.parent.glob("*.partial"):
+                abandoned.unlink()
+            kernels = self._kernels is not None and self._kernels.save()
+            return self._save_artifacts() or kernels
+        except OSError:
+            return False
+
+    def _save_artifacts(self) -> bool:
         made = torch.compiler.save_cache_artifacts()
         if made is None:
             return False
@@ -80,14 +104,10 @@ class CompileCache:
             return False
         partial = self.path.with_suffix(f".{os.getpid()}.partial")
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in self.path.parent.glob("*.partial"):
-                abandoned.unlink()
             partial.write_bytes(digest + made[0])
             partial.replace(self.path)
-        except OSError:
+        finally:
             with contextlib.suppress(OSError):
                 partial.unlink()
-            return False
         self._saved = digest
         return True

@@ -99,6 +99,14 @@ def train(
         if mirrored:
             require_wandb()
 
+        compile_cache = CompileCache(
+            Path(run_dir) / "compile-cache",
+            device,
+            enabled=config.train.compile and not dry_run,
+            writes=ranks.is_main,
+        )
+        cleanup.callback(compile_cache.close)
+
         stream: TokenStream
         held_out: TokenStream
         if dry_run:
@@ -146,6 +154,7 @@ def train(
         if finished is not None:
             return TrainResult("already_finished", run_dir, finished)
 
+        compile_cache.load()
         seed_generators(config.train.seed)
         model = build_model(config, device, choose_dtype(config.train.dtype, device))
         if device.type == "cuda" and config.train.check_kernels:
@@ -212,13 +221,6 @@ def train(
             changed=opened.changes if ranks.is_main else {},
         )
 
-        compile_cache = CompileCache(
-            run_dir / "compile-cache",
-            device,
-            enabled=config.train.compile and not dry_run,
-            writes=ranks.is_main,
-        )
-        compile_cache.load()
         # Sampling keeps to `model` itself: its shapes change with every token.
         compiled: nn.Module = model
         if config.train.compile and ranks.world_size == 1:
