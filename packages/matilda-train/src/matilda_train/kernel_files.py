@@ -48,7 +48,7 @@ class KernelFiles:
         before = knobs.compilation.listener
 
         def note(**compiled: Any) -> None:
-            self._note(compiled["metadata_group"])
+            self._note(compiled.get("metadata_group") or {})
             if before is not None:
                 before(**compiled)
 
@@ -153,10 +153,9 @@ def _folders(cache: str) -> list[Path]:
         return []
     if cache == "flash_attn":
         os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # read by the import
-    try:
+    with contextlib.suppress(Exception):  # whatever ails another's package costs time only
         return [Path(importlib.import_module(OBJECT_CACHES[cache]).get_cache_path())]
-    except ImportError:
-        return []
+    return []
 
 
 def _triton_folders() -> list[Path]:
