@@ -15,6 +15,7 @@ import json
 import os
 import sys
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -25,6 +26,9 @@ __all__ = ["KernelFiles"]
 OBJECT_CACHES = {"flash_attn": "flash_attn.cute.cache_utils", "quack": "quack.cache"}
 MOST_BYTES = 64 * 2**20
 """Size of an archive before compression; a machine's cache may hold what other programs left."""
+
+UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+"""What `zipfile` raises for one damaged byte or another."""
 
 INDUCTOR_PREFIX = "triton_"
 """Names of torch.compile's own Triton kernels, which its artifacts hold."""
@@ -75,7 +79,7 @@ class KernelFiles:
                 for cache in {PurePosixPath(name).parts[0] for name in names}:
                     for folder in _folders(cache):
                         _extract(archive, cache, folder)
-        except (OSError, ValueError, zipfile.BadZipFile):
+        except UNREADABLE:
             return False
         self._kept = set(names)
         return True
@@ -134,7 +138,7 @@ class KernelFiles:
     def _held(self) -> Iterator[tuple[str, bytes]]:
         if not self._kept:
             return
-        with contextlib.suppress(FileNotFoundError), zipfile.ZipFile(self.path) as archive:
+        with contextlib.suppress(*UNREADABLE), zipfile.ZipFile(self.path) as archive:
             for name in archive.namelist():
                 yield name, archive.read(name)
 
