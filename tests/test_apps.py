@@ -60,6 +60,26 @@ def test_dry_run_of_the_calibration_config_leaves_nothing_behind(
     assert not list(tmp_path.iterdir())
 
 
+def test_dry_run_of_two_ranks_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = (
+        f"-m torch.distributed.run --standalone --nproc-per-node 2 {ROOT}/apps/train.py "
+        f"--config {ROOT}/configs/calibration.json --dry-run --set model.d_model=64 "
+        "model.n_layers=1 model.vocab_size=512 model.n_heads=4 train.total_steps=2 "
+        "train.device=cpu train.compile=false"
+    )
+    (tmp_path / "tmp").mkdir()
+    done = subprocess.run(
+        [sys.executable, *shlex.split(command)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "tmp")},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Dry run of 2 steps passed" in done.stdout
+    assert not [path for path in tmp_path.rglob("*") if "matilda" in path.name]
+
+
 def test_quickstart_trains_stops_resumes_finishes_and_generates(
     server: TrainServer, tmp_path: Path
 ) -> None:

@@ -119,6 +119,14 @@ class Ranks:
         dist.all_reduce(votes, op=dist.ReduceOp.MIN)
         return int(votes.item())
 
+    def of_main(self, text: str) -> str:
+        """The main process's text, on every rank."""
+        if self.world_size == 1:
+            return text
+        told = [text]
+        dist.broadcast_object_list(told, src=0)
+        return told[0]
+
     def require_same(self, **values: Any) -> None:
         """Raise `ValueError`, on every rank, for a name whose values the ranks do not share.
 

@@ -2,16 +2,37 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
 from matilda_train.config import RunConfig
+from matilda_train.distributed import Ranks
 
-__all__ = ["shorten"]
+__all__ = ["passing_run_dir", "shorten"]
 
 MOST_STEPS = 20
 CPU_SEQ_LEN = 256
+
+
+@contextmanager
+def passing_run_dir(ranks: Ranks) -> Iterator[Path]:
+    """One directory for all ranks, removed afterwards.
+
+    Several machines may share nothing but where they were started, so there it lies then.
+    """
+    machines = int(os.environ.get("GROUP_WORLD_SIZE", "1"))  # torchrun's
+    folder = Path.cwd() if machines > 1 else None
+    if not ranks.is_main:
+        yield Path(ranks.of_main(""))
+        return
+    with tempfile.TemporaryDirectory(prefix="matilda-dry-run-", dir=folder) as path:
+        yield Path(ranks.of_main(path))
 
 
 def shorten(config: RunConfig, device: torch.device, world_size: int) -> RunConfig:

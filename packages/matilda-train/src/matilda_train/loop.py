@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import tempfile
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -31,7 +30,7 @@ from matilda_train.config_load import shared_fields
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
 from matilda_train.distributed import Ranks
-from matilda_train.dry_run import shorten
+from matilda_train.dry_run import passing_run_dir, shorten
 from matilda_train.errors import TrainingDivergedError
 from matilda_train.evals.in_training import IntervalTasks, describe_scores
 from matilda_train.evaluation import evaluate
@@ -110,7 +109,7 @@ def train(
         stream: TokenStream
         held_out: TokenStream
         if dry_run:
-            run_dir = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="matilda-dry-run-"))
+            run_dir = cleanup.enter_context(passing_run_dir(ranks))
             config = settle_micro_batch(config, device, ranks, note=display.note)
             config = shorten(config, device, ranks.world_size)
             stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
