@@ -91,7 +91,7 @@ def test_fault_that_no_rerun_repeats_is_called_one_of_the_machine(
 def test_step_replays_to_the_same_bits_and_a_difference_is_stated(
     twin: Path, corpus: Path, tmp_path: Path
 ) -> None:
-    replay = replay_step(twin, 11, data_dir=corpus)
+    replay = replay_step(twin, 11)  # the run knows where its data lay
     assert replay.from_step == 9
     assert replay.expected is not None
     assert replay.differences == []
@@ -158,6 +158,18 @@ def test_trace_accounts_for_every_token_and_agrees_with_the_metrics(
 def test_trace_with_other_data_is_refused(twin: Path, marked_corpus: Path) -> None:
     with pytest.raises(ValueError, match="point `--data-dir` at that one"):
         trace_step(twin, 5, data_dir=marked_corpus)
+
+
+def test_a_run_finds_its_data_unless_they_moved(twin: Path, corpus: Path, tmp_path: Path) -> None:
+    assert trace_step(twin, 5).matches_metrics
+    moved = tmp_path / "moved"
+    shutil.copytree(twin, moved)
+    run = json.loads((moved / "run.json").read_text())
+    run["config"]["data"]["dir"] = str(tmp_path / "gone")
+    (moved / "run.json").write_text(json.dumps(run))
+    with pytest.raises(ValueError, match="gone'; say with `--data-dir` where they lie now"):
+        trace_step(moved, 5)
+    assert trace_step(moved, 5, data_dir=corpus).matches_metrics
 
 
 @pytest.mark.slow

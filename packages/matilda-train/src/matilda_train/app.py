@@ -68,7 +68,7 @@ def add_data_option(parser: argparse.ArgumentParser) -> None:
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="prepared data set (default: `data.dir` of the config)",
+        help="prepared data set (default: `data.dir` of the config, or where the run began)",
     )
 
 

@@ -41,6 +41,8 @@ FREE_ON_RESUME = (
 ROUNDING_ON_RESUME = (
     "model.attention",
     "model.loss",
+    "model.matmul",
+    "model.norm",
     "optim.backend",
     "optim.distribute",
     "train.micro_batch_size",

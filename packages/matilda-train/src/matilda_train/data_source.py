@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 from matilda_data import BinStream, TokenDataset, open_dataset, parse_weights
 from matilda_train.config import RunConfig
 from matilda_train.duration import Duration
+from matilda_train.run_dir import RunDir
 from matilda_train.step_plan import parse_point
 
-__all__ = ["SyntheticStream", "TokenStream", "open_streams"]
+__all__ = ["SyntheticStream", "TokenStream", "choose_data_dir", "open_streams"]
 
 
 class TokenStream(Protocol):
@@ -89,6 +90,14 @@ class SyntheticStream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.next_sample = int(state["next_sample"])
+
+
+def choose_data_dir(given: str | Path | None, config: RunConfig, run_dir: str | Path) -> Path:
+    """The data's folder: given, the config's, that with which the run began, or `data`."""
+    recorded = None
+    if not (given or config.data.dir) and (Path(run_dir) / "run.json").is_file():
+        recorded = RunDir.read(run_dir)["config"].get("data", {}).get("dir")
+    return Path(given or config.data.dir or recorded or "data")
 
 
 def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStream]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,12 @@ from matilda_train.compile_cache import CompileCache
 from matilda_train.config import RunConfig
 from matilda_train.config_load import shared_fields
 from matilda_train.console import Display, SilentDisplay
-from matilda_train.data_source import SyntheticStream, TokenStream, open_streams
+from matilda_train.data_source import (
+    SyntheticStream,
+    TokenStream,
+    choose_data_dir,
+    open_streams,
+)
 from matilda_train.distributed import Ranks
 from matilda_train.dry_run import passing_run_dir, shorten
 from matilda_train.errors import TrainingDivergedError
@@ -114,7 +119,9 @@ def train(
             config = shorten(config, device, ranks.world_size)
             stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
         else:
-            data = Path(data_dir or config.data.dir or "data")
+            data = choose_data_dir(data_dir, config, run_dir)
+            if str(data) != "data":  # what reads the run later finds them without being told
+                config = replace(config, data=replace(config.data, dir=str(data)))
             if ranks.is_main and config.data.corpus is not None:
                 with phase.during("preparing data"):
                     prepare_corpus(config.data, data, stop=stop, display=display)

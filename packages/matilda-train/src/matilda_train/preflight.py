@@ -24,7 +24,7 @@ from matilda_data import DataError, verify
 from matilda_model import count_params, flops_per_token
 from matilda_train.build import check_kernels
 from matilda_train.config import RunConfig
-from matilda_train.data_source import open_streams
+from matilda_train.data_source import choose_data_dir, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.evals.task_files import read_tasks
 from matilda_train.hardware import choose_device, device_name, peak_flops, set_numerics
@@ -107,7 +107,7 @@ def run_preflight(
         choose_device(config.train.device)
     )
     set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
-    run_dir, data = Path(run_dir), Path(data_dir or config.data.dir or "data")
+    run_dir, data = Path(run_dir), choose_data_dir(data_dir, config, run_dir)
     _look_at_device(report, device)
     data_id = _look_at_data(report, config, data, deep=deep)
     _look_at_tasks(report, config)

@@ -10,7 +10,7 @@ from typing import Any
 from matilda_data import BinStream, batch_sha256, documents_of
 from matilda_train.batches import chain_hash
 from matilda_train.config import RunConfig
-from matilda_train.data_source import TokenStream, open_streams
+from matilda_train.data_source import TokenStream, choose_data_dir, open_streams
 from matilda_train.metrics_log import read_rows
 from matilda_train.rollback import Rollback, read_rollbacks
 from matilda_train.run_dir import RunDir
@@ -65,7 +65,12 @@ def open_run_stream(
     rollbacks: Sequence[Rollback],
 ) -> BinStream:
     """The training stream of a run after `rollbacks`; `ValueError` when the data are others."""
-    data = Path(data_dir or config.data.dir or "data")
+    data = choose_data_dir(data_dir, config, run_dir)
+    if data_dir is None and not (data / "manifest.json").is_file():
+        raise ValueError(
+            f"The data of run {str(run_dir)!r} are not in {str(data)!r}; say with `--data-dir` "
+            "where they lie now."
+        )
     stream, _ = open_streams(config, data)
     expected = RunDir.read(run_dir)["data_id"]
     if stream.data_id != expected:
