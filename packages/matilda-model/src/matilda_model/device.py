@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib.util
+import os
 from importlib import metadata
 from pathlib import Path
 
@@ -42,6 +44,17 @@ def has_flash4_tiles() -> bool:
 def has_quack() -> bool:
     """Whether quack-kernels (the `hopper` extra) can run on the current CUDA device."""
     return _is_hopper() and _can_import("quack", "gemm_config")
+
+
+def name_user() -> None:
+    """Give a process whose user has no name one, as in a container started with another's number.
+
+    quack and flash-attn-4 name their caches after the user and would fail.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = f"uid-{os.getuid()}"
 
 
 def _is_hopper() -> bool:

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from matilda_model.device import has_flash4_tiles
+from matilda_model.device import has_flash4_tiles, name_user
 
 
 @functools.cache
 def _interface() -> Any:
     """flash-attn-4's functions, with its cache on disk, which it does not use unless it is told."""
+    name_user()
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     return importlib.import_module("flash_attn.cute.interface")
 

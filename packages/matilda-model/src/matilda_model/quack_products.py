@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from matilda_model.device import name_user
+
 
 class Epilogues(NamedTuple):
     """What quack does with a product before it is stored."""
@@ -30,6 +32,7 @@ class Epilogues(NamedTuple):
 @functools.cache
 def epilogues() -> Epilogues:
     """The four matmuls, compiled on first use. ImportError without `quack-kernels`."""
+    name_user()
     from cutlass import cute  # type: ignore[import-not-found]
     from quack.activation import relu  # type: ignore[import-not-found]
     from quack.epilogue import gemm_epilogue  # type: ignore[import-not-found]
