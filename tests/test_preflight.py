@@ -140,6 +140,7 @@ app, config, data, run = sys.argv[1:5]
 run_preflight(load_config(config), run_dir=run, data_dir=data)  # loads what torch loads late
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + 128 * 2**20,) * 2)
+sys.path.insert(0, str(Path(app).parent))
 sys.argv = [app, "--config", config, "--data-dir", data, "--run-dir", run, *sys.argv[5:]]
 runpy.run_path(app, run_name="__main__")
 """
