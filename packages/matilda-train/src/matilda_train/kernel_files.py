@@ -2,8 +2,8 @@
 
 Triton kernels written by hand, and those of FlashAttention-4 and quack (CuTe DSL), are compiled by
 compilers of their own into caches of their own on the machine's disk. A new machine would make them
-again, half a minute and more. Their caches name every file by a hash of what it was made of, so a
-file that is out of date is never used. Loading trusts the archive as loading code does.
+again. Their caches name every file by a hash of what it was made of, so one that is out of date is
+never used. Loading trusts the archive as loading code does.
 """
 
 from __future__ import annotations
