@@ -20,9 +20,9 @@ EXAMPLES = """examples:
       --sigkills 2 --sigterms 1 --run-dir runs/proof-bits \\
       --set train.total_steps=60 train.deterministic=true
 
-With --sigkills or --sigterms it is one long run, whose goodput is printed too. On a CPU and with
-`train.deterministic` all bits must be equal; else the state at each resume point must, and losses
-may differ as those of two undisturbed runs do.
+With --sigkills or --sigterms it is one long run, whose goodput and seconds to a first step are
+printed too. On a CPU and with `train.deterministic` all bits must be equal; else the state at each
+resume point must, and losses may differ as those of two undisturbed runs do.
 
 The same command goes on with a proof that was interrupted, however; the pause is left out of its
 account of time. Where a command may only take so long, --pause-after ends it between two lives.
@@ -66,6 +66,12 @@ def parse_arguments() -> argparse.Namespace:
         help="of the moments to kill at (default: %(default)s)",
     )
     add(
+        "--new-machines",
+        action="store_true",
+        help="empty the compilers' caches before each resume, as if another machine had only the "
+        "run directory",
+    )
+    add(
         "--pause-after",
         type=float,
         default=math.inf,
@@ -90,6 +96,7 @@ def main() -> int:
             spread=(args.sigkills, args.sigterms) if args.sigkills + args.sigterms else None,
             overrides=args.set,
             seed=args.seed,
+            new_machines=args.new_machines,
             pause_after_seconds=args.pause_after,
             display=display,
         )

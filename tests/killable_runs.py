@@ -12,7 +12,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from matilda_train.lives import Nursery
-from matilda_train.verify_resume import state_hashes
+from matilda_train.run_comparison import state_hashes
 
 SERVER = Path(__file__).with_name("train_server.py")
 

@@ -18,8 +18,8 @@ from killable_runs import TrainServer
 from matilda_data import BinStream, load_tokenizer, prepare_text
 from matilda_train.metrics_log import read_rows
 from matilda_train.replay import read_bundle, replay_step
+from matilda_train.run_comparison import untimed_rows
 from matilda_train.trace import trace_step
-from matilda_train.verify_resume import untimed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -28,8 +28,8 @@ from matilda_train import (
 )
 from matilda_train.decay import decay_config
 from matilda_train.metrics_log import read_rows
+from matilda_train.run_comparison import untimed_rows
 from matilda_train.schedules import Schedules
-from matilda_train.verify_resume import untimed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 LONG = ["train.total_steps=40", "optim.decay_fraction=0.25", "eval.every_steps=6"]

@@ -15,7 +15,7 @@ import pytest
 from killable_runs import TrainServer, state_sha256
 from matilda_data import open_dataset
 from matilda_train.metrics_log import read_rows
-from matilda_train.verify_resume import untimed_rows
+from matilda_train.run_comparison import untimed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -11,7 +11,7 @@ from killable_runs import TrainServer, state_sha256
 from matilda_train.metrics_log import read_rows
 from matilda_train.replay import read_bundle, replay_step
 from matilda_train.rollback import read_rollbacks
-from matilda_train.verify_resume import untimed_rows
+from matilda_train.run_comparison import untimed_rows
 
 FSDP = "train.parallel=fsdp"
 SPIKE = 11

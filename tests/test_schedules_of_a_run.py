@@ -11,7 +11,7 @@ import torch
 from killable_runs import TrainServer, state_sha256
 from matilda_optim import Muon
 from matilda_train.metrics_log import read_rows
-from matilda_train.verify_resume import untimed_rows
+from matilda_train.run_comparison import untimed_rows
 
 RAMPED = [
     'train.batch_ramp=["3 steps: 512", "2048 tokens: 1024"]',

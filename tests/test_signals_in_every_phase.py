@@ -17,8 +17,8 @@ from killable_runs import TrainServer, state_sha256
 from matilda_data import open_dataset
 from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES
+from matilda_train.run_comparison import untimed_rows
 from matilda_train.stop_signals import STOP_SIGNALS
-from matilda_train.verify_resume import untimed_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 NAMES = [number.name for number in STOP_SIGNALS]

@@ -12,8 +12,8 @@ from killable_runs import TrainServer, state_sha256
 from matilda_train import load_config
 from matilda_train.metrics_log import read_rows
 from matilda_train.rollback import Rollback, is_restorable, read_rollbacks
+from matilda_train.run_comparison import state_hashes, untimed_rows
 from matilda_train.trace import open_run_stream
-from matilda_train.verify_resume import state_hashes, untimed_rows
 
 SPIKE = 19
 POISON: dict[str, Any] = {"poisoned_samples": [8 * (SPIKE - 1), 8 * SPIKE]}

@@ -22,8 +22,9 @@ from matilda_train.lives import Fault, Life, Nursery
 from matilda_train.metrics_log import read_rows
 from matilda_train.phases import PHASES, PhaseClock
 from matilda_train.resume_report import ResumeReport, as_json, describe
+from matilda_train.run_comparison import compare
 from matilda_train.state_digest import digest
-from matilda_train.verify_resume import compare, verify_resume
+from matilda_train.verify_resume import verify_resume
 
 
 @pytest.fixture
@@ -124,6 +125,59 @@ def test_kills_spread_over_one_run_are_accounted_for(
     assert "interrupted 1 times at victim-000" in said
     assert as_json(report)["environment"]["device"] == "cpu"
     assert as_json(prove(ServedNursery(server, output))) == as_json(report)
+
+
+def test_resumed_lives_find_the_caches_of_a_new_machine(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    proof, met = tmp_path / "proof", []
+
+    class Watched(ServedNursery):
+        def run(self, request: Mapping[str, Any], log: Path, fault: Fault | None = None) -> Life:
+            caches = Path(request["caches"])
+            met.append((Path(request["run_dir"]).name, caches.exists()))
+            caches.mkdir(exist_ok=True)
+            return super().run(request, log, fault)
+
+    report = verify_resume(
+        tiny_config,
+        work_dir=proof,
+        data_dir=corpus,
+        spread=(1, 1),
+        overrides=["train.total_steps=20"],
+        new_machines=True,
+        nursery=Watched(server, tmp_path / "output.log"),
+    )
+    assert report.differences == []
+    assert met == [("twin", False), ("victim-000", True)] + [("victim-000", False)] * (len(met) - 2)
+    assert len(met) >= 4
+    assert not (proof / "machine").exists()
+    assert len(report.first_starts) == 2
+    assert 1 <= len(report.resumes) <= 2
+    report.resumes_compiled = [True, False]
+    said = describe(report)
+    assert "resumed, " in said
+    assert "1 of 2 resumes traced or compiled anything" in said
+
+
+def test_compilers_of_a_life_keep_what_they_make_where_they_are_told(tmp_path: Path) -> None:
+    """torch's and Triton's own answers, in a process that lives as a life does."""
+    program = (
+        "import sys, os, matilda_train.lives as lives\n"
+        "lives._train = lambda *_: lives_train()\n"
+        "def lives_train():\n"
+        "    from torch._inductor.runtime.runtime_utils import cache_dir\n"
+        "    os.write(1, cache_dir().encode())\n"
+        "    return 0\n"
+        "lives.live({'output': sys.argv[1], 'caches': sys.argv[2]}, None)\n"
+    )
+    output, caches = tmp_path / "out", tmp_path / "machine"
+    command = [sys.executable, "-c", program, str(output), str(caches)]
+    environment = os.environ | {"TRITON_CACHE_DIR": "/elsewhere"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment) as life:
+        code = life.wait()  # its input stays open until then: it would end with its parent
+    assert code == 0, output.read_text()
+    assert output.read_text() == f"{caches}/TORCHINDUCTOR_CACHE_DIR"
 
 
 @pytest.mark.slow

@@ -44,7 +44,9 @@ saved = files.save()
 again = files.save()
 files.close()
 knobs.compilation.listener(cache_hit=None)  # the one from before
-print(json.dumps({"loaded": loaded, "saved": saved, "again": again, "hits": heard}))
+print(json.dumps({
+    "loaded": loaded, "saved": saved, "again": again, "hits": heard, "compiled": files.compiled()
+}))
 """
 
 
@@ -64,13 +66,25 @@ def test_a_triton_kernel_of_another_machine_is_not_compiled_again(tmp_path: Path
         result: dict[str, object] = json.loads(done.stdout.splitlines()[-1])
         return result
 
-    first = {"loaded": False, "saved": True, "again": False, "hits": [False, False, None]}
+    first: dict[str, object] = {
+        "loaded": False,
+        "saved": True,
+        "again": False,
+        "hits": [False, False, None],
+    }
+    first["compiled"] = 1
     assert machine("one") == first
     with zipfile.ZipFile(archive) as held:
         kinds = sorted(Path(name).name for name in held.namelist())
     assert kinds == ["fill.cubin", "fill.json"]
     # inductor's own kernel travels with torch's artifacts, not here
-    second = {"loaded": True, "saved": False, "again": False, "hits": [True, False, None]}
+    second: dict[str, object] = {
+        "loaded": True,
+        "saved": False,
+        "again": False,
+        "hits": [True, False, None],
+    }
+    second["compiled"] = 0
     assert machine("two") == second
 
 
@@ -104,7 +118,9 @@ def test_compiled_objects_travel_and_are_never_overwritten(compiler: Path, tmp_p
     assert not elsewhere.save()  # nothing new
 
     (compiler / "print" / "a.o").unlink()
+    assert elsewhere.compiled() == 0
     (compiler / "print" / "b.o").write_bytes(b"B")
+    assert elsewhere.compiled() == 1
     assert elsewhere.save()
     with zipfile.ZipFile(archive) as held:
         assert held.namelist() == ["quack/print/a.o", "quack/print/b.o"]

@@ -68,7 +68,8 @@ class CompileCache:
     def account(self) -> dict[str, int]:
         """Graphs that this process took from a cache, `reused`, and those that it `compiled`.
 
-        `traced` counts the functions whose backward pass was derived anew, before either.
+        `traced` counts the functions whose backward pass was derived anew, before either, and
+        `kernels` those made by other compilers (`kernel_files`).
         """
         from torch._dynamo.utils import counters
 
@@ -77,6 +78,7 @@ class CompileCache:
             "traced": autograd["total"] - autograd["autograd_cache_hit"],
             "reused": inductor["fxgraph_cache_hit"],
             "compiled": inductor["fxgraph_cache_miss"] + inductor["fxgraph_cache_bypass"],
+            "kernels": self._kernels.compiled() if self._kernels is not None else 0,
         }
 
     def save(self) -> bool:

@@ -29,9 +29,9 @@ from matilda_train.hardware import choose_device
 from matilda_train.metrics_log import EventLog
 from matilda_train.provenance import collect_provenance
 from matilda_train.rollback import is_restorable, read_rollbacks
+from matilda_train.run_comparison import untimed_rows
 from matilda_train.run_dir import RunDir
 from matilda_train.trace import open_run_stream
-from matilda_train.verify_resume import untimed_rows
 
 __all__ = ["DecayRun", "decay_config", "open_decay"]
 

@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import sys
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -41,6 +42,8 @@ class KernelFiles:
         self.path = path
         self._triton: dict[str, dict[str, Path]] = {}  # cache key -> file name -> file
         self._kept: set[str] = set()
+        self._compiled: set[str] = set()  # cache keys of Triton kernels
+        self._began = time.time()
         self._restore: Callable[[], None] = lambda: None
 
     def watch(self) -> None:
@@ -52,7 +55,7 @@ class KernelFiles:
         before = knobs.compilation.listener
 
         def note(**compiled: Any) -> None:
-            self._note(compiled.get("metadata_group") or {})
+            self._note(compiled.get("metadata_group") or {}, compiled.get("cache_hit") is False)
             if before is not None:
                 before(**compiled)
 
@@ -107,11 +110,22 @@ class KernelFiles:
         self._kept = written
         return True
 
-    def _note(self, group: dict[str, str]) -> None:
+    def compiled(self) -> int:
+        """Kernels that this process had to make: in no cache of the machine, nor in the archive."""
+        objects = [
+            name
+            for name, file in _objects()
+            if _modified(file) >= self._began and name not in self._kept
+        ]
+        return len(self._compiled) + len(objects)
+
+    def _note(self, group: dict[str, str], compiled: bool) -> None:
         files = {name: Path(path) for name, path in group.items()}
         for name, path in files.items():
             if name.endswith(".json") and not name.startswith(INDUCTOR_PREFIX):
                 self._triton[path.parent.name] = files
+                if compiled:
+                    self._compiled.add(path.parent.name)
 
     def _used(self) -> dict[str, Path]:
         """Every file to keep by its name in the archive."""
@@ -121,11 +135,7 @@ class KernelFiles:
                 # the stages between source and machine code are for people
                 if not name.endswith((".ttir", ".ttgir", ".llir", ".ptx", ".source")):
                     files.append((f"triton/{key}/{name}", path))
-        for cache, module in OBJECT_CACHES.items():
-            if module in sys.modules:
-                folder = Path(sys.modules[module].get_cache_path())
-                objects = sorted(folder.rglob("*.o"), key=_modified, reverse=True)
-                files += [(f"{cache}/{o.relative_to(folder).as_posix()}", o) for o in objects]
+        files += _objects()
         kept, left = {}, MOST_BYTES
         for name, path in files:
             with contextlib.suppress(FileNotFoundError):  # another process cleans up
@@ -141,6 +151,17 @@ class KernelFiles:
         with contextlib.suppress(*UNREADABLE), zipfile.ZipFile(self.path) as archive:
             for name in archive.namelist():
                 yield name, archive.read(name)
+
+
+def _objects() -> list[tuple[str, Path]]:
+    """What CuTe DSL's caches hold, by its name in the archive; of each cache the newest first."""
+    found = []
+    for cache, module in OBJECT_CACHES.items():
+        if module in sys.modules:
+            folder = Path(sys.modules[module].get_cache_path())
+            objects = sorted(folder.rglob("*.o"), key=_modified, reverse=True)
+            found += [(f"{cache}/{o.relative_to(folder).as_posix()}", o) for o in objects]
+    return found
 
 
 def _contents(files: dict[str, Path]) -> Iterator[tuple[str, bytes]]:

@@ -40,6 +40,13 @@ live_afresh(STOP)
 """
 
 
+MACHINE_CACHES = (
+    *("TORCHINDUCTOR_CACHE_DIR", "TRITON_HOME", "CUDA_CACHE_PATH"),
+    *("QUACK_CACHE_DIR", "FLASH_ATTENTION_CUTE_DSL_CACHE_DIR"),
+)
+"""Environment variables that say where compilers keep what they made."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Fault:
     """A signal that a life is to receive."""
@@ -83,6 +90,18 @@ class Life:
         return phase
 
     @property
+    def seconds_to_first_step(self) -> float | None:
+        """From the start of the process to the end of its first step, compiling included."""
+        ends = (record["t"] for record in self.records if record.get("phase") == "training")
+        end = next(ends, None)
+        return None if end is None else end - self.began
+
+    @property
+    def resumed(self) -> bool:
+        """Whether it went on from a checkpoint."""
+        return any("restored" in record for record in self.records)
+
+    @property
     def fired(self) -> bool:
         """Whether its fault came to pass."""
         return any("fired" in record for record in self.records)
@@ -97,7 +116,10 @@ class Nursery:
         self._server: subprocess.Popen[str] | None = None
 
     def run(self, request: Mapping[str, Any], log: Path, fault: Fault | None = None) -> Life:
-        """One life of the run that `request` names (config, set, run_dir, data_dir)."""
+        """One life of the run that `request` names (config, set, run_dir, data_dir).
+
+        Its compilers' caches lie in `caches`, if that is named too, instead of the machine's.
+        """
         request = {
             **request,
             "fault": asdict(fault) if fault else None,
@@ -188,6 +210,9 @@ def live_afresh(stop: StopRequest) -> None:
 def live(request: Mapping[str, Any], stop: StopRequest) -> None:
     """One life of a run; never returns."""
     code = 70
+    if request.get("caches"):
+        os.environ.pop("TRITON_CACHE_DIR", None)  # it would overrule two of these
+        os.environ.update({name: f"{request['caches']}/{name}" for name in MACHINE_CACHES})
     try:
         output = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
         os.dup2(output, 1)

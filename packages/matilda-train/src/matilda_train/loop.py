@@ -417,6 +417,7 @@ def train(
             if state.step == first_step + 1:
                 if compile_cache.enabled:
                     events.write("compiled", step=state.step, graphs=compile_cache.account())
+                    compile_cache.save()  # the next machine has it, even if no checkpoint follows
                 if config.ckpt.background:
                     whole = gather_state(everything)
                     if ranks.is_main:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -34,6 +35,12 @@ class ResumeReport:
     """Where bits do not repeat: losses against what undisturbed runs differ by."""
     goodput: Goodput | None = None
     """Where the time of the one long run went; the proof's own pauses are left out."""
+    first_starts: list[float] = field(default_factory=list)
+    """Seconds from the start of a process to the end of its first step, of runs that began."""
+    resumes: list[float] = field(default_factory=list)
+    """The same of runs that went on from a checkpoint."""
+    resumes_compiled: list[bool] = field(default_factory=list)
+    """Of each resume of the one long run, with `train.compile`: whether it compiled anything."""
     interruptions: Counter[str] = field(default_factory=Counter)
     """How often the proof itself was interrupted and went on, by the run that it was at."""
     idle_seconds: float = 0.0
@@ -82,6 +89,7 @@ def describe(report: ResumeReport) -> str:
         )
     if report.goodput is not None:
         lines.append(report.goodput.table())
+        lines += _describe_starts(report)
     if report.interruptions:
         runs = ", ".join(f"{n} times at {run}" for run, n in report.interruptions.items())
         idle = f"; the {report.idle_seconds:,.0f} s until then are not accounted for"
@@ -93,6 +101,21 @@ def describe(report: ResumeReport) -> str:
     if not report.complete:
         lines.append("Not done yet: run the same command again to go on.")
     return "\n".join(lines)
+
+
+def _describe_starts(report: ResumeReport) -> list[str]:
+    lines = []
+    if report.first_starts:
+        firsts = " / ".join(f"{seconds:.1f}" for seconds in report.first_starts)
+        lines.append(f"from the start of a process to the end of its first step: {firsts} s")
+    if resumes := sorted(report.resumes):
+        lines.append(
+            f"  resumed, {len(resumes)} times: median {statistics.median(resumes):.1f} s "
+            f"[{resumes[0]:.1f} to {resumes[-1]:.1f}]"
+        )
+    if compiled := report.resumes_compiled:
+        lines.append(f"  {sum(compiled)} of {len(compiled)} resumes traced or compiled anything")
+    return lines
 
 
 def as_json(report: ResumeReport) -> dict[str, Any]:
@@ -113,6 +136,9 @@ def as_json(report: ResumeReport) -> dict[str, Any]:
         "wall_seconds": report.goodput.wall_seconds if report.goodput else None,
         "restarts": report.goodput.restarts if report.goodput else None,
         "seconds": report.goodput.seconds if report.goodput else None,
+        "first_starts_seconds": report.first_starts,
+        "resumes_seconds": report.resumes,
+        "resumes_compiled": report.resumes_compiled,
         "interruptions": dict(report.interruptions),
         "idle_seconds": report.idle_seconds,
         "environment": {k: report.environment.get(k) for k in ENVIRONMENT},

@@ -11,7 +11,6 @@ two undisturbed runs differ by.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import random
@@ -26,13 +25,14 @@ from matilda_train.config_load import load_config
 from matilda_train.console import Display, SilentDisplay
 from matilda_train.kernel_noise import measure_noise
 from matilda_train.lives import Fault, Life, Nursery
-from matilda_train.metrics_log import MACHINE_FIELDS, EventLog, read_rows
+from matilda_train.metrics_log import EventLog, read_rows
 from matilda_train.resume_report import ResumeReport
+from matilda_train.run_comparison import compare, state_hashes, untimed_rows
 from matilda_train.run_dir import RunDir
 from matilda_train.stop_signals import EXIT_PREEMPTED
 from matilda_train.time_account import goodput
 
-__all__ = ["state_hashes", "untimed_rows", "verify_resume"]
+__all__ = ["verify_resume"]
 
 CODE_OF = {"SIGKILL": -9, "SIGTERM": EXIT_PREEMPTED}
 SOAK_PHASES = (
@@ -56,6 +56,7 @@ def verify_resume(
     spread: tuple[int, int] | None = None,
     overrides: Sequence[str] = (),
     seed: int = 0,
+    new_machines: bool = False,
     pause_after_seconds: float = math.inf,
     display: Display | None = None,
     nursery: Nursery | None = None,
@@ -65,9 +66,10 @@ def verify_resume(
     With `spread`, so many SIGKILLs and SIGTERMs instead, over the steps of one run. `work_dir` must
     be new or empty, or hold the same proof, interrupted: then it goes on. Compared are weights,
     optimizer, RNG, stream and batch hashes of the newest checkpoint, every metrics row except clock
-    and memory figures, and the state in memory before each save and after each restore. Lives come
-    from `nursery`, or from one of its own; none begins later than `pause_after_seconds`, and the
-    report is not `complete` then.
+    and memory figures, and the state in memory before each save and after each restore. With
+    `new_machines` every life but the first of a run finds its compilers' caches empty, as on
+    another machine that has the run directory alone. Lives come from `nursery`, or from one of its
+    own; none begins later than `pause_after_seconds`, and the report is not `complete` then.
 
     Raises `ValueError` for bad input and `RuntimeError` when a life ends in a way of its own.
     """
@@ -84,7 +86,12 @@ def verify_resume(
             "set": list(overrides),
             "data_dir": str(data_dir) if data_dir else None,
         },
-        {"kills": kills, "spread": list(spread) if spread else None, "seed": seed},
+        {
+            "kills": kills,
+            "spread": list(spread) if spread else None,
+            "seed": seed,
+            **({"new_machines": True} if new_machines else {}),
+        },
         display or SilentDisplay(),
         nursery,
         time.monotonic() + pause_after_seconds,
@@ -112,6 +119,7 @@ class Proof:
     twin/, second/       undisturbed runs
     victim-NNN/          run directories of the victims
     lives/               what each life wrote down, in order
+    machine/             compilers' caches of the machine that lives run on, with `new_machines`
     record.jsonl         how each life ended, and what each victim differed in
     """
 
@@ -129,6 +137,7 @@ class Proof:
         self._work_dir = work_dir
         self._request = request
         self._overrides = request["set"]
+        self._machine = work_dir / "machine" if plan.get("new_machines") else None
         self._display = display
         self._pause_at = pause_at
         _claim(work_dir, {**request, **plan})
@@ -149,6 +158,7 @@ class Proof:
     def close(self) -> None:
         """End the process that lives are forked from."""
         self._own.close()
+        self._leave_machine()
 
     def soak(self, kills: int, seed: int) -> None:
         """Kill lives of one run after the other."""
@@ -196,6 +206,7 @@ class Proof:
         elif not compared:
             self._compare(victim.name, state_hashes(twin), untimed_rows(twin))
         self.report.goodput = goodput(victim).without_idle(self.report.idle_seconds)
+        self.report.resumes_compiled = _resumes_compiled(read_rows(victim / "events.jsonl"))
 
     def _undisturbed(self, name: str) -> Path:
         run_dir = self._work_dir / name
@@ -224,6 +235,10 @@ class Proof:
         request = {**self._request, "run_dir": str(self._work_dir / run)}
         if data is not None:
             request["data_dir"] = str(data)
+        if self._machine is not None:
+            if any(self._logs_of(run)):
+                self._leave_machine()
+            request["caches"] = str(self._machine.absolute())
         log = self._work_dir / "lives" / f"{self._lives:05}-{run}.jsonl"
         log.touch()
         self._lives += 1
@@ -242,9 +257,15 @@ class Proof:
             "began": life.began,
             "ended": life.ended,
             "records": life.records,
+            "resumed": life.resumed,
+            "seconds_to_first_step": life.seconds_to_first_step,
         }
         self._append(run=run, life=ended)
         return life
+
+    def _leave_machine(self) -> None:
+        if self._machine is not None:
+            shutil.rmtree(self._machine, ignore_errors=True)  # compilers that outlive a kill write
 
     def _note_interruption(self, run: str) -> None:
         """Write down, once a command, that `run` lay still since the command before."""
@@ -278,8 +299,13 @@ class Proof:
         elif "interrupted" in row:
             self.report.interruptions[row["interrupted"]] += 1
             self.report.idle_seconds += row["idle_seconds"] * (row["interrupted"] == "victim-000")
-        elif row["life"]["signal"] is not None:
-            self.report.kills[row["life"]["signal"], row["life"]["phase"]] += 1
+        else:
+            life = row["life"]
+            if life["signal"] is not None:
+                self.report.kills[life["signal"], life["phase"]] += 1
+            if (seconds := life.get("seconds_to_first_step")) is not None:
+                starts = self.report.resumes if life["resumed"] else self.report.first_starts
+                starts.append(seconds)
 
     def _logs_of(self, run: str) -> Iterator[dict[str, Any]]:
         for log in sorted((self._work_dir / "lives").glob(f"*-{run}.jsonl")):
@@ -346,6 +372,17 @@ def _spread(
     return faults
 
 
+def _resumes_compiled(events: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """Of each resume that came through its first step, whether anything was traced or compiled."""
+    found, resumed = [], False
+    for event in events:
+        if event["event"] == "resume":
+            resumed = True
+        elif event["event"] == "compiled" and resumed:
+            found.append(any(event["graphs"][name] for name in ("traced", "compiled", "kernels")))
+    return found
+
+
 def _resume_points(records: Iterator[dict[str, Any]], run: str) -> tuple[int, list[str]]:
     """How many restored states were compared with the saved one, and those that differ."""
     saved: dict[int, str] = {}
@@ -360,50 +397,3 @@ def _resume_points(records: Iterator[dict[str, Any]], run: str) -> tuple[int, li
                     f"{run}: the state restored at step {record['restored']} is not the saved one"
                 )
     return checked, differences
-
-
-def state_hashes(run_dir: Path) -> dict[str, str]:
-    """SHA-256 of every tensor and value in a run's newest checkpoint, by its path in the state."""
-    import torch
-
-    from matilda_ckpt import Checkpointer
-    from matilda_train.state_digest import leaves
-
-    hashes: dict[str, str] = {}
-    for name, value in leaves(Checkpointer(run_dir / "checkpoints", read_only=True).load_state()):
-        if isinstance(value, torch.Tensor):
-            head = f"{value.dtype} {tuple(value.shape)}".encode()
-            raw = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            hashes[name] = hashlib.sha256(head + raw.tobytes()).hexdigest()
-        else:
-            hashes[name] = hashlib.sha256(repr(value).encode()).hexdigest()
-    return hashes
-
-
-def untimed_rows(run_dir: Path) -> list[dict[str, Any]]:
-    """Every metrics row of a run without what clocks, allocator and kills decide."""
-    rows = read_rows(run_dir / "metrics.jsonl")
-    return [{k: v for k, v in row.items() if k not in MACHINE_FIELDS} for row in rows]
-
-
-def compare(
-    name: str,
-    state: Mapping[str, str],
-    rows: Sequence[Mapping[str, Any]],
-    expected_state: Mapping[str, str],
-    expected_rows: Sequence[Mapping[str, Any]],
-) -> list[str]:
-    """One sentence for each difference between a victim and the twin."""
-    found = [
-        f"{name}: state {key!r} differs from the twin's"
-        for key in sorted(state.keys() | expected_state.keys())
-        if state.get(key) != expected_state.get(key)
-    ]
-    if len(rows) != len(expected_rows):
-        found.append(f"{name}: {len(rows)} metrics rows, the twin has {len(expected_rows)}")
-    found += [
-        f"{name}: metrics row of step {row['step']} differs: {dict(row)} is not {dict(expected)}"
-        for row, expected in zip(rows, expected_rows, strict=False)
-        if row != expected
-    ]
-    return found
