@@ -7,26 +7,39 @@ a GPU, and (`kernel_files`) those that were written by hand; C++ made for a CPU 
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import os
 import platform
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from matilda_train.kernel_files import KernelFiles
+from matilda_train.whole_file import remove_abandoned, write_whole
+
+if TYPE_CHECKING:
+    from torch.compiler._cache import CacheInfo
 
 __all__ = ["CompileCache"]
+
+MOST_FILES = 4
+"""Of torch's artifacts; the oldest go first."""
+
+Artifacts = frozenset[tuple[str, str]]
+"""Kind and key of each. A key is a hash of what the artifact was made of."""
 
 
 class CompileCache:
     """Compiled artifacts in `folder` for this torch, Python and kind of device.
 
-    A file of torch's and, for a GPU, an archive of kernels written by hand. Make it before the
-    first kernel is used, `load` before the first compiled call. An entry is used only if the code
-    it was made of is the same to the byte, so a stale file costs time, never correctness. Loading
-    unpickles: a run directory from somebody else can run code, as its config cannot.
+    Files of torch's, `NAME-DIGEST.bin`, and, for a GPU, an archive of kernels written by hand. Make
+    it before the first kernel is used, `load` before the first compiled call. An entry is used only
+    if the code it was made of is the same to the byte, so a stale file costs time, never
+    correctness. Loading unpickles: a run directory from somebody else can run code, as its config
+    cannot.
+
+    Torch hands out only what this process compiled or came to use. One that is stopped while
+    warming up has used little, so a save adds a file and removes only those it covers.
     """
 
     def __init__(
@@ -34,31 +47,37 @@ class CompileCache:
     ) -> None:
         kind = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         parts = (torch.__version__, platform.python_version(), device.type, kind)
-        name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        self.path = Path(folder) / f"{name}.bin"
+        self.name = hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        self.folder = Path(folder)
         self.enabled = enabled
         self._writes = writes
-        self._saved = b""
+        self._kept: dict[Path, Artifacts] = {}
         self._kernels: KernelFiles | None = None
         if enabled and device.type == "cuda":
-            self._kernels = KernelFiles(self.path.with_suffix(".kernels.zip"))
+            self._kernels = KernelFiles(self.folder / f"{self.name}.kernels.zip")
             self._kernels.watch()
 
     def load(self) -> bool:
-        """Give the compilers what an earlier process saved; whether torch's part was whole.
+        """Give the compilers what earlier processes saved; whether any file of torch's was whole.
 
-        A damaged file is passed over.
+        Damaged files are passed over.
         """
+        if not self.enabled:
+            return False
         if self._kernels is not None:
             self._kernels.load()
-        if not (self.enabled and self.path.is_file()):
-            return False
-        content = self.path.read_bytes()
-        digest, artifacts = content[:32], content[32:]
-        if hashlib.sha256(artifacts).digest() != digest:
-            return False
-        self._saved = digest
-        return torch.compiler.load_cache_artifacts(artifacts) is not None
+        for file in self._files():
+            try:
+                content = file.read_bytes()
+                digest, artifacts = content[:32], content[32:]
+                if hashlib.sha256(artifacts).digest() != digest:
+                    continue
+                loaded = torch.compiler.load_cache_artifacts(artifacts)
+            except OSError:  # removed by another process, or no room in the machine's cache
+                continue
+            if loaded is not None:
+                self._kept[file] = _names(loaded)
+        return bool(self._kept)
 
     def close(self) -> None:
         """Watch no kernel any more."""
@@ -82,16 +101,14 @@ class CompileCache:
         }
 
     def save(self) -> bool:
-        """Write what has been compiled or loaded since the process began, if that is new.
+        """Write what has been compiled or used since the process began, if any of it is new.
 
         A disk that takes no more costs the next process its head start, never this one its life.
         """
         if not (self.enabled and self._writes):
             return False
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            for abandoned in self.path.parent.glob("*.partial"):
-                abandoned.unlink()
+            remove_abandoned(self.folder)
             kernels = self._kernels is not None and self._kernels.save()
             return self._save_artifacts() or kernels
         except OSError:
@@ -101,15 +118,26 @@ class CompileCache:
         made = torch.compiler.save_cache_artifacts()
         if made is None:
             return False
-        digest = hashlib.sha256(made[0]).digest()
-        if digest == self._saved:
+        artifacts, used = made[0], _names(made[1])
+        self._kept = {file: held for file, held in self._kept.items() if file.is_file()}
+        if used <= frozenset().union(*self._kept.values()):
             return False
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            partial.write_bytes(digest + made[0])
-            partial.replace(self.path)
-        finally:
-            with contextlib.suppress(OSError):
-                partial.unlink()
-        self._saved = digest
+        digest = hashlib.sha256(artifacts).digest()
+        written = self.folder / f"{self.name}-{digest.hex()[:16]}.bin"
+        write_whole(written, digest + artifacts)
+        for file, held in self._kept.items():
+            if held <= used:
+                file.unlink(missing_ok=True)
+        self._kept[written] = used
+        others = [file for file in self._files() if file != written]
+        others.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+        for file in others[MOST_FILES - 1 :]:
+            file.unlink(missing_ok=True)
         return True
+
+    def _files(self) -> list[Path]:
+        return list(self.folder.glob(f"{self.name}*.bin"))  # `NAME.bin` is an earlier version's
+
+
+def _names(info: CacheInfo) -> Artifacts:
+    return frozenset((kind, key) for kind, keys in info.artifacts.items() for key in keys)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import io
 import itertools
 import json
 import os
@@ -20,6 +21,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
+
+from matilda_train.whole_file import write_whole
 
 __all__ = ["KernelFiles"]
 
@@ -95,18 +98,14 @@ class KernelFiles:
         found = self._used()
         if found.keys() <= self._kept:
             return False
-        partial = self.path.with_suffix(f".{os.getpid()}.partial")
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
-                written = set()
-                for name, content in itertools.chain(self._held(), _contents(found)):
-                    if name not in written:
-                        written.add(name)
-                        archive.writestr(name, content)
-            partial.replace(self.path)
-        finally:
-            partial.unlink(missing_ok=True)
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            written = set()
+            for name, content in itertools.chain(self._held(), _contents(found)):
+                if name not in written:
+                    written.add(name)
+                    archive.writestr(name, content)
+        write_whole(self.path, whole.getvalue())
         self._kept = written
         return True
 
@@ -208,7 +207,7 @@ def _extract(archive: zipfile.ZipFile, cache: str, folder: Path) -> None:
             raise ValueError(f"{name!r} does not lie within a cache")
         file = folder.joinpath(*rest)
         if not file.exists():
-            _write(file, archive.read(name))
+            write_whole(file, archive.read(name))
         groups.setdefault(file.parent, []).append(file)
     if cache != "triton":
         return
@@ -217,17 +216,7 @@ def _extract(archive: zipfile.ZipFile, cache: str, folder: Path) -> None:
             listing = parent / f"__grp__{file.name}"
             if file.suffix == ".json" and not listing.exists():
                 paths = {child.name: str(child) for child in files}
-                _write(listing, json.dumps({"child_paths": paths}).encode())
-
-
-def _write(file: Path, content: bytes) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(content)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+                write_whole(listing, json.dumps({"child_paths": paths}).encode())
 
 
 def _modified(file: Path) -> float:
