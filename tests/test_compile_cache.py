@@ -37,6 +37,27 @@ saved = cache.save()
 print(json.dumps({"loaded": loaded, "saved": saved, "graphs": cache.account()}))
 """
 
+ATTEND = """
+import json, sys, torch
+from pathlib import Path
+from matilda_model.attention import causal_attention
+from matilda_train.build import compile_model
+from matilda_train.compile_cache import CompileCache
+
+class Attend(torch.nn.Module):
+    def forward(self, q, k, v):
+        return causal_attention(q, k, v, "flash")  # in `sdpa_kernel`
+
+cache = CompileCache(Path(sys.argv[1]), torch.device("cpu"))
+loaded = cache.load()
+before = torch._inductor.config.unsafe_marked_cacheable_functions
+q, k, v = (torch.ones(1, 4, 1, 8, requires_grad=True) for _ in range(3))
+compile_model(Attend())(q, k, v).sum().backward()
+assert torch._inductor.config.unsafe_marked_cacheable_functions == before == {}
+saved = cache.save()
+print(json.dumps({"loaded": loaded, "saved": saved, "graphs": cache.account()}))
+"""
+
 TRAIN_TWO_STEPS = """
 import json, sys, torch
 from pathlib import Path
@@ -100,6 +121,14 @@ def test_a_process_that_stops_early_takes_nothing_from_those_after_it(tmp_path: 
     assert chains("one", "1", "2") == (False, True, 0, 2)
     assert chains("two", "1", "3") == (True, True, 1, 1)
     assert chains("three", "1", "2", "3") == (True, False, 3, 0)
+
+
+def test_attention_by_a_chosen_kernel_is_not_traced_again(tmp_path: Path) -> None:
+    first = start(ATTEND, tmp_path / "run", tmp_path / "machine")
+    assert first["graphs"] == {"traced": 1, "reused": 0, "compiled": 2, "kernels": 0}
+    second = start(ATTEND, tmp_path / "run", tmp_path / "machine")
+    assert (second["loaded"], second["saved"]) == (True, False)
+    assert second["graphs"] == {"traced": 0, "reused": 2, "compiled": 0, "kernels": 0}
 
 
 class Compiler:

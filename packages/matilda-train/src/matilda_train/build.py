@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +25,13 @@ __all__ = [
     "token_byte_lengths",
 ]
 
+SDPA_CONTEXT = (
+    "torch.nn.attention._backend_from_string",
+    "torch.nn.attention._sdpa_kernel",
+)
+"""Calls that `sdpa_kernel` leaves in a graph, which torch 2.11 to 2.15 do not list as cacheable.
+What they do follows from their arguments, part of the cache's key, as is torch's version."""
+
 
 def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     """The model with float32 weights drawn on the CPU from torch's generator, so that they
@@ -35,8 +43,7 @@ def build_model(config: RunConfig, device: torch.device, dtype: torch.dtype) -> 
 
 def compile_model(model: Transformer) -> nn.Module:
     """`model` compiled for static shapes, sharing its parameters; `model` itself stays eager."""
-    _keep_traced_gradients()
-    return cast(nn.Module, torch.compile(model, dynamic=False))
+    return cast(nn.Module, _compile(model))
 
 
 def compile_blocks(model: Transformer) -> None:
@@ -45,18 +52,23 @@ def compile_blocks(model: Transformer) -> None:
     With several ranks: a whole compiled backward hands over its gradients at its very end, a
     block's at the block's end, so that their exchange overlaps with what remains.
     """
-    _keep_traced_gradients()
     for block in model.blocks:
-        block.forward = torch.compile(block.forward, dynamic=False)
+        block.forward = _compile(block.forward)
 
 
-def _keep_traced_gradients() -> None:
-    """Have torch cache the traced backward pass of graphs that hold `autograd.Function`s, too.
+def _compile(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` compiled such that torch caches its traced backward pass, too.
 
     Without it a start traces the whole model anew, some ten seconds for the hero, though every
-    kernel is there. Forward and backward of a Function are part of the cache's key.
+    kernel is there. Torch is wary of two things a model uses: `autograd.Function`, whose forward
+    and backward are part of the cache's key, and `SDPA_CONTEXT`.
     """
     functorch_config.autograd_cache_allow_custom_autograd_functions = True
+    options: dict[str, Any] = {
+        "unsafe_marked_cacheable_functions": dict.fromkeys(SDPA_CONTEXT, str(torch.__version__))
+    }
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False, options=options)
+    return compiled
 
 
 def check_kernels(
