@@ -366,18 +366,28 @@ def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
 def check_qkv_norm_rope_from_tiles(device: str, dtype: torch.dtype) -> None:
     from matilda_model.layers import rope_table
     from matilda_model.triton_qkv import qkv_norm_rope_backward
-    from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_tiled
+    from matilda_model.triton_qkv_tiles import (
+        qkv_norm_rope_backward_folded,
+        qkv_norm_rope_backward_tiled,
+    )
 
     torch.manual_seed(0)
     batch, seq_len, heads, kv, e = 1, 128, 2, 1, 16
     cos, sin = rope_table(seq_len, e, 100.0, torch.device(device))
     qkv = torch.randn(batch, seq_len, (heads + 2 * kv) * e, device=device).to(dtype)
-    rest = qkv, *(1 + 0.3 * torch.randn(2, e, device=device)), cos, sin, 1e-6
+    rest = qkv, *(1 + 0.3 * torch.randn(2, e, device=device)), cos, sin, 0.3
     dq, dk, dv = (torch.randn(batch, seq_len, n, e, device=device) for n in (heads, kv, kv))
     want = qkv_norm_rope_backward(dq / 4, dk / 4, dv, *rest)
-    got = qkv_norm_rope_backward_tiled(*(as_tiles(d) for d in (dq, dk, dv)), *rest)
+    tiles = [as_tiles(d) for d in (dq, dk, dv)]
+    got = qkv_norm_rope_backward_tiled(*tiles, *rest)
     for a, b in zip(got, want, strict=True):
         assert error(a, b) < 1e-6
+    scale = torch.rand(batch * seq_len, device=device)
+    dqkv, dweight, dots = qkv_norm_rope_backward_folded(*tiles, *rest, scale)
+    assert error(dqkv, want[0] * scale.view(batch, seq_len, 1)) < bound(dtype)
+    assert error(dweight, want[1]) < 1e-6
+    by_head = (want[0].double() * qkv.double()).unflatten(-1, (-1, e)).sum(-1)
+    assert error(dots, by_head.flatten(0, 1).T) < bound(dtype)
 
 
 def as_tiles(d_BTHE: Tensor) -> Tensor:

@@ -199,7 +199,7 @@ class Attention(nn.Module):
         if residual_BTD is None:
             alone: Tensor = self.o(y_BTX)
             return alone
-        if self._takes_quack(y_BTX, "quack_residual", "quack_all"):
+        if self.takes_quack(y_BTX, "quack_residual", "quack_all"):
             from matilda_model.quack_products import QuackLinearAdd
 
             weight = self.o.weight.to(y_BTX.dtype)
@@ -207,13 +207,14 @@ class Attention(nn.Module):
                 y_BTX.flatten(0, 1),
                 weight,
                 residual_BTD.flatten(0, 1),
-                self._takes_quack(y_BTX, "quack_all"),
+                self.takes_quack(y_BTX, "quack_all"),
             )
             return flat.view(residual_BTD.shape)
         added: Tensor = residual_BTD + self.o(y_BTX)
         return added
 
-    def _takes_quack(self, x: Tensor, *backends: str) -> bool:
+    def takes_quack(self, x: Tensor, *backends: str) -> bool:
+        """Whether `matmul` is one of `backends` here, or `"auto"` and taken to be."""
         if not (x.is_cuda and x.requires_grad and x.dtype == torch.bfloat16):
             return False
         return self.matmul in backends or (self.matmul == "auto" and bool(has_quack()))
@@ -248,11 +249,15 @@ class Attention(nn.Module):
         q_BTHE, k_BTKE, v_BTKE = torch.split(qkv, sizes, dim=-2)
         return q_BTHE, k_BTKE, v_BTKE
 
+    def joint_weight(self) -> Tensor:
+        """Weights of q, k and v, float32 [(H + 2K) E, D]: one wide matmul runs faster."""
+        # each is cast to the dtype of the activations anyway, so joining them is free
+        return torch.cat((self.q.weight, self.k.weight, self.v.weight))
+
     def joint_product(self, x_BTD: Tensor) -> Tensor:
         """`x_BTD` times the joined weights of q, k and v: [B, T, (H + 2K) E]."""
-        # the weights are cast anyway, so joining them is free and one wide matmul runs faster
-        joint = torch.cat((self.q.weight, self.k.weight, self.v.weight)).to(x_BTD.dtype)
-        if self._takes_quack(x_BTD, "quack_all"):
+        joint = self.joint_weight().to(x_BTD.dtype)
+        if self.takes_quack(x_BTD, "quack_all"):
             from matilda_model.quack_products import QuackLinear
 
             flat: Tensor = QuackLinear.apply(x_BTD.flatten(0, 1), joint)
@@ -262,7 +267,8 @@ class Attention(nn.Module):
     def _fuses(self, x_BTD: Tensor) -> bool:
         if self.norm == "plain" or x_BTD.device.type != "cuda" or self.q_norm is None:
             return False
-        return self.norm == "fused" or (x_BTD.dtype == torch.bfloat16 and bool(has_triton()))
+        asked = self.norm in ("fused", "folded")
+        return asked or (x_BTD.dtype == torch.bfloat16 and bool(has_triton()))
 
     def joins(self, x_BTD: Tensor) -> bool:
         """Whether norm, RoPE and attention are one step here (FlashAttention-4 on Hopper)."""

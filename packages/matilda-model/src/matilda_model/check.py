@@ -9,6 +9,7 @@ N tokens, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -195,7 +196,35 @@ def _check_norm(
 
     leaves, kinds = (hidden_BTD, norm.weight), (dtype, torch.float32)
     names = ("a block's input", "a norm's weight")
-    return rows + _compare("norm", names, branched, plainly, leaves, kinds, limit)
+    rows += _compare("norm", names, branched, plainly, leaves, kinds, limit)
+    with torch.enable_grad():
+        folds = block.folds(hidden_BTD.to(dtype).requires_grad_())
+    return rows + _check_folded(block, hidden_BTD, cos, sin, dtype, limit) if folds else rows
+
+
+def _check_folded(
+    block: Block, hidden_BTD: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype, limit: float
+) -> list[KernelCheck]:
+    """A whole block whose norms are parts of its products, beside one of plain parts."""
+    apart = copy.deepcopy(block)
+    apart.norm_backend = apart.attn.norm = apart.attn.matmul = "plain"
+    apart.attn.backend = "math"
+    assert isinstance(apart.mlp, ReLU2)
+    apart.mlp.matmul = "plain"
+    no_ids = torch.empty(0, dtype=torch.int64, device=hidden_BTD.device)
+
+    def run(x: Tensor, first: Tensor, second: Tensor, chosen: Block = block) -> Tensor:
+        weights = {"attn_norm.weight": first, "mlp_norm.weight": second}
+        out: Tensor = torch.func.functional_call(chosen, weights, (x, cos, sin, no_ids))[0]
+        return out
+
+    def plainly(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        return run(x, first, second, apart)
+
+    leaves = (hidden_BTD, block.attn_norm.weight, block.mlp_norm.weight)
+    names = ("a folded block's input", "its first norm's weight", "its second norm's weight")
+    kinds = (dtype, torch.float32, torch.float32)
+    return _compare("norm", names, run, plainly, leaves, kinds, limit)
 
 
 def _check_attention(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 ATTENTION_BACKENDS = ("auto", "cudnn", "flash", "fa4", "fa4_joint", "flex", "math")
 LOSS_BACKENDS = ("auto", "fused", "fused_quack", "fused_fp8", "plain", "chunked", "liger")
 MATMUL_BACKENDS = ("auto", "fused", "quack", "quack_residual", "quack_all", "plain")
-NORM_BACKENDS = ("auto", "fused", "plain")
+NORM_BACKENDS = ("auto", "folded", "fused", "plain")
 MLP_KINDS = ("swiglu", "relu2")
 GATE_CHANNELS = 32  # of the residual stream, read by the gate of a value embedding
 
@@ -120,8 +120,9 @@ class ModelConfig:
 
     norm: str = "auto"
     """Norms: `"fused"` is one Triton pass for QK-norm and RoPE over the joint q, k, v product, and
-    one for a block's norm and the residual stream backward (CUDA), `"plain"` leaves them to torch,
-    `"auto"` fuses where that runs."""
+    one for a block's norm and the residual stream backward (CUDA), `"folded"` makes a block's norms
+    parts of the products around them instead, where attention is `"fa4_joint"` and the MLP
+    `"relu2"` by `"quack_all"`, `"plain"` leaves them to torch, `"auto"` fuses where that runs."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):

@@ -63,7 +63,8 @@ def branching_rms_norm(
     """
     weight_D = weight_D.float()  # itself, unless the model was cast
     fuses = x.is_cuda and x.requires_grad and weight_D.requires_grad and backend != "plain"
-    if fuses and (backend == "fused" or (x.dtype == torch.bfloat16 and has_triton())):
+    asked = backend in ("fused", "folded")
+    if fuses and (asked or (x.dtype == torch.bfloat16 and has_triton())):
         from matilda_model.triton_norm import BranchingRMSNorm
 
         y, past = BranchingRMSNorm.apply(x, weight_D, eps)
@@ -127,7 +128,7 @@ class ReLU2(nn.Module):
         self, x_BTD: Tensor, up_FD: Tensor, down_DF: Tensor, residual_BTD: Tensor | None = None
     ) -> Tensor:
         """The MLP with the given weights, plus the residual, by the chosen kernels."""
-        kind = self._kind(x_BTD)
+        kind = self.kind(x_BTD)
         y_ND: Tensor
         if kind == "plain":
             y_BTD = F.linear(F.relu(F.linear(x_BTD, up_FD)).square(), down_DF)
@@ -147,7 +148,7 @@ class ReLU2(nn.Module):
             y_BTD = y_ND.view(x_BTD.shape)
         return y_BTD if residual_BTD is None else residual_BTD + y_BTD
 
-    def _kind(self, x_BTD: Tensor) -> str:
+    def kind(self, x_BTD: Tensor) -> str:
         """The back end for this input; `"auto"` by what was measured fastest (docs/LOG.md)."""
         if self.matmul == "plain" or x_BTD.device.type != "cuda" or not x_BTD.requires_grad:
             return "plain"

@@ -5,9 +5,10 @@ Shape suffixes: B batch, T sequence, D model, H query heads, E head dim, V vocab
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -32,6 +33,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, layer: int = 0) -> None:
         super().__init__()
         self.norm_backend = config.norm
+        self.may_fold = True
         self.attn_norm = RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config, layer)
         self.mlp_norm = RMSNorm(config.d_model, config.norm_eps)
@@ -44,12 +46,59 @@ class Block(nn.Module):
         sin: Tensor,
         input_ids_BT: Tensor,
         cache: LayerCache | None = None,
-    ) -> Tensor:
+        squares_N: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream after the block, and the sums of squares of its rows, if known.
+
+        `squares_N`, float32 [B T], are those of `x_BTD`, from the block before.
+        """
+        if cache is None and self.folds(x_BTD):
+            return self.folded(x_BTD, cos, sin, squares_N)
         normed_BTD, x_BTD = self.attn_norm.branch(x_BTD, self.norm_backend)
         x_BTD = self.attn(normed_BTD, cos, sin, input_ids_BT, cache, x_BTD)
         normed_BTD, x_BTD = self.mlp_norm.branch(x_BTD, self.norm_backend)
-        out: Tensor = self.mlp(normed_BTD, x_BTD)
-        return out
+        return self.mlp(normed_BTD, x_BTD), None
+
+    def folds(self, x_BTD: Tensor) -> bool:
+        """Whether both norms are parts of the products around them here."""
+        if self.norm_backend != "folded" or not (self.may_fold and isinstance(self.mlp, ReLU2)):
+            return False
+        quack = self.mlp.kind(x_BTD) == "quack_all" and self.attn.takes_quack(x_BTD, "quack_all")
+        return quack and self.attn.joins(x_BTD)
+
+    def folded(
+        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, squares_N: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` where `folds`; the weights of both norms go into the matrices after them."""
+        from matilda_model.quack_folded import FoldedAttention4, FoldedReLU2
+
+        attn, dtype = self.attn, x_BTD.dtype
+        assert isinstance(self.mlp, ReLU2)
+        assert attn.q_norm is not None
+        assert attn.k_norm is not None
+        if squares_N is None:
+            squares_N = x_BTD.detach().float().square().sum(-1).flatten()
+        joint_XD = (attn.joint_weight() * self.attn_norm.weight).to(dtype)
+        x_BTD, squares_N = FoldedAttention4.apply(
+            x_BTD,
+            squares_N,
+            joint_XD,
+            attn.q_norm.weight,
+            attn.k_norm.weight,
+            cos,
+            sin,
+            attn.o.weight.to(dtype),
+            attn.n_heads,
+            attn.n_kv_heads,
+            self.attn_norm.eps,
+            attn.q_norm.eps,
+        )
+        up_FD = (self.mlp.up.weight * self.mlp_norm.weight).to(dtype)
+        down_DF = self.mlp.down.weight.to(dtype)
+        x_ND, squares_N = FoldedReLU2.apply(
+            x_BTD.flatten(0, 1), squares_N, up_FD, down_DF, self.mlp_norm.eps
+        )
+        return x_ND.view(x_BTD.shape), squares_N
 
 
 class Transformer(nn.Module):
@@ -200,6 +249,18 @@ class Transformer(nn.Module):
             backend=self.config.loss,
         )
 
+    @contextlib.contextmanager
+    def norms_apart(self) -> Iterator[None]:
+        """While it lasts, each part of a block is a call of its own module, which hooks see."""
+        blocks = [block for block in self.blocks if isinstance(block, Block)]
+        for block in blocks:
+            block.may_fold = False
+        try:
+            yield
+        finally:
+            for block in blocks:
+                block.may_fold = True
+
     def get_output_embeddings(self) -> nn.Module:
         """The module whose weight [V, D] makes the logits; its name is transformers'."""
         return self.embed if self.head is None else self.head
@@ -231,12 +292,14 @@ class Transformer(nn.Module):
                 cache.note_documents(input_ids_BT, self.config.document_token)
         x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
         embedding_BTD = x_BTD
+        squares_N: Tensor | None = None
         for index, block in enumerate(self.blocks):
             if self.residual_scale is not None and self.embed_scale is not None:
                 r, e = self.residual_scale[index], self.embed_scale[index]
                 x_BTD = r.to(x_BTD.dtype) * x_BTD + e.to(x_BTD.dtype) * embedding_BTD
+                squares_N = None
             layer = None if cache is None else cache.layers[index]
-            x_BTD = block(x_BTD, cos, sin, input_ids_BT, layer)
+            x_BTD, squares_N = block(x_BTD, cos, sin, input_ids_BT, layer, squares_N)
         if cache is not None:
             cache.advance(n_tokens)
         out: Tensor = self.norm(x_BTD)

@@ -57,8 +57,19 @@ def epilogues() -> Epilogues:
     return Epilogues(product_epilogue, relu2_epilogue, relu2_backward_epilogue, residual_epilogue)
 
 
+TILE_N = 192
+_LONG_SUM = 2048
+"""From this inner dimension on, 256 x 192 tiles win: up's gradient by a tenth (docs/LOG.md)."""
+
+
 @functools.cache
-def config(tile_m: int = 128, tile_n: int = 192, pingpong: bool = True, cluster_m: int = 2) -> Any:
+def config(
+    tile_m: int = 128,
+    tile_n: int = TILE_N,
+    pingpong: bool = True,
+    cluster_m: int = 2,
+    cluster_n: int = 1,
+) -> Any:
     """One of quack's tile shapes, statically scheduled."""
     from quack.gemm_config import GemmConfig  # type: ignore[import-not-found]
 
@@ -67,19 +78,24 @@ def config(tile_m: int = 128, tile_n: int = 192, pingpong: bool = True, cluster_
         tile_n=tile_n,
         pingpong=pingpong,
         cluster_m=cluster_m,
-        cluster_n=1,
+        cluster_n=cluster_n,
         is_dynamic_persistent=False,
     )
+
+
+def product_config(inner: int, width: int) -> Any:
+    """The tiles for a plain product that sums over `inner`, `width` columns wide."""
+    if inner >= _LONG_SUM and width % TILE_N == 0:
+        return config(tile_m=256, pingpong=False, cluster_m=1, cluster_n=2)
+    # a whole number of tiles where there is one: 1280, a joint q, k, v product, is 8 of 160
+    return config(tile_n=160 if width % TILE_N and width % 160 == 0 else TILE_N)
 
 
 @torch.library.custom_op("matilda_model::quack_product", mutates_args=())
 def quack_product(a_NX: Tensor, b_XF: Tensor) -> Tensor:
     """`a @ b`, bf16 [N, F]; `b` may be a transposed view."""
-    width = b_XF.shape[1]
-    # a whole number of tiles where there is one: 1280, a joint q, k, v product, is 8 of 160
-    tile_n = 160 if width % 192 and width % 160 == 0 else 192
-    out = a_NX.new_empty(a_NX.shape[0], width)
-    chosen = config(tile_n=tile_n)
+    out = a_NX.new_empty(a_NX.shape[0], b_XF.shape[1])
+    chosen = product_config(*b_XF.shape)
     epilogues().product(a_NX.contiguous(), b_XF, out={"D": out}, config=chosen, tuned=False)
     return out
 

@@ -18,6 +18,8 @@ TILE_ROWS = 64
 """Positions of a tile: the rows of a Hopper warp group's matrix product."""
 _TILED_WARPS = 4
 _TILED_PROGRAMS_PER_SM = 8
+_TILED_REGISTERS = 128
+"""A thread's, for heads of 64: four programs a multiprocessor at a time, and nothing spills."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -44,6 +46,8 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
     dweight_ptr,  # f32 [H + K, programs per head, E]: partial sums
     cos_ptr,
     sin_ptr,
+    row_scale_ptr,  # f32 [B * T], or None
+    dots_ptr,  # f32 [J, B * T], or None
     n_blocks,  # B * T / 64
     blocks_per_row,  # T / 64
     eps,
@@ -52,11 +56,13 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
     H: tl.constexpr,
     K: tl.constexpr,
     HALF: tl.constexpr,
+    FOLDED: tl.constexpr,
 ):
     # a program has one head: which weights it needs and sums is settled before the loop
     head = tl.program_id(0) % (H + 2 * K)
     first_block = tl.program_id(0) // (H + 2 * K)
     row = tl.arange(0, 64)[:, None].to(tl.int64)
+    of_head = head.to(tl.int64) * n_blocks * 64 + tl.arange(0, 64)
     e = tl.arange(0, HALF)[None, :]
     tile = tl.full((), 128 * HALF, tl.int64)
     if head < H + K:
@@ -78,14 +84,19 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
             cos, sin = tl.load(cos_ptr + angle), tl.load(sin_ptr + angle)
             da = d_first * cos + d_second * sin
             db = d_second * cos - d_first * sin
-            rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)[:, None]
-            a *= rstd
-            b *= rstd
+            rstd = tl.rsqrt(tl.sum(a * a + b * b, 1) / (2 * HALF) + eps)
+            a *= rstd[:, None]
+            b *= rstd[:, None]
             sum_a += da * a
             sum_b += db * b
             da *= weight_a
             db *= weight_b
-            dot = (tl.sum(da * a + db * b, 1) / (2 * HALF))[:, None]
+            dot = tl.sum(da * a + db * b, 1) / (2 * HALF)
+            if FOLDED:
+                # a norm's gradient is orthogonal to its input but for eps
+                tl.store(dots_ptr + of_head + block * 64, dot * rstd * rstd * (2 * HALF * eps))
+                rstd *= tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))
+            rstd, dot = rstd[:, None], dot[:, None]
             kind = dqkv_ptr.dtype.element_ty
             tl.store(dqkv_ptr + source, (rstd * (da - a * dot)).to(kind))
             tl.store(dqkv_ptr + source + HALF, (rstd * (db - b * dot)).to(kind))
@@ -97,9 +108,18 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
             batch, in_row = block // blocks_per_row, block % blocks_per_row
             at = dv_ptr + ((batch * K + head - H - K) * blocks_per_row + in_row) * tile
             source = ((block * 64 + row) * (H + 2 * K) + head) * (2 * HALF) + e
+            d_first = _load_half_tile(at, HALF)
+            d_second = _load_half_tile(at + tile // 2, HALF)
+            if FOLDED:
+                a = tl.load(qkv_ptr + source).to(tl.float32)
+                b = tl.load(qkv_ptr + source + HALF).to(tl.float32)
+                tl.store(dots_ptr + of_head + block * 64, tl.sum(d_first * a + d_second * b, 1))
+                folded = tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))[:, None]
+                d_first *= folded
+                d_second *= folded
             kind = dqkv_ptr.dtype.element_ty
-            tl.store(dqkv_ptr + source, _load_half_tile(at, HALF).to(kind))
-            tl.store(dqkv_ptr + source + HALF, _load_half_tile(at + tile // 2, HALF).to(kind))
+            tl.store(dqkv_ptr + source, d_first.to(kind))
+            tl.store(dqkv_ptr + source + HALF, d_second.to(kind))
 
 
 @torch.library.custom_op("matilda_model::qkv_norm_rope_backward_tiled", mutates_args=())
@@ -118,6 +138,46 @@ def qkv_norm_rope_backward_tiled(
 
     A tile holds 64 positions of a head as `_load_half_tile` says; T is a multiple of 64.
     """
+    tiles, rest = (dq_BHX, dk_BKX, dv_BKX), (qkv_BTX, q_weight, k_weight, cos, sin)
+    dqkv, dweight, _ = _backward_from_tiles(*tiles, *rest, eps, None)
+    return dqkv, dweight
+
+
+@torch.library.custom_op("matilda_model::qkv_norm_rope_backward_folded", mutates_args=())
+def qkv_norm_rope_backward_folded(
+    dq_BHX: Tensor,
+    dk_BKX: Tensor,
+    dv_BKX: Tensor,
+    qkv_BTX: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    row_scale_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qkv_norm_rope_backward_tiled`, its first gradient times `row_scale_N`, float32 [B T].
+
+    Third, for each head, the sum of gradient (unscaled) times product over that head, [J, B T].
+    """
+    tiles, rest = (dq_BHX, dk_BKX, dv_BKX), (qkv_BTX, q_weight, k_weight, cos, sin)
+    dqkv, dweight, dots_JN = _backward_from_tiles(*tiles, *rest, eps, row_scale_N)
+    assert dots_JN is not None
+    return dqkv, dweight, dots_JN
+
+
+def _backward_from_tiles(
+    dq_BHX: Tensor,
+    dk_BKX: Tensor,
+    dv_BKX: Tensor,
+    qkv_BTX: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    row_scale_N: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
     batch, seq_len, _ = qkv_BTX.shape
     e = q_weight.shape[0]
     n_heads, n_kv_heads = dq_BHX.shape[1], dk_BKX.shape[1]
@@ -131,6 +191,9 @@ def qkv_norm_rope_backward_tiled(
     dweight = torch.empty(
         n_heads + n_kv_heads, per_head, e, dtype=torch.float32, device=qkv_BTX.device
     )
+    dots_JN = None
+    if row_scale_N is not None:
+        dots_JN = torch.empty(heads, batch * seq_len, dtype=torch.float32, device=qkv_BTX.device)
     _backward_from_tiles_kernel[(heads * per_head,)](
         dq_BHX,
         dk_BKX,
@@ -142,6 +205,8 @@ def qkv_norm_rope_backward_tiled(
         dweight,
         cos,
         sin,
+        row_scale_N,
+        dots_JN,
         n_blocks,
         seq_len // TILE_ROWS,
         eps,
@@ -150,10 +215,12 @@ def qkv_norm_rope_backward_tiled(
         H=n_heads,
         K=n_kv_heads,
         HALF=e // 2,
+        FOLDED=row_scale_N is not None,
         num_warps=_TILED_WARPS,
+        maxnreg=_TILED_REGISTERS if e <= 64 else None,
     )
     of_q, of_k = dweight[:n_heads].sum((0, 1)), dweight[n_heads:].sum((0, 1))
-    return dqkv, torch.stack((of_q, of_k))
+    return dqkv, torch.stack((of_q, of_k)), dots_JN
 
 
 @qkv_norm_rope_backward_tiled.register_fake
@@ -170,3 +237,22 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     dweight = q_weight.new_empty(2, q_weight.shape[0], dtype=torch.float32)
     return torch.empty_like(qkv_BTX, memory_format=torch.contiguous_format), dweight
+
+
+@qkv_norm_rope_backward_folded.register_fake
+def _(
+    dq_BHX: Tensor,
+    dk_BKX: Tensor,
+    dv_BKX: Tensor,
+    qkv_BTX: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    row_scale_N: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dweight = q_weight.new_empty(2, q_weight.shape[0], dtype=torch.float32)
+    dqkv = torch.empty_like(qkv_BTX, memory_format=torch.contiguous_format)
+    heads = dq_BHX.shape[1] + 2 * dk_BKX.shape[1]
+    return dqkv, dweight, row_scale_N.new_empty(heads, row_scale_N.shape[0])

@@ -81,7 +81,8 @@ def examine_sequence(model: Transformer, tokens: NDArray[np.uint16], seq_len: in
     inputs, targets = _cut(model, tokens, seq_len)
     found = Examination()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _recorded(model, found.activation_rms), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with _recorded(model, found.activation_rms), model.norms_apart(), eager:
         loss = model(inputs, targets).loss
         gradients = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
     found.loss = float(loss.detach())
@@ -102,6 +103,8 @@ def _recorded(model: nn.Module, rms: dict[str, float]) -> Iterator[None]:
 
     def hook_of(name: str) -> Callable[[nn.Module, Any, Any], None]:
         def record(module: nn.Module, inputs: Any, output: Any) -> None:
+            if isinstance(output, tuple):  # a block's second result helps the next one
+                output = output[0]
             if isinstance(output, Tensor):
                 rms[name] = float(output.detach().float().square().mean().sqrt())
 
