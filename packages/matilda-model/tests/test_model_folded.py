@@ -126,7 +126,7 @@ def plain_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     }
     for name, function in replaced.items():
         monkeypatch.setattr(quack_folded, name, function)
-    monkeypatch.setattr(triton_qkv, "qkv_norm_rope", normed_and_rotated)
+    monkeypatch.setattr(triton_qkv, "qk_norm_rope", lambda *a: normed_and_rotated(*a)[:2])
     monkeypatch.setattr(triton_qkv_tiles, "qkv_norm_rope_backward_folded", backward_folded)
 
 

@@ -328,7 +328,7 @@ def check_rms_norm(device: str, dtype: torch.dtype) -> None:
 
 def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
     from matilda_model.layers import apply_rope, rope_table
-    from matilda_model.triton_qkv import FusedQKVNormRope
+    from matilda_model.triton_qkv import FusedQKVNormRope, qk_norm_rope, values
 
     torch.manual_seed(0)
     batch, seq_len, heads, kv, e = 2, 9, 4, 2, 16
@@ -361,6 +361,10 @@ def check_qkv_norm_rope(device: str, dtype: torch.dtype) -> None:
 
     for got, want in zip(run(fused, None), run(textbook, torch.float64), strict=True):
         assert error(got, want) < bound(dtype)
+    q, k, v = fused(*inputs)
+    apart = qk_norm_rope(*inputs, cos, sin, heads, kv, 1e-6)
+    assert all(torch.equal(a, b) for a, b in zip(apart, (q, k), strict=True))
+    assert torch.equal(values(qkv, heads, kv), v)
 
 
 def check_qkv_norm_rope_from_tiles(device: str, dtype: torch.dtype) -> None:

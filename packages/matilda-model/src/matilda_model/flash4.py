@@ -142,19 +142,21 @@ class JointAttention4(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps):  # type: ignore[no-untyped-def]
-        from matilda_model.triton_qkv import qkv_norm_rope
+        from matilda_model.triton_qkv import qk_norm_rope, values
 
-        q, k, v = qkv_norm_rope(qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps)
-        out, lse = fa4_forward(q, k, v)
-        ctx.save_for_backward(q, k, v, out, lse, qkv_BTX, q_weight, k_weight, cos, sin)
-        ctx.eps = eps
+        q, k = qk_norm_rope(qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps)
+        out, lse = fa4_forward(q, k, values(qkv_BTX, n_heads, n_kv_heads))
+        ctx.save_for_backward(q, k, out, lse, qkv_BTX, q_weight, k_weight, cos, sin)
+        ctx.heads, ctx.eps = (n_heads, n_kv_heads), eps
         return out
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        from matilda_model.triton_qkv import values
         from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_tiled
 
-        q, k, v, out, lse, *product = ctx.saved_tensors
+        q, k, out, lse, *product = ctx.saved_tensors
+        v = values(product[0], *ctx.heads)
         tiles = fa4_backward_tiled(q, k, v, out, dout, lse)
         dqkv, dweight = qkv_norm_rope_backward_tiled(*tiles, *product, ctx.eps)
         return dqkv, dweight[0], dweight[1], None, None, None, None, None

@@ -249,28 +249,30 @@ class FoldedAttention4(torch.autograd.Function):
         eps,
         qk_eps,
     ):
-        from matilda_model.triton_qkv import qkv_norm_rope
+        from matilda_model.triton_qkv import qk_norm_rope, values
 
         x_ND = x_BTD.flatten(0, 1)
         scale_N = _row_scale(squares_N, x_ND.shape[1], eps)
         qkv_BTX = scaled_product(x_ND, joint_XD.T, scale_N).view(*x_BTD.shape[:2], -1)
-        q, k, v = qkv_norm_rope(qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, qk_eps)
-        out_BTHE, lse = fa4_forward(q, k, v)
+        q, k = qk_norm_rope(qkv_BTX, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, qk_eps)
+        out_BTHE, lse = fa4_forward(q, k, values(qkv_BTX, n_heads, n_kv_heads))
         y_ND, squares_NC = linear_add_squares(out_BTHE.flatten(0, 1).flatten(1), o_DX, x_ND)
         ctx.save_for_backward(
-            x_ND, scale_N, joint_XD, o_DX, q, k, v, out_BTHE, lse, qkv_BTX, q_weight, k_weight,
-            cos, sin,
+            x_ND, scale_N, joint_XD, o_DX, q, k, out_BTHE, lse, qkv_BTX, q_weight, k_weight, cos,
+            sin,
         )  # fmt: skip
-        ctx.qk_eps = qk_eps
+        ctx.heads, ctx.qk_eps = (n_heads, n_kv_heads), qk_eps
         squares_N = squares_NC.sum(1)
         ctx.mark_non_differentiable(squares_N)
         return y_ND.view(x_BTD.shape), squares_N
 
     @staticmethod
     def backward(ctx, dy_BTD, _):  # type: ignore[no-untyped-def]
+        from matilda_model.triton_qkv import values
         from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_folded
 
-        x_ND, scale_N, joint_XD, o_DX, q, k, v, out_BTHE, lse, *product = ctx.saved_tensors
+        x_ND, scale_N, joint_XD, o_DX, q, k, out_BTHE, lse, *product = ctx.saved_tensors
+        v = values(product[0], *ctx.heads)
         dy_ND, out_NX = dy_BTD.flatten(0, 1), out_BTHE.flatten(0, 1).flatten(1)
         dout_BTHE = quack_product(dy_ND, o_DX).view(out_BTHE.shape)
         tiles = fa4_backward_tiled(q, k, v, out_BTHE, dout_BTHE, lse)

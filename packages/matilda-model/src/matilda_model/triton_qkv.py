@@ -1,7 +1,7 @@
 """Triton: QK-norm and RoPE over the joint query/key/value product, one pass each way.
 
-Forward reads the product once and writes q, k, v apart, each contiguous (cuDNN's attention is
-slower on slices); backward reads their gradients and the product and writes the product's gradient
+Forward reads the product once and writes q and k apart, and v where asked to, each contiguous;
+backward reads their gradients and the product and writes the product's gradient
 whole. Importing this module needs triton.
 
 Shape suffixes: B batch, T sequence, H query heads, K key/value heads, J = H + 2K heads together,
@@ -26,7 +26,7 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     qkv_ptr,  # [B * T * J, E]
     q_ptr,  # [B * T * H, E]
     k_ptr,  # [B * T * K, E]
-    v_ptr,  # [B * T * K, E]
+    v_ptr,  # [B * T * K, E], or None: v stays where it is
     q_weight_ptr,  # f32 [E]
     k_weight_ptr,  # f32 [E]
     cos_ptr,  # f32 [T, E / 2]
@@ -36,15 +36,16 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     eps,
     H: tl.constexpr,
     K: tl.constexpr,
+    HEADS: tl.constexpr,  # that a token has here: those of q and k, or of v, too
     HALF: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     inside = (row < n_vectors)[:, None]
-    token = row // (H + 2 * K)
-    head = (row % (H + 2 * K))[:, None]
+    token = row // HEADS
+    head = (row % HEADS)[:, None]
     e = tl.arange(0, HALF)[None, :]
-    source = qkv_ptr + row[:, None] * (2 * HALF) + e
+    source = qkv_ptr + (token[:, None] * (H + 2 * K) + head) * (2 * HALF) + e
     a_raw = tl.load(source, mask=inside, other=0.0)
     b_raw = tl.load(source + HALF, mask=inside, other=0.0)
     a, b = a_raw.to(tl.float32), b_raw.to(tl.float32)
@@ -67,10 +68,11 @@ def _forward_kernel(  # type: ignore[no-untyped-def]
     is_k = inside & (head >= H) & (head < H + K)
     tl.store(k_at, first, mask=is_k)
     tl.store(k_at + HALF, second, mask=is_k)
-    v_at = v_ptr + (token[:, None] * K + head - H - K) * (2 * HALF) + e
-    is_v = inside & (head >= H + K)
-    tl.store(v_at, a_raw, mask=is_v)
-    tl.store(v_at + HALF, b_raw, mask=is_v)
+    if HEADS == H + 2 * K:
+        v_at = v_ptr + (token[:, None] * K + head - H - K) * (2 * HALF) + e
+        is_v = inside & (head >= H + K)
+        tl.store(v_at, a_raw, mask=is_v)
+        tl.store(v_at + HALF, b_raw, mask=is_v)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -175,13 +177,54 @@ def qkv_norm_rope(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q [B, T, H, E], k and v [B, T, K, E] from [B, T, (H + 2K) E]; cos, sin are [T, E / 2]."""
-    batch, seq_len, width = qkv_BTX.shape
+    product = qkv_BTX.contiguous()
+    v = product.new_empty(*product.shape[:2], n_kv_heads, q_weight.shape[0])
+    q, k = _normed_and_rotated(product, v, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps)
+    return q, k, v
+
+
+@torch.library.custom_op("matilda_model::qk_norm_rope", mutates_args=())
+def qk_norm_rope(
+    qkv_BTX: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """`qkv_norm_rope` without v, for who can read it where it lies: see `values`."""
+    product = qkv_BTX.contiguous()
+    return _normed_and_rotated(
+        product, None, q_weight, k_weight, cos, sin, n_heads, n_kv_heads, eps
+    )
+
+
+def values(qkv_BTX: Tensor, n_heads: int, n_kv_heads: int) -> Tensor:
+    """v within the joint product, a view [B, T, K, E]."""
+    heads = n_heads + 2 * n_kv_heads
+    return qkv_BTX.view(*qkv_BTX.shape[:2], heads, -1)[:, :, n_heads + n_kv_heads :]
+
+
+def _normed_and_rotated(
+    qkv_BTX: Tensor,
+    v: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """q and k; v is copied to `v` unless it is None."""
+    batch, seq_len, _ = qkv_BTX.shape
     e = q_weight.shape[0]
-    qkv_BTX = qkv_BTX.contiguous()
     q = qkv_BTX.new_empty(batch, seq_len, n_heads, e)
     k = qkv_BTX.new_empty(batch, seq_len, n_kv_heads, e)
-    v = torch.empty_like(k)
-    n_vectors = batch * seq_len * (width // e)
+    heads = n_heads + n_kv_heads * (1 if v is None else 2)
+    n_vectors = batch * seq_len * heads
     _forward_kernel[(triton.cdiv(n_vectors, _ROWS_FORWARD),)](
         qkv_BTX,
         q,
@@ -196,11 +239,12 @@ def qkv_norm_rope(
         eps,
         H=n_heads,
         K=n_kv_heads,
+        HEADS=heads,
         HALF=e // 2,
         ROWS=_ROWS_FORWARD,
         num_warps=_WARPS,
     )
-    return q, k, v
+    return q, k
 
 
 @qkv_norm_rope.register_fake
@@ -218,6 +262,23 @@ def _(
     e = q_weight.shape[0]
     k = qkv_BTX.new_empty(batch, seq_len, n_kv_heads, e)
     return qkv_BTX.new_empty(batch, seq_len, n_heads, e), k, torch.empty_like(k)
+
+
+@qk_norm_rope.register_fake
+def _(
+    qkv_BTX: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    n_heads: int,
+    n_kv_heads: int,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    batch, seq_len, _ = qkv_BTX.shape
+    e = q_weight.shape[0]
+    q = qkv_BTX.new_empty(batch, seq_len, n_heads, e)
+    return q, qkv_BTX.new_empty(batch, seq_len, n_kv_heads, e)
 
 
 @torch.library.custom_op("matilda_model::qkv_norm_rope_backward", mutates_args=())

@@ -74,6 +74,8 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
         sum_b = tl.zeros([64, HALF], dtype=tl.float32)
         for block in range(first_block, n_blocks, programs_per_head):
             batch, in_row = block // blocks_per_row, block % blocks_per_row
+            if FOLDED:
+                row_scale = tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))
             at = tiles_ptr + ((batch * n_heads + of_kind) * blocks_per_row + in_row) * tile
             d_first = _load_half_tile(at, HALF) * scale
             d_second = _load_half_tile(at + tile // 2, HALF) * scale
@@ -95,7 +97,7 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
             if FOLDED:
                 # a norm's gradient is orthogonal to its input but for eps
                 tl.store(dots_ptr + of_head + block * 64, dot * rstd * rstd * (2 * HALF * eps))
-                rstd *= tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))
+                rstd *= row_scale
             rstd, dot = rstd[:, None], dot[:, None]
             kind = dqkv_ptr.dtype.element_ty
             tl.store(dqkv_ptr + source, (rstd * (da - a * dot)).to(kind))
@@ -108,15 +110,16 @@ def _backward_from_tiles_kernel(  # type: ignore[no-untyped-def]
             batch, in_row = block // blocks_per_row, block % blocks_per_row
             at = dv_ptr + ((batch * K + head - H - K) * blocks_per_row + in_row) * tile
             source = ((block * 64 + row) * (H + 2 * K) + head) * (2 * HALF) + e
+            if FOLDED:
+                row_scale = tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))[:, None]
+                a = tl.load(qkv_ptr + source).to(tl.float32)
+                b = tl.load(qkv_ptr + source + HALF).to(tl.float32)
             d_first = _load_half_tile(at, HALF)
             d_second = _load_half_tile(at + tile // 2, HALF)
             if FOLDED:
-                a = tl.load(qkv_ptr + source).to(tl.float32)
-                b = tl.load(qkv_ptr + source + HALF).to(tl.float32)
                 tl.store(dots_ptr + of_head + block * 64, tl.sum(d_first * a + d_second * b, 1))
-                folded = tl.load(row_scale_ptr + block * 64 + tl.arange(0, 64))[:, None]
-                d_first *= folded
-                d_second *= folded
+                d_first *= row_scale
+                d_second *= row_scale
             kind = dqkv_ptr.dtype.element_ty
             tl.store(dqkv_ptr + source, d_first.to(kind))
             tl.store(dqkv_ptr + source + HALF, d_second.to(kind))
