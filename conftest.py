@@ -17,6 +17,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    # what a GPU needs is compiled by packages of others, which warn of each other
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
     if config.getoption("--run-slow") or os.environ.get("MATILDA_SLOW") == "1":
         return
     skip = pytest.mark.skip(reason="slow suite: run it with --run-slow or `make test-slow`")

@@ -121,8 +121,8 @@ class ModelConfig:
     norm: str = "auto"
     """Norms: `"fused"` is one Triton pass for QK-norm and RoPE over the joint q, k, v product, and
     one for a block's norm and the residual stream backward (CUDA), `"folded"` makes a block's norms
-    parts of the products around them instead, where attention is `"fa4_joint"` and the MLP
-    `"relu2"` by `"quack_all"`, `"plain"` leaves them to torch, `"auto"` fuses where that runs."""
+    parts of the products around them where attention is `"fa4_joint"` and the MLP `"relu2"` by
+    `"quack_all"`, `"plain"` leaves them to torch, `"auto"` folds, else fuses, where they run."""
 
     def __post_init__(self) -> None:
         for name in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):

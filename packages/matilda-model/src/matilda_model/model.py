@@ -61,7 +61,8 @@ class Block(nn.Module):
 
     def folds(self, x_BTD: Tensor) -> bool:
         """Whether both norms are parts of the products around them here."""
-        if self.norm_backend != "folded" or not (self.may_fold and isinstance(self.mlp, ReLU2)):
+        asked = self.may_fold and self.norm_backend in ("auto", "folded")
+        if not (asked and isinstance(self.mlp, ReLU2)):
             return False
         quack = self.mlp.kind(x_BTD) == "quack_all" and self.attn.takes_quack(x_BTD, "quack_all")
         return quack and self.attn.joins(x_BTD)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from matilda_model.device import name_user
 from matilda_model.flash4 import fa4_backward_tiled, fa4_forward
-from matilda_model.quack_products import TILE_N, config, product_config, quack_product
+from matilda_model.quack_products import TILE_N, config, quack_product, tile_width
 
 
 class FoldedEpilogues(NamedTuple):
@@ -59,11 +59,14 @@ def epilogues() -> FoldedEpilogues:
         y = acc + c
         return {"D": y, "squares": (y, y)}
 
-    @gemm_epilogue(ops={"r": ColVecLoad("r")}, reduces={"dots": ColVecReduce("dots", scaled=True)})
-    def folded_relu2_backward_epilogue(acc, c, r):  # type: ignore[no-untyped-def]
-        # c is u² for the row's scaled u: du = acc 2u, and du u = acc 2c
-        du = acc * (cute.math.sqrt(c, fastmath=True) * 2.0)
-        return {"D": du * r, "dots": (acc, c * 2.0)}
+    @gemm_epilogue(
+        ops={"r2": ColVecLoad("r2")},
+        reduces={"half_dots": ColVecReduce("half_dots", scaled=True)},
+    )
+    def folded_relu2_backward_epilogue(acc, c, r2):  # type: ignore[no-untyped-def]
+        # c is u² for the scaled u, so du is 2 acc u and du u is 2 acc c: both twos wait outside,
+        # where they cost nothing
+        return {"D": acc * cute.math.sqrt(c, fastmath=True) * r2, "half_dots": (acc, c)}
 
     @gemm_epilogue(ops={"along": ColVecLoad("along")})
     def norm_gradient_epilogue(acc, c, x, along):  # type: ignore[no-untyped-def]
@@ -78,8 +81,13 @@ def epilogues() -> FoldedEpilogues:
     )
 
 
+def _config(width: int = TILE_N) -> Any:
+    """Tiles of 128 rows; two neighbours in a row of tiles fetch their rows once (docs/LOG.md)."""
+    return config(tile_n=tile_width(width), cluster_m=1, cluster_n=2)
+
+
 def _partials(rows_NX: Tensor) -> Tensor:
-    """A column of float32 sums for each of `config()`'s tiles of a product of that shape."""
+    """A column of float32 sums for each of `_config()`'s tiles of a product of that shape."""
     tiles = -(-rows_NX.shape[1] // TILE_N)
     return rows_NX.new_empty(rows_NX.shape[0], tiles, dtype=torch.float32)
 
@@ -93,7 +101,7 @@ def scaled_product(a_NX: Tensor, b_XF: Tensor, scale_N: Tensor) -> Tensor:
         b_XF,
         out={"D": out},
         r=scale_N[None],
-        config=product_config(*b_XF.shape),
+        config=_config(b_XF.shape[1]),
         tuned=False,
     )
     return out
@@ -109,7 +117,7 @@ def scaled_up_relu2(x_ND: Tensor, up_FD: Tensor, scale_N: Tensor) -> Tensor:
     """`relu(scale[:, None] * (x @ up.T)) ** 2`, bf16 [N, F], from a float32 scale."""
     out = x_ND.new_empty(x_ND.shape[0], up_FD.shape[0])
     epilogues().scaled_relu2(
-        x_ND.contiguous(), up_FD.T, out={"D": out}, r=scale_N[None], config=config(), tuned=False
+        x_ND.contiguous(), up_FD.T, out={"D": out}, r=scale_N[None], config=_config(), tuned=False
     )
     return out
 
@@ -132,7 +140,7 @@ def linear_add_squares(
         residual_ND,
         out={"D": out},
         squares=squares_NC,
-        config=config(),
+        config=_config(),
         tuned=False,
     )
     return out, squares_NC
@@ -149,21 +157,21 @@ def scaled_relu2_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradient of what `scaled_up_relu2` scaled, bf16 [N, F], for its result `h`.
 
-    Second, sums over a row of scaled product times its gradient, float32 [N, C].
+    Second, half of the sums over a row of scaled product times its gradient, float32 [N, C].
     """
     out = torch.empty_like(h_NF)
-    dots_NC = _partials(out)
+    half_dots_NC = _partials(out)
     epilogues().relu2_backward(
         dy_ND.contiguous(),
         down_DF,
         h_NF,
         out={"D": out},
-        r=scale_N[None],
-        dots=dots_NC,
-        config=config(),
+        r2=2 * scale_N[None],
+        half_dots=half_dots_NC,
+        config=_config(),
         tuned=False,
     )
-    return out, dots_NC
+    return out, half_dots_NC
 
 
 @scaled_relu2_backward.register_fake
@@ -184,7 +192,7 @@ def norm_gradient(
         out={"D": out},
         x=x_ND,
         along=along_N[None],
-        config=config(),
+        config=_config(),
         tuned=False,
     )
     return out
@@ -219,8 +227,8 @@ class FoldedReLU2(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy_ND, _):  # type: ignore[no-untyped-def]
         x_ND, scale_N, up_FD, down_DF, h_NF = ctx.saved_tensors
-        dz_NF, dots_NC = scaled_relu2_backward(dy_ND, down_DF, h_NF, scale_N)
-        along_N = dots_NC.sum(1) * scale_N.square() / -x_ND.shape[1]
+        dz_NF, half_dots_NC = scaled_relu2_backward(dy_ND, down_DF, h_NF, scale_N)
+        along_N = half_dots_NC.sum(1) * scale_N.square() * (-2 / x_ND.shape[1])
         dx_ND = norm_gradient(dz_NF, up_FD, dy_ND, x_ND, along_N)
         return dx_ND, None, dz_NF.T @ x_ND, dy_ND.T @ h_NF, None
 

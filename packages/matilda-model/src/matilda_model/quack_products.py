@@ -83,12 +83,19 @@ def config(
     )
 
 
+def tile_width(width: int) -> int:
+    """Columns of a tile: a whole number of tiles where there is one.
+
+    1280, a joint q, k, v product, is 8 of 160.
+    """
+    return 160 if width % TILE_N and width % 160 == 0 else TILE_N
+
+
 def product_config(inner: int, width: int) -> Any:
     """The tiles for a plain product that sums over `inner`, `width` columns wide."""
     if inner >= _LONG_SUM and width % TILE_N == 0:
         return config(tile_m=256, pingpong=False, cluster_m=1, cluster_n=2)
-    # a whole number of tiles where there is one: 1280, a joint q, k, v product, is 8 of 160
-    return config(tile_n=160 if width % TILE_N and width % 160 == 0 else TILE_N)
+    return config(tile_n=tile_width(width))
 
 
 @torch.library.custom_op("matilda_model::quack_product", mutates_args=())

@@ -18,8 +18,6 @@ TILE_ROWS = 64
 """Positions of a tile: the rows of a Hopper warp group's matrix product."""
 _TILED_WARPS = 4
 _TILED_PROGRAMS_PER_SM = 8
-_TILED_REGISTERS = 128
-"""A thread's, for heads of 64: four programs a multiprocessor at a time, and nothing spills."""
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -220,7 +218,6 @@ def _backward_from_tiles(
         HALF=e // 2,
         FOLDED=row_scale_N is not None,
         num_warps=_TILED_WARPS,
-        maxnreg=_TILED_REGISTERS if e <= 64 else None,
     )
     of_q, of_k = dweight[:n_heads].sum((0, 1)), dweight[n_heads:].sum((0, 1))
     return dqkv, torch.stack((of_q, of_k)), dots_JN
