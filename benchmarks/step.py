@@ -63,7 +63,6 @@ CASES = [
     Case("hero loss=chunked", "base_152m_v2", 32, {"loss": "chunked"}),
     Case("hero loss=liger", "base_152m_v2", 32, {"loss": "liger"}),
     Case("hero matmul=plain", "base_152m_v2", 32, {"matmul": "plain"}),
-    Case("hero norm=folded", "base_152m_v2", 64, {"norm": "folded"}),
     Case("hero norm=fused", "base_152m_v2", 64, {"norm": "fused"}),
     Case("hero norm=plain", "base_152m_v2", 32, {"norm": "plain"}),
     Case("v1", "base_124m", 64, optimizer="adamw"),
@@ -170,7 +169,6 @@ def _available(case: Case, args: argparse.Namespace) -> bool:
         "quack": "quack",
         "quack_residual": "quack",
         "quack_all": "quack",
-        "folded": "quack",
         "transformers": "transformers",
     }
     for value in (*case.overrides.values(), case.peer):
