@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
 
 from matilda_model import ModelConfig, Transformer
 from matilda_model.layers import apply_rope
@@ -166,6 +170,35 @@ def test_a_folded_model_is_the_model(
     names = ["loss", *(name for name, _ in model.named_parameters())]
     for name, a, b in zip(names, got, expected, strict=True):
         assert error(a, b) < 1e-5, name  # RoPE's table and the loss are float32
+
+
+@pytest.mark.usefixtures("plain_operators", "one_process")
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own interfaces here
+@pytest.mark.parametrize("wrapper", ["ddp", "fsdp2"])
+def test_a_folded_model_is_the_model_in_a_wrapper_with_compiled_blocks(
+    wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_in_float64()
+    expected = loss_and_gradients(model, model)
+    monkeypatch.setattr(Block, "folds", lambda self, x: True)
+    torch.compiler.reset()
+    run: torch.nn.Module
+    for block in model.blocks:
+        block.forward = torch.compile(block.forward, backend="aot_eager")
+        if wrapper == "fsdp2":
+            fully_shard(block, mesh=init_device_mesh("cpu", (1,)))
+    if wrapper == "fsdp2":
+        run = fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    else:
+        run = DistributedDataParallel(model)
+    ids = torch.randint(0, 96, (2, 25), generator=torch.Generator().manual_seed(1))
+    loss = run(ids[:, :-1], ids[:, 1:]).loss
+    loss.backward()
+    assert error(loss, expected[0]) < 1e-5
+    for (name, parameter), b in zip(model.named_parameters(), expected[1:], strict=True):
+        grad = parameter.grad
+        assert grad is not None
+        assert error(grad.full_tensor() if isinstance(grad, DTensor) else grad, b) < 1e-5, name
 
 
 def test_hooks_see_every_module_while_norms_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:

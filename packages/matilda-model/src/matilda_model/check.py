@@ -22,7 +22,7 @@ from matilda_model.attention import causal_attention, causal_mask, same_document
 from matilda_model.errors import KernelMismatchError
 from matilda_model.layers import ReLU2, branching_rms_norm
 from matilda_model.loss import linear_cross_entropy
-from matilda_model.model import Block, Transformer
+from matilda_model.model import Block, Transformer, row_squares
 
 TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 """Allowed error, `|got - expected| / |expected|`, by compute dtype: several times what correct
@@ -211,20 +211,25 @@ def _check_folded(
     apart.attn.backend = "math"
     assert isinstance(apart.mlp, ReLU2)
     apart.mlp.matmul = "plain"
-    no_ids = torch.empty(0, dtype=torch.int64, device=hidden_BTD.device)
+    ids = torch.empty(0, dtype=torch.int64, device=hidden_BTD.device)  # not looked at here
 
-    def run(x: Tensor, first: Tensor, second: Tensor, chosen: Block = block) -> Tensor:
+    def run(chosen: Block, *leaves: Tensor, squares_N: Tensor | None) -> Tensor:
+        x, first, second = leaves
         weights = {"attn_norm.weight": first, "mlp_norm.weight": second}
-        out: Tensor = torch.func.functional_call(chosen, weights, (x, cos, sin, no_ids))[0]
+        inputs = (x, cos, sin, ids, None, squares_N)
+        out: Tensor = torch.func.functional_call(chosen, weights, inputs)[0]
         return out
 
-    def plainly(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
-        return run(x, first, second, apart)
+    def folded(*leaves: Tensor) -> Tensor:
+        return run(block, *leaves, squares_N=row_squares(leaves[0]))
+
+    def plainly(*leaves: Tensor) -> Tensor:
+        return run(apart, *leaves, squares_N=None)
 
     leaves = (hidden_BTD, block.attn_norm.weight, block.mlp_norm.weight)
     names = ("a folded block's input", "its first norm's weight", "its second norm's weight")
     kinds = (dtype, torch.float32, torch.float32)
-    return _compare("norm", names, run, plainly, leaves, kinds, limit)
+    return _compare("norm", names, folded, plainly, leaves, kinds, limit)
 
 
 def _check_attention(

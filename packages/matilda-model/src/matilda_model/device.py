@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import getpass
 import importlib.util
 import os
@@ -61,6 +62,7 @@ def _is_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
 
 
+@functools.cache  # a look through every folder that Python imports from
 def _can_import(package: str, module: str) -> bool:
     # a parent is not imported here: other packages of these names exist, and are slow to import
     found = importlib.util.find_spec(package)

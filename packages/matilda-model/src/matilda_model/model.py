@@ -27,6 +27,11 @@ from matilda_model.loss import (
 )
 
 
+def row_squares(x_BTD: Tensor) -> Tensor:
+    """Sums of squares of the rows, float32 [B T], without a gradient: see `Block.folded`."""
+    return x_BTD.detach().float().square().sum(-1).flatten()
+
+
 class Block(nn.Module):
     """Pre-norm residual block: attention, then MLP."""
 
@@ -50,10 +55,10 @@ class Block(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:
         """The residual stream after the block, and the sums of squares of its rows, if known.
 
-        `squares_N`, float32 [B T], are those of `x_BTD`, from the block before.
+        `squares_N`, float32 [B T], are those of `x_BTD` and given where the block `folds` alone.
         """
-        if cache is None and self.folds(x_BTD):
-            return self.folded(x_BTD, cos, sin, squares_N)
+        if squares_N is not None:
+            return self.folded(x_BTD, squares_N, cos, sin)
         normed_BTD, x_BTD = self.attn_norm.branch(x_BTD, self.norm_backend)
         x_BTD = self.attn(normed_BTD, cos, sin, input_ids_BT, cache, x_BTD)
         normed_BTD, x_BTD = self.mlp_norm.branch(x_BTD, self.norm_backend)
@@ -68,17 +73,15 @@ class Block(nn.Module):
         return quack and self.attn.joins(x_BTD)
 
     def folded(
-        self, x_BTD: Tensor, cos: Tensor, sin: Tensor, squares_N: Tensor | None = None
+        self, x_BTD: Tensor, squares_N: Tensor, cos: Tensor, sin: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """`forward` where `folds`; the weights of both norms go into the matrices after them."""
+        """`forward` with the weights of both norms in the matrices after them."""
         from matilda_model.quack_folded import FoldedAttention4, FoldedReLU2
 
         attn, dtype = self.attn, x_BTD.dtype
         assert isinstance(self.mlp, ReLU2)
         assert attn.q_norm is not None
         assert attn.k_norm is not None
-        if squares_N is None:
-            squares_N = x_BTD.detach().float().square().sum(-1).flatten()
         joint_XD = (attn.joint_weight() * self.attn_norm.weight).to(dtype)
         x_BTD, squares_N = FoldedAttention4.apply(
             x_BTD,
@@ -294,12 +297,17 @@ class Transformer(nn.Module):
         x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
         embedding_BTD = x_BTD
         squares_N: Tensor | None = None
-        for index, block in enumerate(self.blocks):
+        blocks: list[Any] = list(self.blocks)
+        for index, block in enumerate(blocks):
             if self.residual_scale is not None and self.embed_scale is not None:
                 r, e = self.residual_scale[index], self.embed_scale[index]
                 x_BTD = r.to(x_BTD.dtype) * x_BTD + e.to(x_BTD.dtype) * embedding_BTD
                 squares_N = None
             layer = None if cache is None else cache.layers[index]
+            if not block.folds(x_BTD):
+                squares_N = None
+            elif squares_N is None:
+                squares_N = row_squares(x_BTD)
             x_BTD, squares_N = block(x_BTD, cos, sin, input_ids_BT, layer, squares_N)
         if cache is not None:
             cache.advance(n_tokens)
