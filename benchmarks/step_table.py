@@ -54,7 +54,7 @@ def show(rows: list[dict[str, Any]], write: Path | None) -> None:
         f"{first['device']}, {versions}; {tokens}, bf16, compiled; median of "
         f"{first['steps']} steps after 5, with the range. A step takes its optimizer once for all "
         "its micro-batches (number × sequences × tokens). First step: seconds from the start of "
-        "the process, all cases compiling at once.",
+        "the process, as many cases compiling at once as `--jobs` says.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
