@@ -76,12 +76,21 @@ def test_full_and_windowed_layers_are_both_checked(
             self_check(model, *batch())
 
 
+right_attention = check_module.causal_attention
+
+
 def forgets_the_mask(
     q: Tensor, k: Tensor, v: Tensor, backend: str, window: None, documents: None
 ) -> Tensor:
+    if backend == "math":
+        return right_attention(q, k, v, backend, window, documents)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     y = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     return y.transpose(1, 2)
+
+
+def always_forgets_the_mask(q: Tensor, k: Tensor, v: Tensor, *rest: None) -> Tensor:
+    return forgets_the_mask(q, k, v, "auto", None, None)
 
 
 def test_a_wrong_attention_kernel_stops_the_run_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,10 +128,15 @@ def test_a_wrong_kernel_chosen_by_auto_is_replaced_on_request(
     named = Transformer(ModelConfig(**{**HERO.__dict__, "attention": "flash"}))
     with pytest.raises(KernelMismatchError, match="'flash' is wrong"):
         self_check(named, *batch(), fall_back=True)
+    monkeypatch.setattr(check_module, "causal_attention", always_forgets_the_mask)
+    with pytest.raises(KernelMismatchError, match="'math' is wrong"):  # what replaces it, too
+        self_check(Transformer(HERO), *batch(), fall_back=True)
 
 
 def test_a_kernel_that_cannot_run_is_named_or_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: object) -> Tensor:
+    def broken(*arguments: object) -> Tensor:
+        if arguments[3] == "math":
+            return right_attention(*arguments)  # type: ignore[arg-type]
         raise RuntimeError("no such architecture\nand a long trace")
 
     monkeypatch.setattr(check_module, "causal_attention", broken)

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from matilda_model import ModelConfig, Transformer
+from matilda_model import KernelMismatchError, ModelConfig, Transformer, self_check
 from matilda_model.layers import apply_rope
 from matilda_model.model import Block
 
@@ -199,6 +199,29 @@ def test_a_folded_model_is_the_model_in_a_wrapper_with_compiled_blocks(
         grad = parameter.grad
         assert grad is not None
         assert error(grad.full_tensor() if isinstance(grad, DTensor) else grad, b) < 1e-5, name
+
+
+@pytest.mark.usefixtures("plain_operators")
+def test_the_self_check_compares_a_folded_block_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    from matilda_model import quack_folded
+
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(CONFIG, norm="auto"))
+    monkeypatch.setattr(
+        Block, "folds", lambda self, x: self.may_fold and self.norm_backend == "auto"
+    )
+    ids = torch.randint(0, 96, (2, 25))
+    rows = self_check(model, ids[:, :-1], ids[:, 1:])
+    assert all(row.ok for row in rows)
+    assert [row.kernel for row in rows] == ["norm"] * 8 + ["loss"] * 3
+
+    forgetful = quack_folded.norm_gradient
+    monkeypatch.setattr(quack_folded, "norm_gradient", lambda *a: forgetful(*a[:4], 0 * a[4]))
+    with pytest.raises(KernelMismatchError, match=r"`norm` .* of a folded block's input is off"):
+        self_check(model, ids[:, :-1], ids[:, 1:])
+    rows = self_check(model, ids[:, :-1], ids[:, 1:], fall_back=True)
+    assert model.config.norm == "plain"
+    assert {row.kernel for row in rows} == {"norm", "attention", "matmul", "loss"}
 
 
 def test_hooks_see_every_module_while_norms_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
