@@ -1,0 +1,176 @@
+#!/usr/bin/env bash
+# The figures of docs/RESULTS.md and docs/ABLATIONS.md that need a GPU, by stages:
+#
+#   benchmarks/reproduce.sh data table rates ablate hero frontier evaluate minutes
+#
+#   data      83/17 mixture of the corpus' prose and code, and what of the questions is in it
+#   table     a training step of every config and back end, beside its peers
+#   rates     learning rates of the hero and of the ablations' model
+#   ablate    one change a row, three seeds
+#   hero      0.54 billion tokens with base_152m_v2, killed once by SIGKILL and resumed
+#   frontier  the same with frontier_152m, where that config is
+#   evaluate  every question set, beside Pythia after as many tokens
+#   minutes   minutes to the same held-out loss, beside nanoGPT and nanochat
+#
+# CORPUS      folder with corpus-edu-*.jsonl.zst, corpus-code-*.jsonl.zst and evals/ (data/corpus)
+# PEERS       folder with checkouts nanoGPT and nanochat (../peers)
+# RUNS        where data, runs and figures go (runs/results)
+# PAGES       folder of the pages that get the tables (docs)
+# LR          the hero's rate, from `rates` (0.004)
+# GPUS        GPUs to use (default: those that nvidia-smi lists)
+# PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
+# CASES       of benchmarks/step.py (all)
+# STOP_AFTER  seconds after which a study saves and stops; 75 then says: run it again
+# QUICK=1     toy models on a CPU, to try the stages
+#
+# A stage that was stopped or killed goes on when it is asked for again.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+python=${PYTHON:-.venv/bin/python}
+corpus=${CORPUS:-data/corpus}
+peers=${PEERS:-../peers}
+runs=${RUNS:-runs/results}
+pages=${PAGES:-docs}
+quick=${QUICK:-}
+gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+data=$runs/data
+export PYTHON=$python
+mkdir -p "$runs" "$pages"
+
+app() { "$python" "apps/$1.py" "${@:2}"; }
+
+data() {
+    if [ -n "$quick" ]; then
+        app prepare_text --input 'packages/**/*.py' --out-dir "$data" --tokenizer byte
+        return
+    fi
+    app prepare_text --out-dir "$data" --tokenizer gpt2 \
+        --source prose=83 "$corpus"/corpus-edu-*.jsonl.zst \
+        --source code=17 "$corpus"/corpus-code-*.jsonl.zst
+    "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* --data-dir "$data" \
+        --json "$runs/overlap.json"
+}
+
+table() {
+    if [ -n "$quick" ]; then
+        "$python" benchmarks/step.py --quick --json "$runs/step.json" --write "$pages/RESULTS.md"
+        return
+    fi
+    "$python" benchmarks/step.py --peer-dir "$peers" --data-dir "$data" --tokens-per-step 524288 \
+        --jobs 5 --profile --json "$runs/step.json" --write "$pages/RESULTS.md" \
+        --cases "${CASES:-nanoGPT,nanochat,transformers Qwen3,hero,v1,350m,hero *}"
+}
+
+study() { # name, config, further arguments of apps/ablate.py
+    local stop=()
+    if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$STOP_AFTER"); fi
+    app ablate --config "configs/$2.json" --data-dir "$data" --out "$runs/$1" --name "$1" \
+        --gpus "$((gpus > 1 ? gpus : 1))" --discard-checkpoints --json "$runs/$1.json" \
+        --write "$pages/ABLATIONS.md" "${stop[@]}" "${@:3}"
+}
+
+rates() {
+    if [ -n "$quick" ]; then
+        study rates quickstart --grid optim.lr=0.003,0.01 --seeds 1 \
+            --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
+        return
+    fi
+    study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004,0.006 --seeds 1 \
+        --set train.total_steps=160 train.tokens_per_step=131072 train.micro_batch_size=32 \
+        optim.warmup_steps=20 eval.every_steps=160 eval.tokens=524288 eval.sample_tokens=0
+    study rates ablation_48m --grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0.01,0.1 \
+        --seeds 1 --set train.total_steps=192 optim.warmup_steps=20
+}
+
+ablate() {
+    if [ -n "$quick" ]; then
+        study study quickstart --variants mha --seeds 2 \
+            --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
+        return
+    fi
+    study study ablation_48m --seeds 3 --set log.autopsies=0 \
+        --variants no_qk_norm,mha,mqa,adamw,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128,document_mask,logit_scale
+}
+
+train() { # name, config: to its end, once killed when two fifths of it are done
+    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=1030 sizes
+    sizes=(train.total_steps=1030 train.micro_batch_size=32 "optim.lr=${LR:-0.004}"
+        optim.warmup_steps=60 eval.every_steps=103 eval.tokens=1048576 ckpt.every_steps=103)
+    if [ -n "$quick" ]; then
+        steps=20
+        sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
+            ckpt.every_steps=4 log.every_steps=1)
+    fi
+    local command=(launchers/train.sh --config "configs/$2.json" --data-dir "$data"
+        --run-dir "$run" --set "${sizes[@]}")
+    if [ ! -e "$run.killed" ]; then
+        setsid env GPUS="$gpus" "${command[@]}" &
+        local leader=$! last
+        while kill -0 "$leader" 2>/dev/null; do
+            last=$({ tail -n 1 "$metrics" 2>/dev/null || true; } |
+                sed -n 's/^{"step": *\([0-9]*\).*/\1/p')
+            if [ "${last:-0}" -ge $((2 * steps / 5)) ]; then
+                kill -KILL -- "-$leader"
+                touch "$run.killed"
+            fi
+            sleep 0.2
+        done
+        wait "$leader" || true
+    fi
+    GPUS=$gpus "${command[@]}"
+    app report "$run"
+}
+
+hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)"; }
+
+frontier() {
+    if [ -z "$quick" ] && [ ! -e configs/frontier_152m.json ]; then
+        echo "configs/frontier_152m.json is not there: it holds what the study finds best" >&2
+        return 2
+    fi
+    train frontier "$([ -n "$quick" ] && echo quickstart || echo frontier_152m)"
+}
+
+evaluate() {
+    if [ ! -d "$corpus/evals" ]; then
+        echo "no question sets in $corpus/evals: give CORPUS" >&2
+        return 2
+    fi
+    local run known=()
+    if [ -e "$runs/overlap.json" ]; then known=(--contamination "$runs/overlap.json"); fi
+    for run in hero frontier; do
+        [ -d "$runs/$run" ] || continue
+        app evaluate --run "$runs/$run" --task-dir "$corpus/evals" "${known[@]}" \
+            --compare pythia-160m,pythia-410m --write "$pages/RESULTS.md" ${quick:+--limit 20}
+    done
+}
+
+minutes() {
+    if [ -n "$quick" ]; then
+        "$python" benchmarks/time_to_loss.py --quick
+        return
+    fi
+    local ours=(hero:4 hero:3)
+    if [ -e configs/frontier_152m.json ]; then ours+=(frontier_152m:3 frontier_152m:2.5); fi
+    "$python" benchmarks/time_to_loss.py --data-dir "$data" --out "$runs/minutes" \
+        --peer-dir "$peers" --systems nanogpt:8 nanochat:8 "${ours[@]}" \
+        --set "optim.lr=${LR:-0.004}" --write "$pages/RESULTS.md"
+}
+
+if [ $# -eq 0 ]; then
+    sed -n '2,/^$/s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"
+    exit 2
+fi
+for stage in "$@"; do
+    case $stage in
+        data | table | rates | ablate | hero | frontier | evaluate | minutes)
+            echo "== $stage"
+            "$stage"
+            ;;
+        *)
+            echo "no stage '$stage': data, table, rates, ablate, hero, frontier, evaluate, minutes" >&2
+            exit 2
+            ;;
+    esac
+done
