@@ -58,6 +58,9 @@ class Programs:
         if name == "make":
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
             return None if set(arguments) <= set(targets) else f"no such target: {arguments}"
+        if name == "benchmarks/reproduce.sh":
+            stages = re.findall(r"^([a-z]+)\(\)", (ROOT / name).read_text(), re.M)
+            return None if set(arguments) <= set(stages) else f"no such stage: {arguments}"
         if name in ("pytest", "python"):
             paths = [word for word in arguments if "/" in word and not word.startswith("-")]
             missing = [path for path in paths if not (ROOT / path).exists()]
@@ -116,6 +119,7 @@ def test_every_documented_command_could_be_typed(server: TrainServer, tmp_path: 
         ("uv run apps/train.py --config configs/quickstart.json --set a.b=1", "a"),
         ("matilda-data verfy data", "does not take"),
         ("make chekc", "no such target"),
+        ("benchmarks/reproduce.sh tabel", "no such stage"),
         ("uv run pytest tests/none.py", "no such file"),
         ("matilda --help", "unknown program"),
     ],

@@ -5,8 +5,10 @@
 and the product after scales its rows. Backward, with `t` the sum over a row of output times its
 gradient, `x` gets `(r dz) @ (w W) - t r² x / D`: again sums of one product and a term of the next.
 
-Needs `quack-kernels`; attention needs `flash-attn-4`, too. A row's factor is a function of `x`
-alone, and its gradient is counted where it is used: the sums of squares carry none.
+That a row's factor may wait for the next product is the "deferred rstd" of quack's own library of
+epilogues (`epilogue/library.py`). The factor is a function of `x` alone, its gradient is counted
+where it is used: the sums of squares carry none. Needs `quack-kernels`; attention needs
+`flash-attn-4`, too.
 
 Shape suffixes: N tokens, D model, F feed-forward, X whatever a product's width is, C its tiles,
 B batch, T sequence, J query, key and value heads together, E head dim.
