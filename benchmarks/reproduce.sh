@@ -34,7 +34,7 @@ runs=${RUNS:-runs/results}
 pages=${PAGES:-docs}
 quick=${QUICK:-}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
-data=$runs/data
+data_dir=$runs/data
 export PYTHON=$python
 mkdir -p "$runs" "$pages"
 
@@ -42,13 +42,13 @@ app() { "$python" "apps/$1.py" "${@:2}"; }
 
 data() {
     if [ -n "$quick" ]; then
-        app prepare_text --input 'packages/**/*.py' --out-dir "$data" --tokenizer byte
+        app prepare_text --input 'packages/**/*.py' --out-dir "$data_dir" --tokenizer byte
         return
     fi
-    app prepare_text --out-dir "$data" --tokenizer gpt2 \
+    app prepare_text --out-dir "$data_dir" --tokenizer gpt2 \
         --source prose=83 "$corpus"/corpus-edu-*.jsonl.zst \
         --source code=17 "$corpus"/corpus-code-*.jsonl.zst
-    "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* --data-dir "$data" \
+    "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* --data-dir "$data_dir" \
         --json "$runs/overlap.json"
 }
 
@@ -57,7 +57,7 @@ table() {
         "$python" benchmarks/step.py --quick --json "$runs/step.json" --write "$pages/RESULTS.md"
         return
     fi
-    "$python" benchmarks/step.py --peer-dir "$peers" --data-dir "$data" --tokens-per-step 524288 \
+    "$python" benchmarks/step.py --peer-dir "$peers" --data-dir "$data_dir" --tokens-per-step 524288 \
         --jobs 5 --profile --json "$runs/step.json" --write "$pages/RESULTS.md" \
         --cases "${CASES:-nanoGPT,nanochat,transformers Qwen3,hero,v1,350m,hero *}"
 }
@@ -65,7 +65,7 @@ table() {
 study() { # name, config, further arguments of apps/ablate.py
     local stop=()
     if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$STOP_AFTER"); fi
-    app ablate --config "configs/$2.json" --data-dir "$data" --out "$runs/$1" --name "$1" \
+    app ablate --config "configs/$2.json" --data-dir "$data_dir" --out "$runs/$1" --name "$1" \
         --gpus "$((gpus > 1 ? gpus : 1))" --discard-checkpoints --json "$runs/$1.json" \
         --write "$pages/ABLATIONS.md" "${stop[@]}" "${@:3}"
 }
@@ -102,7 +102,7 @@ train() { # name, config: to its end, once killed when two fifths of it are done
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
             ckpt.every_steps=4 log.every_steps=1)
     fi
-    local command=(launchers/train.sh --config "configs/$2.json" --data-dir "$data"
+    local command=(launchers/train.sh --config "configs/$2.json" --data-dir "$data_dir"
         --run-dir "$run" --set "${sizes[@]}")
     if [ ! -e "$run.killed" ]; then
         setsid env GPUS="$gpus" "${command[@]}" &
@@ -153,7 +153,7 @@ minutes() {
     fi
     local ours=(hero:4 hero:3)
     if [ -e configs/frontier_152m.json ]; then ours+=(frontier_152m:3 frontier_152m:2.5); fi
-    "$python" benchmarks/time_to_loss.py --data-dir "$data" --out "$runs/minutes" \
+    "$python" benchmarks/time_to_loss.py --data-dir "$data_dir" --out "$runs/minutes" \
         --peer-dir "$peers" --systems nanogpt:8 nanochat:8 "${ours[@]}" \
         --set "optim.lr=${LR:-0.004}" --write "$pages/RESULTS.md"
 }
