@@ -58,7 +58,7 @@ table() {
         return
     fi
     "$python" benchmarks/step.py --peer-dir "$peers" --data-dir "$data_dir" --tokens-per-step 524288 \
-        --jobs 5 --profile --json "$runs/step.json" --write "$pages/RESULTS.md" \
+        --jobs 6 --profile hero --json "$runs/step.json" --write "$pages/RESULTS.md" \
         --cases "${CASES:-nanoGPT,nanochat,transformers Qwen3,hero,v1,350m,hero *}"
 }
 

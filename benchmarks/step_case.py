@@ -62,7 +62,7 @@ def measure(case: Case, args: argparse.Namespace) -> int:
             folder = args.peer_dir or Path()
             adamw = partial(_optimizer, kind="adamw", cuda=True)
             step = peer_step(case.peer, shape, folder, accumulate, adamw)
-    warm_up, timed = (1, 3) if args.quick else (5, args.steps)
+    warm_up, timed = (1, 3) if args.quick else (3, args.steps)
     n_batches = accumulate * (1 + warm_up + timed) if args.data_dir else 1
     batches = _batches(args.data_dir, shape, batch, n_batches, device)
     first = _first_step(lambda: step(batches))
@@ -95,6 +95,7 @@ def measure(case: Case, args: argparse.Namespace) -> int:
         "seq_len": seq_len,
         "micro_batches": accumulate,
         "tokens": "text" if args.data_dir else "random",
+        "warm_up": 1 + warm_up,
         "steps": len(times),
         "tokens_per_s": rate,
         "mfu_palm": peak and rate * flops_per_token(shape, seq_len, causal=False) / peak,

@@ -52,9 +52,9 @@ def show(rows: list[dict[str, Any]], write: Path | None) -> None:
     lines = ["## Speed of a training step", "", f"`{first['command']}`", ""]
     lines += [
         f"{first['device']}, {versions}; {tokens}, bf16, compiled; median of "
-        f"{first['steps']} steps after 5, with the range. A step takes its optimizer once for all "
-        "its micro-batches (number × sequences × tokens). First step: seconds from the start of "
-        "the process, as many cases compiling at once as `--jobs` says.",
+        f"{first['steps']} steps after {first.get('warm_up', 6)}, with the range. A step takes its "
+        "optimizer once for all its micro-batches (number × sequences × tokens). First step: "
+        "seconds from the start of the process, as many cases compiling at once as `--jobs` says.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|---" * len(COLUMNS) + "|",
