@@ -29,9 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from step_case import Case, measure
-from step_table import show
+from step_table import merge_runs, show
 
 from matilda_train.arguments import TeachingParser
+from matilda_train.errors import is_out_of_memory
 
 EXAMPLES = """\
 examples:
@@ -116,7 +117,11 @@ def main() -> int:
     )
     parser.add_argument("--write", type=Path, metavar="FILE.md", help="put the table there")
     parser.add_argument(
-        "--table", type=Path, metavar="FILE", help="print this --json file again, run nothing"
+        "--table",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="print this --json file again, rows that failed from the next; run nothing",
     )
     parser.add_argument(
         "--profile",
@@ -132,7 +137,8 @@ def main() -> int:
     args = parser.parse_args()
     args.typed = json.loads(args.parent) if args.parent else sys.argv[1:]
     if args.table:
-        show(json.loads(args.table.read_text()), args.write)
+        runs = [json.loads(file.read_text()) for file in args.table]
+        show(merge_runs(runs), args.write)
         return 0
     patterns = args.cases.split(",")
     named = [c for pattern in patterns for c in CASES if fnmatch.fnmatch(c.name, pattern)]
@@ -160,7 +166,8 @@ def main() -> int:
         print(f"step.py: no case matches {args.cases!r} on this machine", file=sys.stderr)
         return 2
     rows = _run(cases, args)
-    crowded = [row["name"] for row in rows if "OutOfMemory" in row.get("error", "")]
+    failed = {row["name"]: RuntimeError(row["error"]) for row in rows if "error" in row}
+    crowded = [name for name, error in failed.items() if is_out_of_memory(error)]
     if crowded and args.jobs > 1:  # once more, with the device to itself
         args.jobs = 1
         again = _run([case for case in cases if case.name in crowded], args)

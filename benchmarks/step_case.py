@@ -8,6 +8,7 @@ import gc
 import itertools
 import json
 import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -88,7 +89,7 @@ def measure(case: Case, args: argparse.Namespace) -> int:
     rate = accumulate * batch * seq_len / median
     row = {
         "device": device_name(device),
-        "command": " ".join(("python benchmarks/step.py", *args.typed)),
+        "command": shlex.join(("python", "benchmarks/step.py", *args.typed)),
         "installed": _installed(),
         "torch": torch.__version__,
         "batch": batch,
@@ -157,11 +158,13 @@ def _first_step(step: Callable[[], Any]) -> float:
     """The first step compiles; when cases compile at once they may not all fit: wait and retry."""
     import torch
 
+    from matilda_train.errors import is_out_of_memory
+
     for attempt in range(20):
         try:
             return float(step())
-        except torch.OutOfMemoryError:
-            if attempt == 19:
+        except RuntimeError as error:
+            if attempt == 19 or not is_out_of_memory(error):
                 raise
         gc.collect()  # the failed step's frames hold its tensors
         torch.cuda.empty_cache()

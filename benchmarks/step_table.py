@@ -32,6 +32,22 @@ def _cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
+def merge_runs(runs: list[list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The first run's rows; one that failed there is a later run's, and its name says so.
+
+    Boards differ by some percent, so it names the later run's rate of a case of both as well.
+    """
+    rows = {row["name"]: row for row in runs[0]}
+    for later in runs[1:]:
+        measured = {row["name"]: row for row in later if "error" not in row}
+        both = next((name for name in measured if "error" not in rows.get(name, {"error": ""})), "")
+        there = f"; there {both} {measured[both]['tokens_per_s']:,.0f}" if both else ""
+        for name, row in measured.items():
+            if "error" in rows.get(name, {}):
+                rows[name] = row | {"name": f"{name} (another run{there})"}
+    return list(rows.values())
+
+
 def show(rows: list[dict[str, Any]], write: Path | None) -> None:
     """The table for a terminal and, with `--write`, as a section of a Markdown page."""
     table = [list(COLUMNS), *(_cells(row) for row in rows)]
