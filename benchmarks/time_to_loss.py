@@ -15,9 +15,10 @@ is counted apart. Peers use their recipe for this size, at the sequence length o
 `configs/base_152m_v2.json`, any other name that with `configs/NAME.json`, both with the overrides
 of `--set`.
 
-Every system is a process of its own and leaves `OUT/NAME-MINUTES.json`; those that are there are
-not run again, with whatever `--set` they were made. One that was cut off is run again from its
-beginning, compiling included: of minutes of training, none can be gone on with.
+Every system is a process of its own, with `--gpus` several at once on a GPU each, and leaves
+`OUT/NAME-MINUTES.json`; those that are there are not run again, with whatever `--set` they were
+made. One that was cut off is run again from its beginning, compiling included: of minutes of
+training, none can be gone on with.
 """
 
 from __future__ import annotations
@@ -36,17 +37,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from time_to_loss_table import Curve, describe
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"hero": "base_152m_v2"}
 STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
-REFERENCE = "nanogpt"
-
-Curve = list[dict[str, float]]
 
 
 def main() -> int:
@@ -66,6 +66,9 @@ def main() -> int:
     )
     parser.add_argument("--set", nargs="+", default=[], metavar="a.b=c", help="for our configs")
     parser.add_argument("--peer-dir", type=Path, help="folder of public peer checkouts")
+    parser.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="systems at once, a GPU each (%(default)s)"
+    )
     parser.add_argument("--quick", action="store_true", help="toy shapes; under a minute")
     parser.add_argument("--json", type=Path, help="also write all results here")
     parser.add_argument("--table", action="store_true", help="only print what is there")
@@ -100,21 +103,66 @@ def main() -> int:
 
 
 def run_all(args: argparse.Namespace) -> list[str]:
-    """Run what is missing, each in its own process; the names of those that failed."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the child as well
+    """Run what is missing, each in a process and on a GPU of its own; the names that failed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the children as well
+    waiting = [wanted for system in args.systems if (wanted := missing(system, args))]
+    free = devices(args.gpus)
+    alone = len(free) == 1 or len(waiting) == 1
+    running: dict[str, tuple[str | None, subprocess.Popen[bytes]]] = {}
     failed = []
-    for system in args.systems:
-        name, _, minutes = system.partition(":")
-        wanted = f"{name}:{float(minutes or args.minutes):g}"
-        path = result_path(args.out, wanted)
-        if path.exists():
-            if json.loads(path.read_text())["data_id"] != data_identity(args.data_dir):
-                raise SystemExit(f"error: {path} is of another data set; choose another --out")
-            print(f"{path} is there: {wanted} is not run again", file=sys.stderr)
-            continue
-        begun = path.with_suffix(".begun")
-        before = begun.exists()
-        lock = begun.open("w")
+    with tempfile.TemporaryDirectory() as caches:
+        try:
+            while waiting or running:
+                while waiting and free:
+                    wanted, device = waiting.pop(0), free.pop(0)
+                    process = begin(wanted, args, device, Path(caches), alone=alone)
+                    running[wanted] = device, process
+                for wanted, (device, process) in list(running.items()):
+                    if process.poll() is None:
+                        continue
+                    del running[wanted]
+                    free.append(device)
+                    if process.returncode:
+                        failed.append(wanted)
+                    else:
+                        result_path(args.out, wanted).with_suffix(".begun").unlink()
+                time.sleep(0.1)
+        finally:
+            for _, process in running.values():
+                process.kill()
+                process.wait()
+    return failed
+
+
+def missing(system: str, args: argparse.Namespace) -> str:
+    """`NAME:MINUTES` of a system that is still to be run, or nothing."""
+    name, _, minutes = system.partition(":")
+    wanted = f"{name}:{float(minutes or args.minutes):g}"
+    path = result_path(args.out, wanted)
+    if not path.exists():
+        return wanted
+    if json.loads(path.read_text())["data_id"] != data_identity(args.data_dir):
+        raise SystemExit(f"error: {path} is of another data set; choose another --out")
+    print(f"{path} is there: {wanted} is not run again", file=sys.stderr)
+    return ""
+
+
+def devices(gpus: int) -> list[str | None]:
+    """`CUDA_VISIBLE_DEVICES` of the systems at work; None leaves it as it is."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",") if visible else [str(number) for number in range(gpus)]
+    if not 1 <= gpus <= len(names):
+        raise SystemExit(f"error: --gpus is {gpus}, but there are {len(names)}: {visible}")
+    return [None] if gpus == 1 else list(names[:gpus])
+
+
+def begin(
+    wanted: str, args: argparse.Namespace, device: str | None, caches: Path, *, alone: bool
+) -> subprocess.Popen[bytes]:
+    """A process that trains one system; it holds the lock on that system's result."""
+    begun = result_path(args.out, wanted).with_suffix(".begun")
+    before = begun.exists()
+    with begun.open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
@@ -122,26 +170,21 @@ def run_all(args: argparse.Namespace) -> list[str]:
         if before:
             print(f"{wanted} was begun and cut off: it is run anew, from 0", file=sys.stderr)
         environment = dict(os.environ)
+        if device is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = device
         if not cuda():
             environment["TORCHDYNAMO_DISABLE"] = "1"  # nanochat compiles its optimizer anywhere
+        # What another system, or this one before it was cut off, has compiled starts no other.
+        environment["TORCHINDUCTOR_CACHE_DIR"] = str(caches / begun.stem / "inductor")
+        environment["TRITON_CACHE_DIR"] = str(caches / begun.stem / "triton")
         command = [sys.executable, __file__, "--child", wanted, "--out", str(args.out)]
         command += ["--data-dir", str(args.data_dir), *["--quick"] * args.quick]
         command += ["--evaluate-every", str(args.evaluate_every)]
         command += ["--peer-dir", str(args.peer_dir)] if args.peer_dir else []
         command += ["--set", *args.set] if args.set else []
-        with tempfile.TemporaryDirectory() as caches:
-            # What another system, or this one before it was cut off, has compiled starts no other.
-            environment["TORCHINDUCTOR_CACHE_DIR"] = f"{caches}/inductor"
-            environment["TRITON_CACHE_DIR"] = f"{caches}/triton"
-            # The child holds the lock, too: an orphan's minutes and result are nobody else's.
-            inherited = [lock.fileno()]
-            done = subprocess.run(command, env=environment, check=False, pass_fds=inherited)
-        lock.close()
-        if done.returncode:
-            failed.append(wanted)
-        else:
-            begun.unlink()
-    return failed
+        command += [] if alone else ["--gpus", str(args.gpus)]
+        # The child inherits the lock: an orphan's minutes and result are nobody else's.
+        return subprocess.Popen(command, env=environment, pass_fds=[lock.fileno()])
 
 
 def result_path(out: Path, system: str) -> Path:
@@ -167,6 +210,7 @@ def child(args: argparse.Namespace) -> int:
     found = collect_provenance(torch.device("cuda" if cuda() else "cpu"))
     kept = ("git_sha", "device", "cuda", "python")
     result["environment"] = {key: found[key] for key in kept} | {"torch": torch.__version__}
+    result["systems_at_once"] = args.gpus
     folders = {str(p): p.name for p in (args.data_dir, args.out, args.peer_dir) if p is not None}
     given = ["--systems" if word == "--child" else folders.get(word, word) for word in sys.argv[1:]]
     result["command"] = "python benchmarks/time_to_loss.py " + shlex.join(given)
@@ -391,86 +435,6 @@ def commit_of(folder: Path) -> str | None:
         ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
     )
     return done.stdout.strip() or None
-
-
-def seconds_to(curve: Curve, target: float) -> float | None:
-    """Seconds at which a curve first meets a loss, between points by the logarithm of the time."""
-    before: dict[str, float] | None = None
-    for now in curve:
-        if now["val_loss_nats"] <= target:
-            if before is None or before["seconds"] <= 0:
-                return now["seconds"]
-            share = (before["val_loss_nats"] - target) / (
-                before["val_loss_nats"] - now["val_loss_nats"]
-            )
-            return float(before["seconds"] * (now["seconds"] / before["seconds"]) ** share)
-        before = now
-    return None
-
-
-def describe(results: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown, with the target: nanoGPT's last loss, of its longest run."""
-    references = [r for r in results if r["system"] == REFERENCE]
-    if not references:
-        return "No run of nanoGPT yet, whose loss is the target.\n" + "\n".join(
-            f"{r['system']}, {r['minutes']:g} min: {r['curve'][-1]['val_loss_nats']:.4f} nats"
-            for r in results
-        )
-    reference = max(references, key=lambda r: float(r["minutes"]))
-    target, minutes = reference["curve"][-1]["val_loss_nats"], reference["minutes"]
-    lines = [
-        f"Target: the held-out loss that nanoGPT has after {minutes:g} minutes of training, "
-        f"{target:.4f} nats a token, T={reference['seq_len']}.",
-        "",
-        "| system, minutes | parameters | tokens/s | tokens | last loss | minutes to the target | "
-        "of nanoGPT's | with its start |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
-    ]
-    for result in sorted(results, key=lambda r: (r["system"] != REFERENCE, r["system"])):
-        lines.append(_row(result, reference, target))
-    environments = {json.dumps(r["environment"], sort_keys=True) for r in results}
-    lines += ["", *_notes(results, environments)]
-    return "\n".join(lines)
-
-
-def _row(result: dict[str, Any], reference: dict[str, Any], target: float) -> str:
-    last = result["curve"][-1]
-    met = seconds_to(result["curve"], target)
-    cells = ["–"] * 3
-    if met is not None:
-        whole = reference["curve"][-1]["seconds"]
-        started = (met + result["start_seconds"]) / (whole + reference["start_seconds"])
-        cells = [f"{met / 60:.2f}", f"{100 * met / whole:.0f} %", f"{100 * started:.0f} %"]
-    return (
-        f"| {result['system']}, {result['minutes']:g} | {result['n_params'] / 1e6:.1f}M | "
-        f"{last['tokens'] / max(last['seconds'], 1e-9):,.0f} | {last['tokens'] / 1e6:,.1f}M | "
-        f"{last['val_loss_nats']:.4f} | {' | '.join(cells)} |"
-    )
-
-
-def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterator[str]:
-    yield (
-        "The clock stands still while a system is evaluated, every system on the same held-out "
-        "windows. Its start (loading, compiling, the first step, cold) is counted in the last "
-        "column alone. A run's learning rate falls to its end, so a loss is met late in it: "
-        "shorter runs show how little time is enough. One run each: no noise is measured."
-    )
-    for result in results:
-        commit = f", commit {result['commit'][:12]}" if result.get("commit") else ""
-        yield (
-            f"- {result['system']}, {result['minutes']:g} min: {result['recipe']}; "
-            f"{result['tokens_per_step']:,} tokens a step, {result['steps']:,} steps, start "
-            f"{result['start_seconds']:.0f} s{commit}. `{result['command']}`"
-        )
-    if len({json.loads(text)["device"] for text in environments}) > 1:
-        yield "- NOT COMPARABLE: these runs are from several kinds of devices."
-    for text in sorted(environments):
-        found = json.loads(text)
-        yield (
-            f"- {found['device']}, torch {found['torch']}, CUDA {found['cuda']}, Python "
-            f"{found['python']}, our commit {(found['git_sha'] or 'unknown')[:12]}; data set "
-            f"{', '.join(sorted({r['data_id'][:12] for r in results}))}."
-        )
 
 
 def quick_data(folder: Path) -> Path:

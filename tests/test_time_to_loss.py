@@ -43,9 +43,10 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 def test_a_loss_is_met_between_two_points_by_the_logarithm_of_the_time(benchmark: Any) -> None:
     curve = [{"seconds": s, "val_loss_nats": 8 - math.log(max(s, 1))} for s in (0, 10, 40, 160)]
-    assert benchmark.seconds_to(curve, 8 - math.log(20)) == pytest.approx(20)
-    assert benchmark.seconds_to(curve, 8 - math.log(160)) == pytest.approx(160)
-    assert benchmark.seconds_to(curve, 1.0) is None
+    seconds_to = importlib.import_module("time_to_loss_table").seconds_to
+    assert seconds_to(curve, 8 - math.log(20)) == pytest.approx(20)
+    assert seconds_to(curve, 8 - math.log(160)) == pytest.approx(160)
+    assert seconds_to(curve, 1.0) is None
 
 
 def test_the_clock_counts_what_lies_between_steps_but_no_evaluation(benchmark: Any) -> None:
@@ -135,9 +136,35 @@ from argparse import Namespace
 from pathlib import Path
 import time_to_loss
 time_to_loss.__file__, time_to_loss.cuda = sys.argv[1], lambda: True
-args = Namespace(out=Path(sys.argv[2]), systems=["hero:1"], data_dir=Path("data"), quick=False)
+args = Namespace(out=Path(sys.argv[2]), systems=sys.argv[3:] or ["hero:1"], data_dir=Path("data"))
+args = Namespace(**vars(args), quick=False, gpus=max(1, len(sys.argv[3:])))
 print(time_to_loss.run_all(Namespace(**vars(args), evaluate_every=1, peer_dir=None, set=[])))
 """
+MEETING = """
+import os, sys, time
+from pathlib import Path
+out, system = sys.argv[sys.argv.index("--out") + 1], sys.argv[sys.argv.index("--child") + 1]
+device = os.environ["CUDA_VISIBLE_DEVICES"]
+Path(out, f"on-{device}").write_text(system)
+while not all(Path(out, f"on-{number}").exists() for number in (0, 1)):
+    time.sleep(0.01)
+if system == "nanogpt:8":
+    sys.exit(1)
+Path(out, system.replace(":", "-") + ".json").write_text("{}")
+"""
+
+
+def test_systems_meet_each_on_a_gpu_of_its_own_and_one_that_fails_is_named(tmp_path: Path) -> None:
+    (tmp_path / "child.py").write_text(MEETING)
+    command = [sys.executable, "-c", PARENT, str(tmp_path / "child.py"), str(tmp_path)]
+    environment = {k: v for k, v in os.environ.items() if k != "CUDA_VISIBLE_DEVICES"}
+    done = subprocess.run(
+        [*command, "nanogpt:8", "hero:4"],
+        cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.stdout == "['nanogpt:8']\n", done.stderr
+    assert {(tmp_path / f"on-{n}").read_text() for n in (0, 1)} == {"nanogpt:8", "hero:4"}
+    assert (tmp_path / "hero-4.json").exists()
 
 
 def test_a_system_that_was_cut_off_is_run_again_and_never_beside_its_orphan(tmp_path: Path) -> None:
