@@ -96,6 +96,12 @@ def parse_arguments() -> argparse.Namespace:
         action="store_true",
         help="remove those of runs that have finished; their metrics stay",
     )
+    add(
+        "--earlier",
+        type=Path,
+        metavar="FILE",
+        help="JSON of this study from a machine that is gone: its runs are not trained again",
+    )
     add("--report", action="store_true", help="train nothing, only read what there is")
     add("--write", type=Path, metavar="PAGE", help="put the table into this Markdown page as well")
     add("--name", help="section of that page (default: the last part of --out)")
@@ -114,6 +120,7 @@ def main() -> int:
         if args.grid
         else ablation.resolve_rows(config, args.variants)
     )
+    earlier = ablation.read_earlier(args.earlier, rows, config) if args.earlier else None
     if args.stop_after is not None and not args.stop_after >= 0:
         raise ValueError(f"`--stop-after` is {args.stop_after:g}, but must be 0 or more.")
     STOP.begin()
@@ -134,7 +141,7 @@ def main() -> int:
 
         rounds = args.halving if args.grid else 1
         study, ending = ablation.run_halving(
-            rows, seeds=args.seeds, out=args.out, rounds=rounds, run=run
+            rows, seeds=args.seeds, out=args.out, rounds=rounds, run=run, earlier=earlier
         )
     code = {"complete": 0, "stopped": EXIT_PREEMPTED, "failed": EXIT_ENVIRONMENT}[ending]
     try:

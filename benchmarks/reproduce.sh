@@ -5,7 +5,7 @@
 #
 #   data      83/17 mixture of the corpus' prose and code, and what of the questions is in it
 #   table     a training step of every config and back end, beside its peers
-#   rates     learning rates of the hero and of the ablations' model
+#   rates     learning rate and weight decay of the hero and of the ablations' model
 #   ablate    one change a row, three seeds
 #   hero      0.54 billion tokens with base_152m_v2, killed once by SIGKILL and resumed
 #   frontier  the same with frontier_152m, where that config is
@@ -15,9 +15,10 @@
 # CORPUS      folder with corpus-edu-*.jsonl.zst, corpus-code-*.jsonl.zst and evals/ (data/corpus)
 # PEERS       folder with checkouts nanoGPT and nanochat (../peers)
 # RUNS        where data, runs and figures go (runs/results)
-# PAGES       folder of the pages that get the tables (docs)
+# PAGES       folder of the pages that get the tables (docs); PAGES/measured gets the results as
+#             JSON, and from there a study goes on where the machine that began it is gone
 # LR          the hero's rate, from `rates` (0.004)
-# GPUS        GPUs to use (default: those that nvidia-smi lists)
+# GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
 # STOP_AFTER  seconds after which a study saves and stops; 75 then says: run it again
@@ -35,8 +36,9 @@ pages=${PAGES:-docs}
 quick=${QUICK:-}
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 data_dir=$runs/data
+measured=$pages/measured
 export PYTHON=$python
-mkdir -p "$runs" "$pages"
+mkdir -p "$runs" "$measured/minutes"
 
 app() { "$python" "apps/$1.py" "${@:2}"; }
 
@@ -49,25 +51,26 @@ data() {
         --source prose=83 "$corpus"/corpus-edu-*.jsonl.zst \
         --source code=17 "$corpus"/corpus-code-*.jsonl.zst
     "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* --data-dir "$data_dir" \
-        --json "$runs/overlap.json"
+        --json "$measured/overlap.json"
 }
 
 table() {
     if [ -n "$quick" ]; then
-        "$python" benchmarks/step.py --quick --json "$runs/step.json" --write "$pages/RESULTS.md"
+        "$python" benchmarks/step.py --quick --json "$measured/step.json" --write "$pages/RESULTS.md"
         return
     fi
     "$python" benchmarks/step.py --peer-dir "$peers" --data-dir "$data_dir" --tokens-per-step 524288 \
-        --jobs 6 --profile hero --json "$runs/step.json" --write "$pages/RESULTS.md" \
+        --jobs 6 --profile hero --json "$measured/step.json" --write "$pages/RESULTS.md" \
         --cases "${CASES:-nanoGPT,nanochat,transformers Qwen3,hero,v1,350m,hero *}"
 }
 
 study() { # name, config, further arguments of apps/ablate.py
-    local stop=()
-    if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$STOP_AFTER"); fi
+    local known=()
+    if [ -e "$measured/$1.json" ]; then known=(--earlier "$measured/$1.json"); fi
+    if [ -n "${STOP_AFTER:-}" ]; then known+=(--stop-after "$STOP_AFTER"); fi
     app ablate --config "configs/$2.json" --data-dir "$data_dir" --out "$runs/$1" --name "$1" \
-        --gpus "$((gpus > 1 ? gpus : 1))" --discard-checkpoints --json "$runs/$1.json" \
-        --write "$pages/ABLATIONS.md" "${stop[@]}" "${@:3}"
+        --gpus "$((gpus > 1 ? gpus : 1))" --discard-checkpoints --json "$measured/$1.json" \
+        --write "$pages/ABLATIONS.md" "${known[@]}" "${@:3}"
 }
 
 rates() {
@@ -76,11 +79,11 @@ rates() {
             --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
         return
     fi
-    study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004,0.006 --seeds 1 \
-        --set train.total_steps=160 train.tokens_per_step=131072 train.micro_batch_size=32 \
+    study hero-rates base_152m_v2 --grid optim.lr=0.002,0.004,0.006 optim.weight_decay=0.01,0.1 \
+        --seeds 1 --jobs-per-gpu 2 --set train.total_steps=160 train.tokens_per_step=131072 train.micro_batch_size=32 \
         optim.warmup_steps=20 eval.every_steps=160 eval.tokens=524288 eval.sample_tokens=0
     study rates ablation_48m --grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0.01,0.1 \
-        --seeds 1 --set train.total_steps=192 optim.warmup_steps=20
+        --seeds 1 --jobs-per-gpu 2 --set train.total_steps=192 optim.warmup_steps=20
 }
 
 ablate() {
@@ -89,14 +92,20 @@ ablate() {
             --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
         return
     fi
-    study study ablation_48m --seeds 3 --set log.autopsies=0 \
-        --variants no_qk_norm,mha,mqa,adamw,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128,document_mask,logit_scale
+    local rows=no_qk_norm,mha,mqa,adamw,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied
+    rows+=,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
+    rows+=,document_mask,logit_scale
+    local common=(ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6
+        --set log.autopsies=0)
+    study study "${common[@]}" --seeds 1 # alone on their GPU: these tell tokens/s
+    study study "${common[@]}" --seeds 3 --jobs-per-gpu 2
 }
 
 train() { # name, config: to its end, once killed when two fifths of it are done
-    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=1030 sizes
-    sizes=(train.total_steps=1030 train.micro_batch_size=32 "optim.lr=${LR:-0.004}"
-        optim.warmup_steps=60 eval.every_steps=103 eval.tokens=1048576 ckpt.every_steps=103)
+    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=2060 sizes
+    sizes=(train.total_steps=2060 train.tokens_per_step=262144
+        "train.micro_batch_size=$((gpus > 2 ? 128 / gpus : 64))" "optim.lr=${LR:-0.004}"
+        optim.warmup_steps=100 eval.every_steps=206 eval.tokens=1048576 ckpt.every_steps=50)
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
@@ -138,7 +147,9 @@ evaluate() {
         return 2
     fi
     local run known=()
-    if [ -e "$runs/overlap.json" ]; then known=(--contamination "$runs/overlap.json"); fi
+    if [ -e "$measured/overlap.json" ]; then
+        known=(--contamination "$measured/overlap.json")
+    fi
     for run in hero frontier; do
         [ -d "$runs/$run" ] || continue
         app evaluate --run "$runs/$run" --task-dir "$corpus/evals" "${known[@]}" \
@@ -151,11 +162,15 @@ minutes() {
         "$python" benchmarks/time_to_loss.py --quick
         return
     fi
-    local ours=(hero:4 hero:3)
-    if [ -e configs/frontier_152m.json ]; then ours+=(frontier_152m:3 frontier_152m:2.5); fi
-    "$python" benchmarks/time_to_loss.py --data-dir "$data_dir" --out "$runs/minutes" \
-        --peer-dir "$peers" --systems nanogpt:8 nanochat:8 "${ours[@]}" \
-        --set "optim.lr=${LR:-0.004}" --write "$pages/RESULTS.md"
+    local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
+        --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --write "$pages/RESULTS.md")
+    local batch=(train.tokens_per_step=131072 train.micro_batch_size=64)
+    "$python" benchmarks/time_to_loss.py "${common[@]}" \
+        --systems nanogpt:8 nanochat:8 hero:4 hero:3 --set "${batch[@]}" "optim.lr=${LR:-0.004}"
+    if [ -e configs/frontier_152m.json ]; then
+        "$python" benchmarks/time_to_loss.py "${common[@]}" \
+            --systems frontier_152m:2.7 frontier_152m:2.2 --set "${batch[@]}"
+    fi
 }
 
 if [ $# -eq 0 ]; then

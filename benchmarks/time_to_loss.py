@@ -53,6 +53,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", type=Path, help="prepared data set")
     parser.add_argument("--out", type=Path, help="folder of the results")
+    parser.add_argument("--work", type=Path, help="folder of our runs (OUT/runs)")
     parser.add_argument(
         "--systems",
         nargs="+",
@@ -181,6 +182,7 @@ def begin(
         command += ["--data-dir", str(args.data_dir), *["--quick"] * args.quick]
         command += ["--evaluate-every", str(args.evaluate_every)]
         command += ["--peer-dir", str(args.peer_dir)] if args.peer_dir else []
+        command += ["--work", str(args.work)] if args.work else []
         command += ["--set", *args.set] if args.set else []
         command += [] if alone else ["--gpus", str(args.gpus)]
         # The child inherits the lock: an orphan's minutes and result are nobody else's.
@@ -211,7 +213,8 @@ def child(args: argparse.Namespace) -> int:
     kept = ("git_sha", "device", "cuda", "python")
     result["environment"] = {key: found[key] for key in kept} | {"torch": torch.__version__}
     result["systems_at_once"] = args.gpus
-    folders = {str(p): p.name for p in (args.data_dir, args.out, args.peer_dir) if p is not None}
+    given_folders = (args.data_dir, args.out, args.peer_dir, args.work)
+    folders = {str(p): p.name for p in given_folders if p is not None}
     given = ["--systems" if word == "--child" else folders.get(word, word) for word in sys.argv[1:]]
     result["command"] = "python benchmarks/time_to_loss.py " + shlex.join(given)
     path = result_path(args.out, args.child)
@@ -240,7 +243,7 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     from matilda_train.config_load import config_to_dict
     from matilda_train.metrics_log import read_rows
 
-    work = args.out / "runs" / args.child.replace(":", "-")
+    work = (args.work or args.out / "runs") / args.child.replace(":", "-")
     shutil.rmtree(work, ignore_errors=True)
     base = our_config(name, args)
     tokens = held_out_tokens(args.data_dir, base)

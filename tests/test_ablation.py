@@ -36,6 +36,12 @@ def without_clocks(result: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def without_seed(result: dict[str, Any], seed: int) -> dict[str, Any]:
+    for row in result["rows"]:
+        row["runs"] = [run for run in row["runs"] if run["seed"] != seed]
+    return result
+
+
 def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
 ) -> None:
@@ -78,6 +84,27 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     assert "](ablations-loss-parity.svg)" in text  # a blank would end the link
     assert (page.parent / "ablations-loss-parity.svg").read_text().endswith("</svg>\n")
 
+    part = without_seed(json.loads(ended.stdout), 1)
+    (tmp_path / "earlier.json").write_text(json.dumps(part))
+    known = ("--earlier", "earlier.json", "--in-process")
+    moved = study(tmp_path / "moved", *known)
+    assert moved.returncode == 0, moved.stderr
+    assert without_clocks(json.loads(moved.stdout)) == without_clocks(result)
+    assert {path.name for path in (tmp_path / "moved").glob("runs/*/*")} == {"seed-1"}
+    wrong = study(tmp_path / "wrong", *known, "--set", *SHORT, "optim.lr=0.01")
+    assert wrong.returncode == 2
+    assert "are of another config" in wrong.stderr
+    part["provenance"]["data_id"] = ["of-another-corpus"]
+    (tmp_path / "earlier.json").write_text(json.dumps(part))
+    wrong = study(tmp_path / "wrong", *known)
+    assert wrong.returncode == 2
+    assert "read the data set of-another-corpus, but this is" in wrong.stderr
+    (tmp_path / "earlier.json").write_text("{}")
+    wrong = study(tmp_path / "wrong", *known)
+    assert wrong.returncode == 2
+    assert "holds no results of a study" in wrong.stderr
+    assert not (tmp_path / "wrong" / "runs").exists()
+
     other = study(disturbed, "--set", "optim.lr=0.01")
     assert other.returncode == 2
     assert "holds a run of another config" in other.stderr
@@ -102,6 +129,15 @@ def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
     page = (tmp_path / "CALIBRATION.md").read_text()
     assert page.index("`lr=0.02`") < page.index("`lr=0.001`") < page.index("`lr=0.03`")
     assert "| diverged |" in page
+    ranked = json.loads(grid("--report", "--json").stdout)
+    (tmp_path / "rates.json").write_text(json.dumps(ranked))
+    again = grid("--earlier", "rates.json", "--out", "elsewhere", "--json")
+    assert again.returncode == 0, again.stderr
+    assert json.loads(again.stdout)["rows"] == ranked["rows"]
+    assert not (tmp_path / "elsewhere" / "runs").exists()
+    halved = grid("--halving", "2", "--earlier", "rates.json")
+    assert halved.returncode == 2
+    assert "holds the runs of one round" in halved.stderr
     halved = grid("--halving", "2", "--json")
     assert halved.returncode == 0, halved.stderr
     assert [row["name"] for row in json.loads(halved.stdout)["rows"]] == ["lr=0.03", "lr=0.02"]

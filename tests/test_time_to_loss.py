@@ -138,7 +138,8 @@ import time_to_loss
 time_to_loss.__file__, time_to_loss.cuda = sys.argv[1], lambda: True
 args = Namespace(out=Path(sys.argv[2]), systems=sys.argv[3:] or ["hero:1"], data_dir=Path("data"))
 args = Namespace(**vars(args), quick=False, gpus=max(1, len(sys.argv[3:])))
-print(time_to_loss.run_all(Namespace(**vars(args), evaluate_every=1, peer_dir=None, set=[])))
+args = Namespace(**vars(args), evaluate_every=1, peer_dir=None, work=None, set=[])
+print(time_to_loss.run_all(args))
 """
 MEETING = """
 import os, sys, time

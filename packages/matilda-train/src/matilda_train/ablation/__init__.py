@@ -18,17 +18,20 @@ from matilda_train.ablation.grid import (
 )
 from matilda_train.ablation.plan import Job, Study
 from matilda_train.ablation.results import RowResult, StudyResult, read_study
+from matilda_train.ablation.run_result import EarlierRuns, RunResult, read_earlier
 from matilda_train.ablation.runner import Ending, Progress, StudyDisplay, places, run_study
 from matilda_train.ablation.significance import compare_rows, steps_saved
 from matilda_train.ablation.variants import VARIANTS, Row, resolve_rows
 
 __all__ = [
     "VARIANTS",
+    "EarlierRuns",
     "Ending",
     "Job",
     "Progress",
     "Row",
     "RowResult",
+    "RunResult",
     "Study",
     "StudyDisplay",
     "StudyResult",
@@ -39,6 +42,7 @@ __all__ = [
     "grid_rows",
     "places",
     "rank_grid",
+    "read_earlier",
     "read_study",
     "resolve_rows",
     "run_halving",

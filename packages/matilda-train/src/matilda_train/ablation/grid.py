@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from matilda_train.ablation.document import describe_study
-from matilda_train.ablation.plan import Study, outcome_of
+from matilda_train.ablation.plan import Study
 from matilda_train.ablation.results import StudyResult, read_study
+from matilda_train.ablation.run_result import EarlierRuns
 from matilda_train.ablation.runner import Ending
 from matilda_train.ablation.variants import Row, change
 from matilda_train.config import RunConfig
@@ -63,20 +64,23 @@ def run_halving(
     out: Path,
     rounds: int,
     run: Callable[[Study], Ending],
+    earlier: EarlierRuns | None = None,
 ) -> tuple[Study, Ending]:
     """The last round that could be run, and how it ended; with one round, a plain study in `out`.
 
     Round r of R, in `out/round-r`, trains for 2^(r-R) of the steps and keeps the better half of its
-    rows for the next.
+    rows for the next. `earlier` runs are those of a plain study.
     """
     if rounds < 1:
         raise ValueError(f"`--halving` is {rounds}, but must be 1 or more rounds.")
+    if rounds > 1 and earlier is not None:
+        raise ValueError("`--earlier` holds the runs of one round; leave it or `--halving` out.")
     left = list(rows)
     for number in range(rounds):
         share = 0.5 ** (rounds - 1 - number)
         shortened = [dataclasses.replace(r, config=_shorten(r.config, share)) for r in left]
         folder = out if rounds == 1 else out / f"round-{number + 1}"
-        study = Study(rows=shortened, seeds=seeds, out=folder)
+        study = Study(rows=shortened, seeds=seeds, out=folder, earlier=earlier or EarlierRuns())
         ending = run(study)
         if ending != "complete" or number == rounds - 1:
             return study, ending
@@ -105,7 +109,7 @@ def rank_grid(study: Study) -> StudyResult:
 
 
 def _finished(study: Study, row: str) -> bool:
-    return any(outcome_of(study.run_dir(row, seed)) == "finished" for seed in range(study.seeds))
+    return any(study.outcome(job) == "finished" for job in study.jobs() if job.row == row)
 
 
 def describe_grid(result: StudyResult) -> str:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from matilda_train.ablation.run_result import EarlierRuns
 from matilda_train.ablation.variants import Row
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_to_dict
@@ -54,6 +55,8 @@ class Study:
     rows: Sequence[Row]
     seeds: int
     out: Path
+    earlier: EarlierRuns = field(default_factory=EarlierRuns)
+    """Runs that ended elsewhere, which `out` need not have."""
 
     def __post_init__(self) -> None:
         if self.seeds < 1:
@@ -67,6 +70,11 @@ class Study:
     def run_dir(self, row: str, seed: int) -> Path:
         """Where a run lives."""
         return self.out / "runs" / row / f"seed-{seed}"
+
+    def outcome(self, job: Job) -> str | None:
+        """`finished` or `diverged` here or earlier elsewhere; None for a run still to be made."""
+        known = self.earlier.runs.get(job.key)
+        return outcome_of(job.run_dir) or (known.outcome if known else None)
 
     def jobs(self) -> list[Job]:
         """Every run, a whole seed of all rows before the next: cut short, rows stay comparable.

@@ -11,6 +11,7 @@ from typing import Any
 
 from matilda_model import ModelConfig, flops_per_token
 from matilda_train.ablation.plan import Study, outcome_of
+from matilda_train.ablation.run_result import FORMAT, RunResult, read_run
 from matilda_train.ablation.significance import (
     Comparison,
     Noise,
@@ -25,25 +26,6 @@ from matilda_train.metrics_log import read_rows
 from matilda_train.run_dir import RunDir
 
 __all__ = ["RowResult", "RunResult", "StudyResult", "read_study"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RunResult:
-    """One run that has ended."""
-
-    seed: int
-    outcome: str
-    """`finished` or `diverged`."""
-    loss_nats: float | None
-    """Held-out loss at the end, nats a token; None where the run diverged."""
-    bits_per_byte: float | None
-    curve: list[tuple[int, float]]
-    """(tokens trained on, held-out loss) of every evaluation."""
-    batches: dict[int, str]
-    """Hash of all batches so far, by tokens."""
-    tokens_per_second: float | None
-    """Median of the logged steps; None where other runs shared the device."""
-    peak_memory_gib: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +75,7 @@ class StudyResult:
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {
-            "format": "matilda-ablation/1",
+            "format": FORMAT,
             "config": config_to_dict(self.config),
             "seeds": self.seeds,
             "seed_sigma": self.seed_sigma,
@@ -115,12 +97,15 @@ def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
     missing = []
     for job in study.jobs():
         outcome = outcome_of(job.run_dir)
-        if outcome is None:
-            missing.append(job.key)
-        else:
+        if outcome is not None:
             alone = job.key not in shared
-            found = _read_run(job.run_dir, job.seed, job.config, outcome, alone=alone)
-            runs.setdefault(job.row, []).append(found)
+            found = read_run(job.run_dir, job.seed, job.config, outcome, alone=alone)
+        elif job.key in study.earlier.runs:
+            found = study.earlier.runs[job.key]
+        else:
+            missing.append(job.key)
+            continue
+        runs.setdefault(job.row, []).append(found)
     losses = {
         row.name: {r.seed: r.loss_nats for r in runs.get(row.name, []) if r.loss_nats is not None}
         for row in study.rows
@@ -220,27 +205,6 @@ def _mean_curve(runs: Sequence[RunResult], end: int) -> list[tuple[int, float]]:
     ]
 
 
-def _read_run(
-    run_dir: Path, seed: int, config: RunConfig, outcome: str, *, alone: bool
-) -> RunResult:
-    rows = read_rows(run_dir / "metrics.jsonl")
-    evaluations = [row for row in rows if row.get("val_loss_nats") is not None]
-    steps = [row for row in rows if "batch_sha256" in row]
-    finished = outcome == "finished" and bool(evaluations)
-    speeds = [row["tokens_per_second"] for row in steps[1:]]
-    memory = [row["peak_memory_gib"] for row in steps if row.get("peak_memory_gib") is not None]
-    return RunResult(
-        seed=seed,
-        outcome=outcome,
-        loss_nats=evaluations[-1]["val_loss_nats"] if finished else None,
-        bits_per_byte=evaluations[-1]["val_bits_per_byte"] if finished else None,
-        curve=[(config.plan.tokens(row["step"]), row["val_loss_nats"]) for row in evaluations],
-        batches={config.plan.tokens(row["step"]): row["batch_sha256"] for row in steps},
-        tokens_per_second=statistics.median(speeds) if speeds and alone else None,
-        peak_memory_gib=max(memory, default=None),
-    )
-
-
 def _shared(ledger: Path) -> set[tuple[str, int]]:
     """Runs that any call trained beside others on one device."""
     return {(row["row"], row["seed"]) for row in read_rows(ledger) if row.get("shared")}
@@ -259,4 +223,7 @@ def _provenance(study: Study) -> dict[str, list[Any]]:
         found.setdefault("uncommitted", set()).add(bool(run.get("git_diff_sha256")))
     times = [row["time"] for row in read_rows(study.ledger)]
     found["dates"] = {datetime.fromtimestamp(time, UTC).date().isoformat() for time in times}
+    if any(job.key in study.earlier.runs for job in study.jobs()):
+        for name, values in study.earlier.provenance.items():
+            found.setdefault(name, set()).update(values)
     return {name: sorted(values, key=str) for name, values in sorted(found.items())}

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
 from matilda_train.ablation.plan import Job, Study, outcome_of
+from matilda_train.config import RunConfig
+from matilda_train.data_source import open_streams
 from matilda_train.metrics_log import read_rows
 
 __all__ = ["Ending", "Progress", "StudyDisplay", "places", "run_study"]
@@ -112,11 +114,16 @@ def run_study(
     progress = Progress([row.name for row in study.rows], study.seeds)
     waiting: deque[Job] = deque()
     for job in jobs:
-        outcome = outcome_of(job.run_dir)
-        if outcome is None:
+        outcome, known = outcome_of(job.run_dir), study.earlier.runs.get(job.key)
+        if outcome is not None:
+            progress.done[job.key] = _describe(job, outcome)
+        elif known is None:
             waiting.append(job)
         else:
-            progress.done[job.key] = _describe(job, outcome)
+            loss = known.loss_nats
+            progress.done[job.key] = known.outcome if loss is None else f"{loss:.4f}"
+    if waiting and (in_process or where):
+        _refuse_other_data(study, waiting[0].config, data_dir)
     study.out.mkdir(parents=True, exist_ok=True)
     call = _Call(
         study=study,
@@ -143,6 +150,20 @@ def run_study(
     if "failed" in progress.done.values():
         return "failed"
     return "complete" if len(progress.done) == len(jobs) else "stopped"
+
+
+def _refuse_other_data(study: Study, config: RunConfig, data_dir: Path | None) -> None:
+    """`ValueError` where the runs of another machine have not read what these would."""
+    known = study.earlier.provenance.get("data_id")
+    folder = data_dir or config.data.dir
+    if not study.earlier.runs or not known or folder is None:
+        return
+    stream, _ = open_streams(config, Path(folder))
+    if stream.data_id not in known:
+        raise ValueError(
+            f"The runs of `--earlier` read the data set {', '.join(map(str, known))}, but this is "
+            f"{stream.data_id}; give `--data-dir` the same, or leave them out."
+        )
 
 
 def _look_at_disk(study: Study, waiting: Sequence[Job], display: StudyDisplay) -> None:
