@@ -45,13 +45,15 @@ app() { "$python" "apps/$1.py" "${@:2}"; }
 data() {
     if [ -n "$quick" ]; then
         app prepare_text --input 'packages/**/*.py' --out-dir "$data_dir" --tokenizer byte
-        return
+    else
+        app prepare_text --out-dir "$data_dir" --tokenizer gpt2 \
+            --source prose=83 "$corpus"/corpus-edu-*.jsonl.zst \
+            --source code=17 "$corpus"/corpus-code-*.jsonl.zst
     fi
-    app prepare_text --out-dir "$data_dir" --tokenizer gpt2 \
-        --source prose=83 "$corpus"/corpus-edu-*.jsonl.zst \
-        --source code=17 "$corpus"/corpus-code-*.jsonl.zst
-    "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* --data-dir "$data_dir" \
-        --json "$measured/overlap.json"
+    if [ -d "$corpus/evals" ]; then
+        "$python" -m matilda_data overlap --evals "$corpus"/evals/*.jsonl* \
+            --data-dir "$data_dir" --json "$measured/overlap.json"
+    fi
 }
 
 table() {
