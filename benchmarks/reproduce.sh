@@ -155,7 +155,8 @@ evaluate() {
     for run in hero frontier; do
         [ -d "$runs/$run" ] || continue
         app evaluate --run "$runs/$run" --task-dir "$corpus/evals" "${known[@]}" \
-            --compare pythia-160m,pythia-410m --write "$pages/RESULTS.md" ${quick:+--limit 20}
+            --compare pythia-160m,pythia-410m --write "$pages/RESULTS.md" \
+            --json "$measured/$run-scores.json" ${quick:+--limit 20}
     done
 }
 
