@@ -103,6 +103,14 @@ ablate() {
     study study "${common[@]}" --seeds 3 --jobs-per-gpu 2
 }
 
+family() { # a process and all that came of it: torchrun's workers are in sessions of their own
+    local child
+    echo "$1"
+    for child in $(grep -ls "^PPid:[[:space:]]*$1\$" /proc/[0-9]*/status | cut -d / -f 3); do
+        family "$child"
+    done
+}
+
 train() { # name, config: to its end, once killed when two fifths of it are done
     local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=2060 sizes
     sizes=(train.total_steps=2060 train.tokens_per_step=262144
@@ -111,18 +119,19 @@ train() { # name, config: to its end, once killed when two fifths of it are done
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
-            ckpt.every_steps=4 log.every_steps=1)
+            ckpt.every_steps=4 log.every_steps=1 train.micro_batch_size=2)
     fi
     local command=(launchers/train.sh --config "configs/$2.json" --data-dir "$data_dir"
         --run-dir "$run" --set "${sizes[@]}")
     if [ ! -e "$run.killed" ]; then
-        setsid env GPUS="$gpus" "${command[@]}" &
+        env GPUS="$gpus" "${command[@]}" &
         local leader=$! last
         while kill -0 "$leader" 2>/dev/null; do
             last=$({ tail -n 1 "$metrics" 2>/dev/null || true; } |
                 sed -n 's/^{"step": *\([0-9]*\).*/\1/p')
             if [ "${last:-0}" -ge $((2 * steps / 5)) ]; then
-                kill -KILL -- "-$leader"
+                # shellcheck disable=SC2046  # one word a process
+                kill -KILL $(family "$leader")
                 touch "$run.killed"
             fi
             sleep 0.2
