@@ -84,6 +84,11 @@ def parse_arguments() -> argparse.Namespace:
         metavar="N",
         help="runs at once on each GPU (default: %(default)s)",
     )
+    add(
+        "--take-turns",
+        action="store_true",
+        help="of the runs on a GPU one trains at a time, while the others compile",
+    )
     add("--in-process", action="store_true", help="one run after another, in this process")
     add(
         "--stop-after",
@@ -133,6 +138,7 @@ def main() -> int:
                 data_dir=args.data_dir,
                 where=() if args.report else where,
                 in_process=args.in_process,
+                take_turns=args.take_turns,
                 keep_checkpoints=not args.discard_checkpoints,
                 stop=lambda: bool(STOP),
                 stop_after=None if deadline is None else deadline - time.monotonic(),

@@ -82,10 +82,10 @@ rates() {
         return
     fi
     study hero-rates base_152m_v2 --grid optim.lr=0.002,0.004,0.006 optim.weight_decay=0.01,0.1 \
-        --seeds 1 --jobs-per-gpu 2 --set train.total_steps=160 train.tokens_per_step=131072 train.micro_batch_size=32 \
+        --seeds 1 --jobs-per-gpu 3 --take-turns --set train.total_steps=160 train.tokens_per_step=131072 train.micro_batch_size=32 \
         optim.warmup_steps=20 eval.every_steps=160 eval.tokens=524288 eval.sample_tokens=0
     study rates ablation_48m --grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0.01,0.1 \
-        --seeds 1 --jobs-per-gpu 2 --set train.total_steps=192 optim.warmup_steps=20
+        --seeds 1 --jobs-per-gpu 3 --take-turns --set train.total_steps=160 optim.warmup_steps=20
 }
 
 ablate() {
@@ -97,10 +97,8 @@ ablate() {
     local rows=no_qk_norm,mha,mqa,adamw,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied
     rows+=,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
     rows+=,document_mask,logit_scale
-    local common=(ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6
-        --set log.autopsies=0)
-    study study "${common[@]}" --seeds 1 # alone on their GPU: these tell tokens/s
-    study study "${common[@]}" --seeds 3 --jobs-per-gpu 2
+    study study ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6 \
+        --set log.autopsies=0 --seeds 3 --jobs-per-gpu 3 --take-turns
 }
 
 family() { # a process and all that came of it: torchrun's workers are in sessions of their own

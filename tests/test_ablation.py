@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,27 @@ def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
     assert halved.returncode == 0, halved.stderr
     assert [row["name"] for row in json.loads(halved.stdout)["rows"]] == ["lr=0.03", "lr=0.02"]
     assert len(list((tmp_path / "rates" / "round-1" / "runs").iterdir())) == 3
+
+
+def test_runs_that_take_turns_train_one_at_a_time(
+    tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "apps/ablate.py"), "--jobs-per-gpu", "2", "--take-turns"]
+    command += arguments(tiny_config, corpus, tmp_path / "out", "--set", "train.total_steps=30")
+    done = subprocess.run([*command, "log.every_steps=1"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    runs = [run for row in json.loads(done.stdout)["rows"] for run in row["runs"]]
+    assert all(run["tokens_per_second"] for run in runs), "each trained alone"
+    spans = []
+    for metrics in (tmp_path / "out" / "runs").glob("*/*/metrics.jsonl"):
+        start = next(
+            e for e in read_rows(metrics.with_name("events.jsonl")) if "start" in e["event"]
+        )
+        zero = datetime.fromisoformat(start["time"]).timestamp() - sum(start["seconds"].values())
+        steps = [row for row in read_rows(metrics) if row.get("batch_sha256")]
+        spans.append([zero + steps[at]["uptime_seconds"] for at in (1, -1)])  # of steps 2 and 30
+    assert len(spans) == 6
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(sorted(spans)))
 
 
 @pytest.mark.gpu

@@ -72,12 +72,15 @@ def train(
     stop: Callable[[], bool] = lambda: False,
     display: Display | None = None,
     on_phase: Callable[[str], None] | None = None,
+    wait_for_turn: Callable[[Callable[[], bool]], None] | None = None,
 ) -> TrainResult:
     """Train `config` in `run_dir`, going on from its newest healthy checkpoint if there is one.
 
     `stop()` is asked at every safe point; once true, the state is saved and the result's status
     is "preempted". A dry run takes at most 20 small steps on synthetic tokens and keeps nothing.
     `on_phase(name)` is called whenever the run begins to do something else; see `PHASES`.
+    `wait_for_turn(stop)` is called once, when the first step has ended and all is compiled; it may
+    wait for the device as long as it asks the `stop` it is given.
 
     Raises `ValueError` for whatever the user can mend (config, data, run directory),
     `TrainingDivergedError` after too many non-finite steps or rollbacks, and `OSError` or
@@ -422,6 +425,8 @@ def train(
                     whole = gather_state(everything)
                     if ranks.is_main:
                         checkpoints.reserve(whole)  # the optimizer's state exists only now
+                if wait_for_turn is not None:
+                    wait_for_turn(stop)
 
         phase.enter("sampling")
         sample = None

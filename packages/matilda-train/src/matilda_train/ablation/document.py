@@ -156,8 +156,8 @@ def _reading_lines(result: StudyResult) -> list[str]:
     lines = [
         "Differences are of the held-out loss at the end, row minus baseline, paired: a seed "
         "gives every row the same windows in the same order, by hash.",
-        "tokens/s is the median of a run's logged steps where it had the device to itself; – where "
-        "runs shared it.",
+        "tokens/s is the median of a run's logged steps where no other trained on its device; – "
+        "where others did.",
     ]
     if len(result.provenance["device"]) > 1:
         lines.append("Runs are from several kinds of devices: tokens/s does not compare rows.")

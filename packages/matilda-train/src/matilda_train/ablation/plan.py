@@ -32,8 +32,10 @@ class Job:
     def key(self) -> tuple[str, int]:
         return self.row, self.seed
 
-    def request(self, *, data_dir: Path | None, keep_checkpoints: bool) -> dict[str, Any]:
-        """What a worker is told, as JSON."""
+    def request(
+        self, *, data_dir: Path | None, keep_checkpoints: bool, turn: Path | None = None
+    ) -> dict[str, Any]:
+        """What a worker is told, as JSON; `turn`: the lock of whoever trains on its device."""
         return {
             "row": self.row,
             "seed": self.seed,
@@ -41,6 +43,7 @@ class Job:
             "run_dir": str(self.run_dir),
             "data_dir": str(data_dir) if data_dir else None,
             "keep_checkpoints": keep_checkpoints,
+            "turn": str(turn) if turn else None,
         }
 
 

@@ -98,6 +98,7 @@ def run_study(
     data_dir: Path | None,
     where: Sequence[str | None] = (None,),
     in_process: bool = False,
+    take_turns: bool = False,
     keep_checkpoints: bool = True,
     stop: Callable[[], bool] = lambda: False,
     stop_after: float | None = None,
@@ -108,7 +109,9 @@ def run_study(
     After `stop_after` seconds, and once `stop()` is true, runs are saved and stopped; none begins
     that would not end by then, going by those before it: `stopped`. Nor does any without a place in
     `where`. A run that fails is named and left out, `failed` in the end: the rest goes on, and the
-    next call tries it again. Raises `ValueError` while another process trains the study.
+    next call tries it again. With `take_turns`, of the runs that share a place one trains at a time
+    while the others start. Raises `ValueError` while another process trains the study, or where
+    runs of other machines read other data.
     """
     jobs = study.jobs()
     progress = Progress([row.name for row in study.rows], study.seeds)
@@ -134,7 +137,9 @@ def run_study(
         keep_checkpoints=keep_checkpoints,
         stop=stop,
         deadline=None if stop_after is None else time.monotonic() + stop_after,
-        shared=len(where) > len(set(where)) or (len(where) > 1 and None in where),
+        shared=not take_turns
+        and (len(where) > len(set(where)) or (len(where) > 1 and None in where)),
+        take_turns=take_turns,
     )
     display.show(progress)
     if waiting and (in_process or where):
@@ -204,6 +209,7 @@ class _Call:
     stop: Callable[[], bool]
     deadline: float | None
     shared: bool
+    take_turns: bool
     attempts: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def run_here(self) -> None:
@@ -216,7 +222,7 @@ class _Call:
             def report(row: dict[str, Any], job: Job = job) -> None:
                 self.hear(job, row)
 
-            train_job(self.request(job), self.stopping, report)
+            train_job(self.request(job, None), self.stopping, report)
 
     def run_workers(self, where: Sequence[str | None]) -> None:
         """At once, in a worker for each place."""
@@ -262,7 +268,8 @@ class _Call:
                             worker.dismiss()
                         else:
                             self.begin(job)
-                            worker.train(job, self.request(job))
+                            turn = self.study.out / f"turn-{worker.device}.lock"
+                            worker.train(job, self.request(job, turn if self.take_turns else None))
         finally:
             for worker in workers:
                 worker.process.kill()
@@ -281,8 +288,10 @@ class _Call:
             return None
         return self.waiting.popleft()
 
-    def request(self, job: Job) -> dict[str, Any]:
-        return job.request(data_dir=self.data_dir, keep_checkpoints=self.keep_checkpoints)
+    def request(self, job: Job, turn: Path | None) -> dict[str, Any]:
+        return job.request(
+            data_dir=self.data_dir, keep_checkpoints=self.keep_checkpoints, turn=turn
+        )
 
     def begin(self, job: Job) -> None:
         self.attempts[job.key] = self.attempts.get(job.key, 0) + 1
@@ -337,6 +346,7 @@ class _Worker:
 
     def __init__(self, number: int, device: str | None, log: Path) -> None:
         self.number = number
+        self.device = device
         self.job: Job | None = None
         self.ended = self.dismissed = False
         self._rest = b""

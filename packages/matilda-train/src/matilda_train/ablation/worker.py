@@ -39,8 +39,9 @@ def train_job(request: Mapping[str, Any], stop: Callable[[], bool], report: Repo
     """
     began = time.monotonic()
     outcome: dict[str, Any]
+    turn = _Turn(request["turn"])
     try:
-        outcome = _train(request, stop, report)
+        outcome = _train(request, stop, report, turn)
     except Exception as error:
         from matilda_train.errors import TrainingDivergedError
 
@@ -49,13 +50,16 @@ def train_job(request: Mapping[str, Any], stop: Callable[[], bool], report: Repo
             traceback.print_exc()
         outcome = {"outcome": "diverged" if diverged else "failed", "error": _sentence(error)}
     _release_memory()
+    turn.release()
     if outcome["outcome"] == "finished" and not request["keep_checkpoints"]:
         for folder in ("checkpoints", "compile-cache"):
             shutil.rmtree(Path(request["run_dir"]) / folder, ignore_errors=True)
     report(outcome | {"seconds": round(time.monotonic() - began, 3)})
 
 
-def _train(request: Mapping[str, Any], stop: Callable[[], bool], report: Report) -> dict[str, Any]:
+def _train(
+    request: Mapping[str, Any], stop: Callable[[], bool], report: Report, turn: _Turn
+) -> dict[str, Any]:
     import torch
     from torch.compiler._cache import CacheArtifactManager
 
@@ -76,6 +80,7 @@ def _train(request: Mapping[str, Any], stop: Callable[[], bool], report: Report)
         data_dir=request["data_dir"],
         stop=stop,
         display=_Reporter(report, config.train.total_steps),
+        wait_for_turn=turn.wait,
     )
     name = "preempted" if result.status == "preempted" else "finished"
     return {"outcome": name, "step": result.step}
@@ -105,6 +110,29 @@ def _release_memory() -> None:
 def _sentence(error: Exception) -> str:
     text = str(error).strip().splitlines()[0:1] or ["no message"]
     return text[0] if isinstance(error, ValueError) else f"{type(error).__name__}: {text[0]}"
+
+
+class _Turn:
+    """Of the runs that share a device one trains at a time, from its second step to its end.
+
+    What comes before, compiling above all, is done beside another's training. Without a file
+    nobody waits.
+    """
+
+    def __init__(self, file: str | None) -> None:
+        self._file = Path(file).open("a") if file else None  # noqa: SIM115  (until `release`)
+
+    def wait(self, stop: Callable[[], bool]) -> None:
+        while self._file is not None and not stop():
+            try:
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except OSError:
+                time.sleep(0.02)
+
+    def release(self) -> None:
+        if self._file is not None:
+            self._file.close()
 
 
 class _Reporter:
