@@ -116,10 +116,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    from torch.cuda import device_count
+
     from matilda_train import ablation, load_config
 
     config = load_config(args.config, args.set)
     where = ablation.places(args.gpus, args.jobs_per_gpu, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    if (args.gpus or 1) > (seen := max(1, device_count())):
+        raise ValueError(f"`--gpus` is {args.gpus}, but torch sees {seen} device(s) here.")
     rows = (
         ablation.grid_rows(config, args.grid)
         if args.grid

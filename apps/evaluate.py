@@ -64,8 +64,8 @@ def parse_arguments() -> argparse.Namespace:
         "--compare",
         default="",
         metavar="A,B,…",
-        help="published Pythias to put beside it at the same tokens: pythia-70m, -160m, -410m, -1b "
-        "or -1.4b (default: none)",
+        help="published Pythias to put beside it at the same tokens: pythia-70m, pythia-160m, "
+        "pythia-410m, pythia-1b-deduped, … (default: none)",
     )
     add(
         "--contamination",

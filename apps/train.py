@@ -63,7 +63,12 @@ def main() -> int:
     if answer is not None:
         return answer
     return train_and_tell(
-        config, run_dir=run_dir, data_dir=args.data_dir, stop=STOP, dry_run=args.dry_run
+        config,
+        run_dir=run_dir,
+        data_dir=args.data_dir,
+        stop=STOP,
+        dry_run=args.dry_run,
+        json_to=args.json,
     )
 
 

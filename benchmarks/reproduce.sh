@@ -71,7 +71,7 @@ study() { # name, config, further arguments of apps/ablate.py
     if [ -e "$measured/$1.json" ]; then known=(--earlier "$measured/$1.json"); fi
     if [ -n "${STOP_AFTER:-}" ]; then known+=(--stop-after "$STOP_AFTER"); fi
     app ablate --config "configs/$2.json" --data-dir "$data_dir" --out "$runs/$1" --name "$1" \
-        --gpus "$((gpus > 1 ? gpus : 1))" --discard-checkpoints --json "$measured/$1.json" \
+        --gpus "$((gpus > 1 && ${quick:-0} == 0 ? gpus : 1))" --discard-checkpoints --json "$measured/$1.json" \
         --write "$pages/ABLATIONS.md" "${known[@]}" "${@:3}"
 }
 

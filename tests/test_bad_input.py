@@ -164,6 +164,28 @@ def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpu
         ("verify_resume.py --config {config} --run-dir {tmp}/out --sigkills 10000000", "10^6"),
         ("ablate.py --config {config} --out {tmp}/out --variants mha --gpus 10000000", "to 1024"),
         ("ablate.py --config {config} --out {tmp}/out --variants mha --stop-after nan", "is nan"),
+        ("ablate.py --config {config} --out {tmp}/out --variants mha --gpus 99", "torch sees"),
+        (
+            "ablate.py --config {config} --out {tmp}/out --variants mha --set train.device=cuda:77",
+            "torch sees",
+        ),
+        (
+            "ablate.py --config {config} --out {tmp}/out --variants mha --data-dir no",
+            "'no' does not",
+        ),
+        ("generate.py --run {twin} --device cuda:77", "give `--device cpu`"),
+        ("train.py --config {tmp}/empty", "is a folder, not a file"),
+        ("train.py --config quickstart.json --run-dir {tmp}/out", "does not exist"),
+        ("evaluate.py --run {twin} --task-dir {tmp}/no", "leave `--task-dir` out"),
+        (
+            "train.py --config {config} --set data.corpus=python-stdlib --data-dir {tmp}/tpyo "
+            "--run-dir {tmp}/out",
+            "tpyo' does not exist",
+        ),
+        (
+            "verify_resume.py --config {config} --run-dir {tmp}/out --set train.device=cuda:77",
+            "torch sees",
+        ),
     ],
 )
 def test_app_says_one_sentence_and_exits_2(
@@ -181,7 +203,35 @@ def test_app_says_one_sentence_and_exits_2(
     assert fix in lines[0]
     assert not list(tmp_path.glob("out/*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()
+    assert not (tmp_path / "out" / "plan.json").exists()
     assert snapshot(twin.parent) == before
+
+
+def test_a_newer_checkpoint_that_is_passed_over_is_named_and_none_at_all_is_said(
+    server: TrainServer, twin: Path, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(twin, run)
+    newest = max((run / "checkpoints").glob("step-*"))
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    generate = [ROOT / "apps/generate.py", ["--run", str(run), "--tokens", "1"], tmp_path]
+    done = server.run_program(*generate)
+    assert done.returncode == 0, done.stderr
+    assert f"the checkpoint of step {int(newest.name[5:])} is passed over" in done.stderr
+
+    shutil.rmtree(run / "checkpoints")
+    done = server.run_program(*generate)
+    assert done.returncode == 4
+    assert "holds no checkpoint any more; bring them back" in done.stderr
+    again = ["--config", str(tiny_config), "--data-dir", str(corpus), "--run-dir", str(run)]
+    done = server.run_program(ROOT / "apps/train.py", [*again, "--json"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["status"] == "already_finished"
+    done = server.run_program(ROOT / "apps/train.py", again, tmp_path)
+    assert "Its checkpoints are gone" in done.stdout
 
 
 def test_run_of_another_version(server: TrainServer, world: Path, corpus: Path, twin: Path) -> None:

@@ -81,7 +81,7 @@ def test_signals_in_every_phase_of_one_run_leave_no_difference(
         tiny_config,
         tmp_path / "other",
         tmp_path / "new",
-        set=CORPUS,
+        set=[*CORPUS, f"data.dir={tmp_path / 'new'}"],
         at_phase="preparing data",
         signal="SIGTERM",
     )

@@ -9,6 +9,7 @@ import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -164,7 +165,10 @@ def look_before(
         note=lambda text: say(f"{text}\n") if _is_main() else None,
     )
     if _is_main():
-        show(str(report), report.to_dict(), args.json)
+        if args.preflight or args.json is None:
+            show(str(report), report.to_dict(), args.json)
+        else:
+            say(f"{report}\n")  # `--json` is of what follows
         sys.stdout.flush()
     if args.preflight or not report.ok:
         return 0 if report.ok else EXIT_BAD_INPUT
@@ -179,10 +183,11 @@ def train_and_tell(
     stop: StopRequest,
     dry_run: bool = False,
     note: str = "",
+    json_to: str | None = None,
 ) -> int:
     """`train` with a progress display; says how it ended, and returns the exit code for that.
 
-    From here on a signal is a request to save. `note` is said first.
+    From here on a signal is a request to save. `note` is said first; `json_to` is as `show`'s.
     """
     from matilda_train import TerminalDisplay, train
 
@@ -200,7 +205,9 @@ def train_and_tell(
         )
     if _is_main():
         with suppress(OSError):  # nobody listens: the exit code tells
-            print(_last_words(result, dry_run=dry_run), flush=True)
+            as_json = asdict(result) | {"run_dir": str(result.run_dir)}
+            show(_last_words(result, dry_run=dry_run), as_json, json_to)
+            sys.stdout.flush()
     return EXIT_PREEMPTED if result.status == "preempted" else 0
 
 
@@ -211,6 +218,11 @@ def _last_words(result: TrainResult, *, dry_run: bool) -> str:
         return f"Dry run of {result.step:,} steps passed; nothing was kept."
     following = f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '"
     if result.status == "already_finished":
+        if not any(Path(result.run_dir, "checkpoints").glob("step-*")):
+            following = (
+                "Its checkpoints are gone: bring them back to use the model, or train it again "
+                "with another `--run-dir`."
+            )
         return f"This run is complete: {result.step:,} steps in {result.run_dir}\n{following}"
     first, final = (
         "not finite" if bits is None else f"{bits:.4f}"

@@ -71,7 +71,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"Config file {str(path)!r} does not exist.{_nearby_config(path)}")
+        problem = "is a folder, not a file" if path.is_dir() else "does not exist"
+        raise ValueError(f"Config file {str(path)!r} {problem}.{_nearby_config(path)}")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
@@ -151,11 +152,14 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _nearby_config(path: Path) -> str:
-    if not path.parent.is_dir():
-        return ""
-    names = [p.name for p in path.parent.glob("*.json")]
-    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
-    return f" Did you mean {str(path.parent / close[0])!r}?" if close else ""
+    for folder in (path.parent, path if path.is_dir() else Path("configs")):
+        names = [p.name for p in folder.glob("*.json")]
+        close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.4)
+        if close:
+            return f" Did you mean {str(folder / close[0])!r}?"
+        if folder == path:
+            return f" It holds {', '.join(sorted(names)) or 'no config'}."
+    return ""
 
 
 def apply_override(raw: dict[str, Any], override: str) -> None:

@@ -14,7 +14,7 @@ from matilda_train.duration import Duration
 from matilda_train.run_dir import RunDir
 from matilda_train.step_plan import parse_point
 
-__all__ = ["SyntheticStream", "TokenStream", "choose_data_dir", "open_streams"]
+__all__ = ["SyntheticStream", "TokenStream", "choose_data_dir", "makes_corpus", "open_streams"]
 
 
 class TokenStream(Protocol):
@@ -98,6 +98,15 @@ def choose_data_dir(given: str | Path | None, config: RunConfig, run_dir: str | 
     if not (given or config.data.dir) and (Path(run_dir) / "run.json").is_file():
         recorded = RunDir.read(run_dir)["config"].get("data", {}).get("dir")
     return Path(given or config.data.dir or recorded or "data")
+
+
+def makes_corpus(given: str | Path | None, config: RunConfig) -> bool:
+    """Whether `data.corpus` is prepared where it is missing: in the config's own folder alone.
+
+    A folder that was named otherwise is the user's: missing, half-finished or damaged, it is said.
+    """
+    own = given is None or Path(given) == Path(config.data.dir or "data")
+    return config.data.corpus is not None and own
 
 
 def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStream]:

@@ -34,8 +34,8 @@ PEAK_BF16_FLOPS: dict[str, float] = {
 }
 
 
-def choose_device(name: str) -> torch.device:
-    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`.
+def choose_device(name: str, *, field: str = "train.device") -> torch.device:
+    """The torch device for `auto`, `cpu`, `cuda` or `cuda:N`, which `field` or an option asks for.
 
     Raises `ValueError` when a GPU is asked for that torch does not see.
     """
@@ -46,11 +46,11 @@ def choose_device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise ValueError(f"`train.device` is {name!r}, but must be auto, cpu, cuda or cuda:N.")
+        raise ValueError(f"`{field}` is {name!r}, but must be auto, cpu, cuda or cuda:N.")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(
-            f"`train.device` is {name!r}, but torch sees {torch.cuda.device_count()} CUDA "
-            "device(s); set `train.device=cpu` or mend the driver."
+            f"`{field}` is {name!r}, but torch sees {torch.cuda.device_count()} CUDA device(s); "
+            f"give `{field}{' ' if field.startswith('-') else '='}cpu` or mend the driver."
         )
     return device
 

@@ -32,6 +32,7 @@ from matilda_train.data_source import (
     SyntheticStream,
     TokenStream,
     choose_data_dir,
+    makes_corpus,
     open_streams,
 )
 from matilda_train.distributed import Ranks
@@ -123,9 +124,10 @@ def train(
             stream, held_out = SyntheticStream.pair(config.model.vocab_size, config.seq_len)
         else:
             data = choose_data_dir(data_dir, config, run_dir)
+            corpus = makes_corpus(data_dir, config)
             if str(data) != "data":  # what reads the run later finds them without being told
                 config = replace(config, data=replace(config.data, dir=str(data)))
-            if ranks.is_main and config.data.corpus is not None:
+            if ranks.is_main and corpus:
                 with phase.during("preparing data"):
                     prepare_corpus(config.data, data, stop=stop, display=display)
             if ranks.any(stop()):

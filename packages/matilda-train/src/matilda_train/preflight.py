@@ -24,7 +24,7 @@ from matilda_data import DataError, verify
 from matilda_model import count_params, flops_per_token
 from matilda_train.build import check_kernels
 from matilda_train.config import RunConfig
-from matilda_train.data_source import choose_data_dir, open_streams
+from matilda_train.data_source import choose_data_dir, makes_corpus, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.evals.task_files import read_tasks
 from matilda_train.hardware import choose_device, device_name, peak_flops, set_numerics
@@ -97,10 +97,10 @@ def run_preflight(
 ) -> PreflightReport:
     """Look at everything that a run of `config` in `run_dir` needs; every reason is reported.
 
-    Unless `thorough`, what data or directory forbid is not tried in real steps, which may take
-    minutes. `deep` hashes every byte of the data. `dollars_per_hour` is the price of the whole
-    machine. `note` hears when real steps begin, and of each trial of a micro-batch. Raises
-    `ValueError` for a device that is not there.
+    What data or directory forbid is tried in real steps where `thorough` and on a GPU alone: on a
+    CPU they take minutes. `deep` hashes every byte of the data. `dollars_per_hour` is the price of
+    the whole machine. `note` hears when real steps begin, and of each trial of a micro-batch.
+    Raises `ValueError` for a device that is not there.
     """
     report = PreflightReport()
     device = Ranks(local_rank=int(os.environ.get("LOCAL_RANK", "0"))).own_device(
@@ -109,13 +109,14 @@ def run_preflight(
     set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
     run_dir, data = Path(run_dir), choose_data_dir(data_dir, config, run_dir)
     _look_at_device(report, device)
-    data_id = _look_at_data(report, config, data, deep=deep)
+    made = makes_corpus(data_dir, config)
+    data_id = _look_at_data(report, config, data, made=made, deep=deep)
     _look_at_tasks(report, config)
     step = _look_at_run_dir(report, config, run_dir, data_id)
     trial = None
     if thorough or report.ok:
-        note(f"Taking real steps on {device_name(device)}: minutes on a CPU …")
-        trial = _look_at_memory(report, config, device, world_size, note)
+        steps = report.ok or device.type != "cpu"
+        trial = _look_at_memory(report, config, device, world_size, note, steps=steps)
     _look_at_disk(report, config, run_dir, step)
     if trial is not None:
         _look_at_time(report, config, trial, step, world_size, dollars_per_hour, device)
@@ -162,10 +163,10 @@ def _look_at_device(report: PreflightReport, device: torch.device) -> None:
 
 
 def _look_at_data(
-    report: PreflightReport, config: RunConfig, data: Path, *, deep: bool
+    report: PreflightReport, config: RunConfig, data: Path, *, made: bool, deep: bool
 ) -> str | None:
     """Finding and figures of the data; its identity when it can be trained on."""
-    if config.data.corpus is not None and not data.exists():
+    if made and not data.exists():
         report.add("data", "yes", f"{config.data.corpus} is prepared in {data} at the start")
         return None
     try:
@@ -231,8 +232,10 @@ def _look_at_memory(
     device: torch.device,
     world_size: int,
     note: Callable[[str], None],
+    *,
+    steps: bool,
 ) -> StepTrial | None:
-    """Real steps of the micro-batch; where it does not fit, of smaller ones until one does."""
+    """Real `steps` of the micro-batch; where it does not fit, of smaller ones until one does."""
     try:
         sizes = sizes_that_divide(config, world_size)
         wanted = config.train.micro_batch_size
@@ -244,6 +247,9 @@ def _look_at_memory(
     except ValueError as error:
         report.add("batch", "no", str(error))
         return None
+    if not steps:
+        return None
+    note(f"Taking real steps on {device_name(device)}: minutes on a CPU …")
     run = TrialRun(config, device, world_size)
     try:
         parameters = count_params(config.model)

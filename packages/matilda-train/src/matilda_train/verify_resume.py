@@ -78,6 +78,10 @@ def verify_resume(
     if math.isnan(pause_after_seconds):
         raise ValueError("`--pause-after` is nan, but must be a number of seconds.")
     config = load_config(config_path, overrides)
+    if config.train.device not in ("auto", "cpu"):
+        from matilda_train.hardware import choose_device
+
+        choose_device(config.train.device)  # refused before `work_dir` is this proof's
     proof = Proof(
         config,
         work_dir,

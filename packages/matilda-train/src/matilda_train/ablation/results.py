@@ -112,8 +112,8 @@ def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
     }
     if not losses[baseline]:
         raise ValueError(
-            f"No run of {baseline!r} in {str(study.out)!r} has finished yet; run the same command "
-            "again."
+            f"No run of {baseline!r} in {str(study.out)!r} has finished yet, so nothing can be "
+            "compared."
         )
     finished = {name: found for name, found in losses.items() if found}
     kinds = {

@@ -26,7 +26,8 @@ from typing import IO, Any, Literal, Protocol
 
 from matilda_train.ablation.plan import Job, Study, outcome_of
 from matilda_train.config import RunConfig
-from matilda_train.data_source import open_streams
+from matilda_train.data_source import choose_data_dir, makes_corpus, open_streams
+from matilda_train.hardware import choose_device
 from matilda_train.metrics_log import read_rows
 
 __all__ = ["Ending", "Progress", "StudyDisplay", "places", "run_study"]
@@ -125,8 +126,6 @@ def run_study(
         else:
             loss = known.loss_nats
             progress.done[job.key] = known.outcome if loss is None else f"{loss:.4f}"
-    if waiting and (in_process or where):
-        _refuse_other_data(study, waiting[0].config, data_dir)
     study.out.mkdir(parents=True, exist_ok=True)
     call = _Call(
         study=study,
@@ -146,6 +145,8 @@ def run_study(
         if keep_checkpoints:
             _look_at_disk(study, waiting, display)
         with _held(study.out):
+            if not call.stopping():
+                _look_at_ground(study, waiting[0].config, data_dir)
             if in_process:
                 call.run_here()
             else:
@@ -157,17 +158,18 @@ def run_study(
     return "complete" if len(progress.done) == len(jobs) else "stopped"
 
 
-def _refuse_other_data(study: Study, config: RunConfig, data_dir: Path | None) -> None:
-    """`ValueError` where the runs of another machine have not read what these would."""
-    known = study.earlier.provenance.get("data_id")
-    folder = data_dir or config.data.dir
-    if not study.earlier.runs or not known or folder is None:
+def _look_at_ground(study: Study, config: RunConfig, data_dir: Path | None) -> None:
+    """`ValueError` for a device or data that no run could have, before any process is started."""
+    choose_device(config.train.device)
+    folder = choose_data_dir(data_dir, config, study.out)
+    if makes_corpus(data_dir, config) and not folder.exists():
         return
-    stream, _ = open_streams(config, Path(folder))
-    if stream.data_id not in known:
+    found = open_streams(config, folder)[0].data_id
+    known = study.earlier.provenance.get("data_id")
+    if study.earlier.runs and known and found not in known:
         raise ValueError(
             f"The runs of `--earlier` read the data set {', '.join(map(str, known))}, but this is "
-            f"{stream.data_id}; give `--data-dir` the same, or leave them out."
+            f"{found}; give `--data-dir` the same, or leave them out."
         )
 
 
@@ -177,8 +179,8 @@ def _look_at_disk(study: Study, waiting: Sequence[Job], display: StudyDisplay) -
     free = shutil.disk_usage(study.out).free
     if need > free:
         display.note(
-            f"The checkpoints of {len(waiting)} runs may take {need / 1e9:,.0f} GB, but "
-            f"{free / 1e9:,.0f} GB are free; `--discard-checkpoints` keeps metrics alone."
+            f"The checkpoints of {len(waiting)} runs may take {need / 1e9:,.2f} GB, but "
+            f"{free / 1e9:,.2f} GB are free; `--discard-checkpoints` keeps metrics alone."
         )
 
 

@@ -141,7 +141,7 @@ VARIANTS: dict[str, Variant] = {
     ),
     "mqa": Variant("one key/value head", _set(model__n_kv_heads=1)),
     "adamw": Variant(
-        "AdamW for everything, at its own best rate and decay of docs/LOG.md's study",
+        "AdamW for everything, at its own best rate of docs/LOG.md's study, decay as there",
         _set(optim__algorithm="adamw", optim__lr=1e-3, optim__weight_decay=0.1),
     ),
     "muon": Variant(

@@ -20,7 +20,7 @@ class DataConfig:
 
     corpus: Literal["python-stdlib"] | None = None
     """Corpus to prepare when `dir` is missing: the source of Python's own standard library needs
-    no download. null: the data set must exist."""
+    no download. null: the data set must exist, as one that `--data-dir` names always must."""
 
     seed: int = 0
     """Seed of the order in which training windows are visited."""

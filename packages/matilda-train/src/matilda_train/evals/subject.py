@@ -51,7 +51,7 @@ def open_checkpoint(folder: Path, *, device: str = "auto") -> Subject:
     if not number.isdigit() or not folder.is_dir():
         raise ValueError(f"{str(folder)!r} is no `step-…` folder of a run's checkpoints.")
     config = RunDir.config(run_dir)
-    where = choose_device(device)
+    where = choose_device(device, field="--device")
     dtype = choose_dtype(config.train.dtype, where)
     model = load_pretrained(folder.resolve(), device=where, compute_dtype=dtype)
     return _subject(run_dir, int(number), model)
@@ -61,7 +61,7 @@ def open_folder(folder: Path, *, device: str = "auto", trust_remote_code: bool =
     """A folder of transformers; errors as `load_folder`'s."""
     from matilda_train.evals.transformers_folder import GPU_BATCH_TOKENS, load_folder
 
-    where = choose_device(device)
+    where = choose_device(device, field="--device")
     dtype = choose_dtype("auto", where)
     model, coder = load_folder(
         folder,

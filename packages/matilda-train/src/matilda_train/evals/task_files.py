@@ -64,7 +64,11 @@ def read_tasks(
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise ValueError(f"The folder of evaluation tasks {str(folder)!r} does not exist.")
+        raise ValueError(
+            f"The folder of evaluation tasks {str(folder)!r} does not exist; name the one that has "
+            "NAME.jsonl or NAME.jsonl.gz of each task, or leave `--task-dir` out to load them from "
+            "the hub."
+        )
     return [read_task(name, find_task_file(folder, name), limit=limit) for name in names]
 
 
