@@ -12,7 +12,7 @@
 #   evaluate  every question set, beside Pythia after as many tokens
 #   minutes   minutes to the same held-out loss, beside nanoGPT and nanochat
 #
-# CORPUS      folder with corpus-edu-*.jsonl.zst, corpus-code-*.jsonl.zst and evals/ (data/corpus)
+# CORPUS      folder with corpus-edu-*.jsonl.zst, corpus-code-*.jsonl.zst and evals/ (data/raw)
 # PEERS       folder with checkouts nanoGPT and nanochat (../peers)
 # RUNS        where data, runs and figures go (runs/results)
 # PAGES       folder of the pages that get the tables (docs); PAGES/measured gets the results as
@@ -29,7 +29,7 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python}
-corpus=${CORPUS:-data/corpus}
+corpus=${CORPUS:-data/raw}
 peers=${PEERS:-../peers}
 runs=${RUNS:-runs/results}
 pages=${PAGES:-docs}
