@@ -53,13 +53,14 @@ def main() -> int:
         config=options.config,
         revision=options.revision,
     )
-    code = run_preparation(
-        prepare_hub, options, sources=[source], target_tokens=options.target_tokens
+    return run_preparation(
+        prepare_hub,
+        options,
+        following=f"uv run apps/train.py --config configs/base_124m.json "
+        f"--data-dir {options.out_dir}",
+        sources=[source],
+        target_tokens=options.target_tokens,
     )
-    if code == 0 and options.partition is None:
-        train = "uv run apps/train.py --config configs/base_124m.json"
-        print(f"Next: {train} --data-dir {options.out_dir}")
-    return code
 
 
 if __name__ == "__main__":

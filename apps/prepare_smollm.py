@@ -86,13 +86,14 @@ def main() -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    code = run_preparation(
-        prepare_hub, options, sources=sources, target_tokens=options.target_tokens
+    return run_preparation(
+        prepare_hub,
+        options,
+        following=f"uv run apps/train.py --config configs/base_152m_v2.json "
+        f"--data-dir {options.out_dir}",
+        sources=sources,
+        target_tokens=options.target_tokens,
     )
-    if code == 0 and options.partition is None:
-        train = "uv run apps/train.py --config configs/base_152m_v2.json"
-        print(f"Next: {train} --data-dir {options.out_dir}")
-    return code
 
 
 if __name__ == "__main__":

@@ -55,19 +55,17 @@ def main() -> int:
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    code = run_preparation(
+    config = "base_124m" if options.tokenizer == "gpt2" else "quickstart"
+    return run_preparation(
         prepare_text,
         options,
+        following=f"uv run apps/train.py --config configs/{config}.json "
+        f"--data-dir {options.out_dir} --run-dir runs/{options.out_dir.name}",
         inputs=inputs,
         exclude=options.exclude,
         text_field=options.text_field,
         invalid_utf8=options.invalid_utf8,
     )
-    if code == 0 and options.partition is None:
-        config = "base_124m" if options.tokenizer == "gpt2" else "quickstart"
-        train = f"uv run apps/train.py --config configs/{config}.json"
-        print(f"Next: {train} --data-dir {options.out_dir} --run-dir runs/{options.out_dir.name}")
-    return code
 
 
 def _source(weight: str, *inputs: str) -> TextSource:

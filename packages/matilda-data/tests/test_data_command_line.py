@@ -75,6 +75,22 @@ def test_failures_are_one_sentence_and_an_exit_code(
     assert "Not a directory; choose another output directory" in capsys.readouterr().err
 
 
+def test_a_data_set_without_held_out_text_is_not_called_ready(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse("--out-dir", tmp_path / "none", "--val-fraction", "0")
+    assert run_preparation(prepare_text, options, inputs=corpus, following="train") == 0
+    said = capsys.readouterr()
+    assert "Next" not in said.out
+    assert "has no held-out text" in said.err
+    assert "`--val-fraction`, such as 0.1, into a new `--out-dir`" in said.err
+    options = parse("--out-dir", tmp_path / "some")
+    assert run_preparation(prepare_text, options, inputs=corpus, following="train") == 0
+    said = capsys.readouterr()
+    assert said.out.endswith("Next: train\n")
+    assert "warning" not in said.err
+
+
 IN_A_TERMINAL = """
 import argparse, os, sys, time
 from matilda_data import add_preparation_options, run_preparation

@@ -253,5 +253,5 @@ def test_directory_without_manifest_is_refused(tmp_path: Path) -> None:
 
 def test_split_without_documents_is_refused_with_the_fix(corpus: Path, tmp_path: Path) -> None:
     prepare_text(corpus, tmp_path / "out", tokenizer="byte", val_fraction=0)
-    with pytest.raises(DataError, match=r"has no 'val' documents; .* larger `val_fraction`"):
+    with pytest.raises(DataError, match=r"has no 'val' documents; .* larger `--val-fraction`"):
         open_dataset(tmp_path / "out", "val")

@@ -89,9 +89,15 @@ def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: fl
 
 
 def run_preparation(
-    prepare: Callable[..., Manifest], options: argparse.Namespace, **arguments: Any
+    prepare: Callable[..., Manifest],
+    options: argparse.Namespace,
+    *,
+    following: str = "",
+    **arguments: Any,
 ) -> int:
     """Call `prepare` with `arguments` and the shared `options`; returns the exit code.
+
+    `following` is the command to give next, told where the data set is whole and has both splits.
 
     0 when done; with one sentence, 2 for bad input and 4 for an environment that failed (disk
     full); 75 when stopped by SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP (the terminal is gone),
@@ -141,6 +147,14 @@ def run_preparation(
             f"{manifest.total_documents(split):,} documents"
         )
     print(f"Data set: {options.out_dir} (data_id {manifest.data_id})")
+    if manifest.total_documents("val") == 0:
+        print(
+            f"warning: {str(options.out_dir)!r} has no held-out text, which training needs; "
+            "prepare it again with a larger `--val-fraction`, such as 0.1, into a new `--out-dir`",
+            file=sys.stderr,
+        )
+    elif following:
+        print(f"Next: {following}")
     return 0
 
 

@@ -322,7 +322,7 @@ def open_dataset(
         other = "a larger" if split == "val" else "a smaller"
         raise DataError(
             f"data set {str(directory)!r} has no {split!r} documents; prepare it again with "
-            f"{other} `val_fraction` or more text"
+            f"{other} `--val-fraction` (in Python `val_fraction`) or more text"
         )
     return TokenDataset(
         directory=directory,

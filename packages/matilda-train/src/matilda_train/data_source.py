@@ -127,11 +127,14 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
         BinStream(train, seq_len=config.seq_len, seed=config.data.seed, weights=_mix(config)),
         BinStream(held_out, seq_len=config.seq_len, seed=config.data.seed, shuffle=False),
     )
-    for stream, split in zip(streams, ("training", "held-out"), strict=True):
+    for stream, split, more in (
+        (streams[0], "training", "more text"),
+        (streams[1], "held-out", "more text, or with a larger `--val-fraction`"),
+    ):
         if stream.n_windows < 1:
             raise ValueError(
                 f"The {split} part of {str(data_dir)!r} has fewer tokens than one sequence of "
-                f"{config.seq_len + 1}; prepare more text, or lower `train.seq_len`."
+                f"{config.seq_len + 1}; prepare {more}, or lower `train.seq_len`."
             )
     return streams
 
