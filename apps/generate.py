@@ -52,6 +52,12 @@ def main() -> int:
     args = parse_arguments()
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"`--seed` is {args.seed}, but must fit 64 bits.")
+    if not args.temperature >= 0:
+        raise ValueError(f"`--temperature` must be 0 or more, not {args.temperature:g}.")
+    if args.top_k < 1:
+        raise ValueError(f"`--top-k` must be 1 or more, not {args.top_k}.")
+    if args.top_p is not None and not 0 < args.top_p <= 1:
+        raise ValueError(f"`--top-p` must be above 0 and at most 1, not {args.top_p:g}.")
     from matilda_train import RunDir
 
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds

@@ -91,6 +91,20 @@ def test_a_data_set_without_held_out_text_is_not_called_ready(
     assert "warning" not in said.err
 
 
+def test_errors_name_the_option_rather_than_the_argument(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = parse("--out-dir", tmp_path / "out", "--val-fraction", "2")
+    assert run_preparation(prepare_text, options, inputs=corpus) == 2
+    assert "`--val-fraction` is 2.0" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    options = parse("--out-dir", tmp_path / "out")
+    options.invalid_utf8 = "error"
+    arguments = {"inputs": tmp_path / "latin.txt", "invalid_utf8": options.invalid_utf8}
+    assert run_preparation(prepare_text, options, **arguments) == 2
+    assert "set `--invalid-utf8` to 'replace'" in capsys.readouterr().err
+
+
 IN_A_TERMINAL = """
 import argparse, os, sys, time
 from matilda_data import add_preparation_options, run_preparation

@@ -123,7 +123,7 @@ def run_preparation(
             **arguments,
         )
     except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_by_option(str(error), options)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
         print(f"error: {error}; run the same command again to go on", file=sys.stderr)
@@ -156,6 +156,13 @@ def run_preparation(
     elif following:
         print(f"Next: {following}")
     return 0
+
+
+def _by_option(message: str, options: argparse.Namespace) -> str:
+    """`message` with the arguments of Python named as the options that set them."""
+    for name in vars(options):
+        message = message.replace(f"`{name}`", f"`--{name.replace('_', '-')}`")
+    return message
 
 
 def parse_weights(text: str) -> dict[str, int]:
