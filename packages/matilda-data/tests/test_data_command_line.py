@@ -105,6 +105,21 @@ def test_errors_name_the_option_rather_than_the_argument(
     assert "set `--invalid-utf8` to 'replace'" in capsys.readouterr().err
 
 
+def test_a_full_disk_is_named_and_space_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(**_: Any) -> Manifest:
+        with Path("/dev/full").open("w") as file:  # as a disk: its error names no file
+            file.write("x")
+        raise AssertionError("not full")
+
+    assert run_preparation(full, parse("--out-dir", tmp_path / "out")) == 4
+    assert capsys.readouterr().err == (
+        f"error: No space left on device: {str(tmp_path / 'out')!r}; free space there, then run "
+        "the same command again to go on\n"
+    )
+
+
 IN_A_TERMINAL = """
 import argparse, os, sys, time
 from matilda_data import add_preparation_options, run_preparation
@@ -160,7 +175,8 @@ def test_disk_that_is_full_for_a_worker_is_one_sentence_and_the_rerun_goes_on(
         assert run_preparation(prepare_text, options, inputs=corpus) == 4
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    assert "File too large; run the same command again to go on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"File too large: {str(tmp_path / 'out')!r}; run the same command again to go on" in said
     options.workers = 1
     assert run_preparation(prepare_text, options, inputs=corpus) == 0
     verify(tmp_path / "out", deep=True)

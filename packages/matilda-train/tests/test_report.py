@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,8 @@ from matilda_train import config_from_dict
 from matilda_train.config_load import config_to_dict
 from matilda_train.report.page import render
 from matilda_train.report.run_record import MOST_POINTS, name_runs, read_run, thin
+from matilda_train.report.section import replace_section
+from matilda_train.run_dir import write_output
 
 CONFIG: dict[str, Any] = {
     "model": {"d_model": 64, "n_layers": 1, "n_heads": 2, "n_kv_heads": 1, "max_seq_len": 32},
@@ -174,6 +177,23 @@ def test_a_long_run_is_thinned_out_but_for_its_spikes() -> None:
     assert len(kept) <= MOST_POINTS
     assert kept[-1]["step"] == 100_000
     assert {50.0, 0.5} <= {row["loss_nats"] for row in kept}
+
+
+def test_a_write_that_fails_names_its_file_and_leaves_nothing_behind(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(OSError, match="too large") as whole:
+            write_output(page, 10_000 * "x")
+        with pytest.raises(OSError, match="too large") as section:
+            replace_section(page, "name", 10_000 * "x")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert whole.value.filename == section.value.filename == str(page)
+    assert [file.name for file in tmp_path.iterdir()] == ["page.md"]
+    assert page.read_text() == "before\n"
 
 
 def test_without_plotly_the_message_says_what_to_install() -> None:

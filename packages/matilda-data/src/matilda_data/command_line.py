@@ -9,6 +9,7 @@ sys.exit(run_preparation(prepare_text, options, inputs=options.input))
 from __future__ import annotations
 
 import argparse
+import errno
 import shlex
 import signal
 import sys
@@ -28,6 +29,9 @@ __all__ = ["add_preparation_options", "parse_weights", "run_preparation"]
 EXIT_BAD_INPUT = 2
 EXIT_ENVIRONMENT = 4
 EXIT_STOPPED = 75  # a launcher should run the same command again
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+OF_DISK = (*FULL, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
 def add_preparation_options(parser: argparse.ArgumentParser, *, val_fraction: float) -> None:
@@ -126,7 +130,7 @@ def run_preparation(
         print(f"error: {_by_option(str(error), options)}", file=sys.stderr)
         return EXIT_BAD_INPUT
     except OSError as error:
-        print(f"error: {error}; run the same command again to go on", file=sys.stderr)
+        print(f"error: {_failure(error, options.out_dir)}", file=sys.stderr)
         return EXIT_ENVIRONMENT
     except KeyboardInterrupt:
         for number in STOP_SIGNALS:
@@ -163,6 +167,14 @@ def _by_option(message: str, options: argparse.Namespace) -> str:
     for name in vars(options):
         message = message.replace(f"`{name}`", f"`--{name.replace('_', '-')}`")
     return message
+
+
+def _failure(error: OSError, out_dir: Path) -> str:
+    """What failed, on which file or at least in which directory, and what to do."""
+    where = error.filename or (out_dir if error.errno in OF_DISK else None)
+    what = f"{error.strerror}: {str(where)!r}" if where and error.strerror else str(error)
+    first = "free space there, then " if error.errno in FULL else ""
+    return f"{what}; {first}run the same command again to go on"
 
 
 def parse_weights(text: str) -> dict[str, int]:

@@ -21,7 +21,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -237,11 +237,16 @@ def _unshare_logs(path: Path) -> None:
 def write_durably(target: Path, content: str | bytes) -> None:
     """Put `content` in `target`, whole or not at all, there after a power cut too."""
     temporary = target.with_name(f".{target.name}.tmp")
-    with naming(temporary), temporary.open("wb") as file:
-        file.write(content if isinstance(content, bytes) else content.encode())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(target)
+    try:
+        with naming(target), temporary.open("wb") as file:
+            file.write(content if isinstance(content, bytes) else content.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with suppress(OSError):  # the first error is the one to tell
+            temporary.unlink(missing_ok=True)
+        raise
     folder = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

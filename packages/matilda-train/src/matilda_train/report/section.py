@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matilda_train.run_dir import write_output
+
 __all__ = ["describe_provenance", "replace_section"]
 
 
@@ -30,9 +32,8 @@ def replace_section(page: str | Path, name: str, text: str, *, title: str = "") 
     else:
         after = f"{before.rstrip()}\n\n{section}\n"
     page.parent.mkdir(parents=True, exist_ok=True)
-    temporary = page.with_name(f".{page.name}.tmp")
-    temporary.write_text(after, encoding="utf-8")
-    return temporary.replace(page)
+    write_output(page, after)
+    return page
 
 
 def describe_provenance(provenance: Mapping[str, Sequence[Any]]) -> str:
