@@ -13,6 +13,7 @@ from pathlib import Path
 from matilda_train.app import (
     add_preflight_options,
     add_run_options,
+    check_request,
     look_before,
     run_app,
     train_and_tell,
@@ -48,6 +49,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", action="store_true", help="at most 20 steps on synthetic tokens, keep nothing"
     )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="only say, within a second, whether config, data and run directory can be used; exit "
+        "0 for yes, 2 for no",
+    )
     add_preflight_options(parser)
     return parser.parse_args()
 
@@ -59,6 +66,10 @@ def main() -> int:
 
     config = load_config(args.config, args.set)
     run_dir = args.run_dir or Path("runs") / args.config.stem
+    if args.check:
+        if not args.dry_run:
+            check_request(config, run_dir, args.data_dir)
+        return 0
     answer = look_before(config, run_dir, args, dry_run=args.dry_run)
     if answer is not None:
         return answer

@@ -2,8 +2,9 @@
 # Train on this machine: launchers/train.sh --config configs/base_152m_v2.json --data-dir D --run-dir R
 #
 # With one GPU or none this becomes the app itself, exit codes and all. With several it starts
-# torchrun, which ends with 1 whatever its workers said: a signal is passed on, the workers save
-# (torchrun kills what has not ended 30 s later), and this ends with 75: run it again.
+# torchrun, which ends with 1 whatever its workers said: bad input is found before, in one process,
+# and ends with 2; a signal is passed on, the workers save (torchrun kills what has not ended 30 s
+# later), and this ends with 75: run it again.
 #
 # GPUS      processes on this machine (default: the GPUs that nvidia-smi lists)
 # NNODES    machines; start this on each, with HEAD=HOST:PORT of one of them
@@ -35,14 +36,21 @@ pass_on() {
     if [ -n "$child" ]; then kill -TERM "$child" 2>/dev/null || true; fi
 }
 trap pass_on TERM INT USR1
-"$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$gpus" \
-    --max-restarts "${RESTARTS:-3}" apps/train.py "$@" &
-child=$!
-if [ -n "$stopped" ]; then pass_on; fi
-while kill -0 "$child" 2>/dev/null; do
-    wait "$child" || true # also returns when a signal arrives
-done
-code=0
-wait "$child" || code=$?
+run() { # in the background, where signals can be passed on; its exit code in `code`
+    "$@" &
+    child=$!
+    if [ -n "$stopped" ]; then pass_on; fi
+    while kill -0 "$child" 2>/dev/null; do
+        wait "$child" || true # also returns when a signal arrives
+    done
+    code=0
+    wait "$child" || code=$?
+}
+
+run env WORLD_SIZE=$((nodes * gpus)) "$python" apps/train.py --check "$@"
+if [ -n "$stopped" ]; then exit 75; fi
+if [ "$code" -eq 2 ]; then exit 2; fi
+run "$python" -m torch.distributed.run "${meeting[@]}" --nproc-per-node "$gpus" \
+    --max-restarts "${RESTARTS:-3}" apps/train.py "$@"
 if [ -n "$stopped" ] && [ "$code" -ne 0 ]; then code=75; fi
 exit "$code"

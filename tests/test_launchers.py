@@ -23,6 +23,11 @@ SCRIPTS = ["train.sh", "keep.sh", "slurm.sbatch", "vast.sh"]
 # Stands for Python: notes how it was called, then waits for a signal or ends as it is told to.
 INTERPRETER = """#!{python}
 import json, os, signal, sys, time
+if "--check" in sys.argv:
+    if os.environ.get("WAIT") == "check":
+        print("checking", flush=True)
+        time.sleep(60)
+    os._exit(int(os.environ.get("CHECK_ENDS_WITH", "0")))
 code = int(os.environ["END_WITH"])
 note = open(f"{folder}/task-{{os.environ.get('RANK', 'alone')}}", "a")
 def end(number, frame):
@@ -209,6 +214,36 @@ def test_a_torchrun_that_failed_by_itself_keeps_its_code(cluster: dict[str, str]
     run = launch("train.sh", cluster | {"END_WITH": "1", "GPUS": "2"})
     run.communicate(timeout=60)
     assert run.returncode == 1
+
+
+def test_bad_input_ends_with_2_before_torchrun_starts(
+    cluster: dict[str, str], tmp_path: Path
+) -> None:
+    run = launch("train.sh", cluster | {"CHECK_ENDS_WITH": "2", "GPUS": "2"})
+    run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert not notes(cluster, "task-alone")
+    real = cluster | {"PYTHON": sys.executable, "GPUS": "2"}
+    for arguments, said in (
+        (["--config", "configs/quickstrat.json"], "quickstart.json"),
+        (["--config", "configs/base_124m.json", "--data-dir", f"{tmp_path}/none"], "none"),
+    ):
+        run = launch("train.sh", real, *arguments)
+        lines = run.communicate(timeout=60)[0].splitlines()
+        assert run.returncode == 2
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        assert said in lines[0]
+
+
+def test_a_signal_while_the_input_is_checked_ends_with_75(cluster: dict[str, str]) -> None:
+    run = launch("train.sh", cluster | {"WAIT": "check", "GPUS": "2"})
+    assert run.stdout is not None
+    assert run.stdout.readline() == "checking\n"
+    run.send_signal(signal.SIGTERM)
+    run.communicate(timeout=60)
+    assert run.returncode == 75
+    assert not notes(cluster, "task-alone")
 
 
 @pytest.mark.slow

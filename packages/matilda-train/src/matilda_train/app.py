@@ -27,6 +27,7 @@ __all__ = [
     "add_preflight_options",
     "add_run_options",
     "add_set_option",
+    "check_request",
     "look_before",
     "run_app",
     "show",
@@ -173,6 +174,23 @@ def look_before(
     if args.preflight or not report.ok:
         return 0 if report.ok else EXIT_BAD_INPUT
     return None
+
+
+def check_request(config: RunConfig, run_dir: Path, data_dir: Path | None) -> None:
+    """Raise `ValueError` where a run could not begin for its data, directory or batch; no torch.
+
+    Reads headers and lengths only and changes nothing. A corpus that the run itself prepares is not
+    looked at.
+    """
+    from matilda_train.data_source import choose_data_dir, makes_corpus, open_streams
+    from matilda_train.run_dir import check_run_dir
+
+    data_id = None
+    if not makes_corpus(data_dir, config):
+        data_id = open_streams(config, choose_data_dir(data_dir, config, run_dir))[0].data_id
+    check_run_dir(run_dir, config, data_id=data_id)
+    if config.train.micro_batch_size != "auto":
+        config.grad_accum_steps(int(os.environ.get("WORLD_SIZE", "1")))
 
 
 def train_and_tell(
