@@ -7,10 +7,10 @@ near the end of the epoch). `benchmarks/data.py` runs them.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import resource
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -406,7 +406,15 @@ def milliseconds(action: Callable[[], Any]) -> float:
 
 
 def main() -> None:
-    name, task, corpus, work = sys.argv[1], sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("system", choices=SYSTEMS, metavar="SYSTEM", help=", ".join(SYSTEMS))
+    parser.add_argument("task", choices=("prepare", "load", "resume"), help="what is measured")
+    parser.add_argument("corpus", type=Path, metavar="CORPUS", help=".jsonl of texts")
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder of the tokens")
+    args = parser.parse_args()
+    name, task, corpus, work = args.system, args.task, args.corpus, args.work
     work.mkdir(parents=True, exist_ok=True)
     system = SYSTEMS[name]()
     result: dict[str, Any] = {}

@@ -38,7 +38,6 @@ gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 data_dir=$runs/data
 measured=$pages/measured
 export PYTHON=$python
-mkdir -p "$runs" "$measured/minutes"
 
 app() { "$python" "apps/$1.py" "${@:2}"; }
 
@@ -192,13 +191,15 @@ if [ $# -eq 0 ]; then
 fi
 for stage in "$@"; do
     case $stage in
-        data | table | rates | ablate | hero | frontier | evaluate | minutes)
-            echo "== $stage"
-            "$stage"
-            ;;
+        data | table | rates | ablate | hero | frontier | evaluate | minutes) ;;
         *)
             echo "no stage '$stage': data, table, rates, ablate, hero, frontier, evaluate, minutes" >&2
             exit 2
             ;;
     esac
+done
+mkdir -p "$runs" "$measured/minutes"
+for stage in "$@"; do
+    echo "== $stage"
+    "$stage"
 done

@@ -10,9 +10,12 @@
 # checkpoint before it is taken.
 set -euo pipefail
 
-folder=${1:?FOLDER} kept=${2:?KEPT}
+if [ $# -lt 3 ]; then
+    sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
+    exit 2
+fi
+folder=$1 kept=$2
 shift 2
-: "${1:?COMMAND}"
 mkdir -p "$folder" "$kept"
 if [ -z "$(ls -A "$folder")" ]; then
     rsync -rt "$kept/" "$folder/"

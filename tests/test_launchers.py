@@ -355,6 +355,16 @@ def test_a_kept_folder_is_sent_while_it_grows_and_fetched_on_the_next_machine(
         assert not list(kept.rglob(".tmp-*"))
 
 
+@pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "kept"]])
+def test_keep_without_a_command_prints_its_usage(arguments: list[str], tmp_path: Path) -> None:
+    command = ["bash", str(LAUNCHERS / "keep.sh"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("launchers/keep.sh FOLDER KEPT COMMAND…\n")
+    assert "set -euo" not in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_sky_task_has_a_command_that_train_sh_takes() -> None:
     yaml = pytest.importorskip("yaml", reason="needs PyYAML")
     task = yaml.safe_load((LAUNCHERS / "skypilot.yaml").read_text())

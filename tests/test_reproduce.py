@@ -30,14 +30,23 @@ def test_its_help_names_every_stage_and_a_typo_is_answered(tmp_path: Path) -> No
     shown = reproduce(RUNS=str(tmp_path), PAGES=str(tmp_path))
     assert shown.returncode == 2
     text = SCRIPT.read_text(encoding="utf-8")
-    stages = re.search(r"^        ([a-z_ |]+)\)$", text, re.MULTILINE)
+    stages = re.search(r"^        ([a-z_ |]+)\) ;;$", text, re.MULTILINE)
     assert stages is not None
     for stage in stages[1].split(" | "):
         assert re.search(rf"^  {stage} +\w", shown.stdout, re.MULTILINE), stage
         assert f"\n{stage}() {{" in text
-    wrong = reproduce("tabel", RUNS=str(tmp_path), PAGES=str(tmp_path))
+    wrong = reproduce("data", "tabel", RUNS=str(tmp_path / "runs"), PAGES=str(tmp_path / "pages"))
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("no stage 'tabel': data, table, ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_peers_of_data_explain_themselves() -> None:
+    script = [sys.executable, str(ROOT / "benchmarks" / "data_peers.py")]
+    helped = subprocess.run([*script, "--help"], capture_output=True, text=True)
+    assert helped.returncode == 0, helped.stderr
+    assert "{prepare,load,resume}" in helped.stdout
+    assert subprocess.run(script, capture_output=True).returncode == 2
 
 
 @pytest.mark.slow
