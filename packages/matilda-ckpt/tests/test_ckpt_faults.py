@@ -299,9 +299,10 @@ def test_all_damaged_is_an_error_never_a_fresh_start(tmp_path: Path) -> None:
     checkpoints = two_steps(tmp_path)
     for step in (1, 2):
         (tmp_path / f"step-0000000{step}" / "COMMIT").unlink()
-    with pytest.raises(NoValidCheckpointError, match=r"2 checkpoint\(s\) and none"):
+    with pytest.raises(NoValidCheckpointError, match=r"2 checkpoint\(s\) and none") as moved:
         checkpoints.restore({})
-    with pytest.raises(NoValidCheckpointError, match="quarantine"):
+    assert "2 damaged lie in `quarantine` now: put an intact copy" in str(moved.value)
+    with pytest.raises(NoValidCheckpointError, match=r"only 2 damaged in `quarantine`; put an in"):
         checkpoints.restore({})
     assert len(list((tmp_path / "quarantine").glob("*.reason.json"))) == 2
 

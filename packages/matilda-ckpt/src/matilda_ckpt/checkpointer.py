@@ -303,13 +303,24 @@ class Checkpointer:
                 return None
             raise NoValidCheckpointError(
                 f"`{self.root}` holds no checkpoint any more, only {len(quarantined)} damaged in "
-                "`quarantine`; look at them with `matilda-ckpt verify`, or start again in an "
-                "empty directory"
+                f"`quarantine`; {self._anew()}"
             )
+        moved = sum(skip.moved_to is not None for skip in skipped)
         raise NoValidCheckpointError(
-            f"`{self.root}` holds {len(skipped)} checkpoint(s) and none can be resumed from; "
-            f"the newest, `{skipped[0].name}`: {skipped[0].reason}; look with `matilda-ckpt ls`, "
-            "restore one by `step=`, or start again in an empty directory"
+            f"`{self.root}` held {len(skipped)} checkpoint(s) and none can be resumed from; "
+            f"the newest, `{skipped[0].name}`: {skipped[0].reason}; "
+            + (
+                f"{moved} damaged lie in `quarantine` now: {self._anew()}"
+                if moved
+                else "look with `matilda-ckpt ls`, take one by its step (`--step`, in Python "
+                "`step=`), or start anew in an empty directory"
+            )
+        )
+
+    def _anew(self) -> str:
+        return (
+            f"put an intact copy, even an older one, back into `{self.root}`, or start anew in an "
+            "empty directory, such as a new `--run-dir`"
         )
 
     def _candidates(self, step: int | None) -> list[CheckpointInfo]:
