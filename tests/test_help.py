@@ -62,6 +62,8 @@ def test_a_command_explains_itself_and_mends_slips(
     code, _, err = said("verify", "--jsom", ".")
     assert (code, err) == (2, "error: there is no option `--jsom`; did you mean `--json`?\n")
     assert said()[0] == 2
+    assert COMMANDS[name](["verify", str(ROOT / "nowhere")]) == 2
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         status, data, text = run(parsed)
     except (CheckpointError, ValueError, OSError) as error:
-        sys.stderr.write(f"matilda-ckpt: {error}\n")
+        sys.stderr.write(f"error: {error}\n")
         return 2
     if parsed.json:
         text = json.dumps(_plain(data), indent=2, allow_nan=False)
