@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_run_is_exported_with_tokenizer_and_card(
     assert "1,792 (7 steps)" in card
     assert "{logit_difference}" not in card
     assert "/where/the/shards/lay" not in card
+
+
+def test_without_the_extra_the_message_says_how_to_add_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ValueError, match=r"`uv run --extra export …` or `pip install "):
+        export_run(finished_run(tmp_path / "run"), tmp_path / "out")
 
 
 def test_a_tokenizer_that_disagrees_stops_the_export(

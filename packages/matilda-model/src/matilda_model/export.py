@@ -76,7 +76,8 @@ def export_transformers(
         from transformers import AutoModelForCausalLM, AutoTokenizer
     except ImportError as error:
         raise ValueError(
-            "export needs transformers: pip install 'matilda-model[export]'"
+            "export needs transformers, which is not installed; add it with `uv run --extra export "
+            "…` or `pip install 'matilda-model[export]'`"
         ) from error
     folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
