@@ -16,7 +16,15 @@ import pytest
 from killable_runs import TrainServer
 from matilda_data import measure_overlap
 from matilda_train import RunDir, write_report
-from matilda_train.evals import Pair, ScoredTransformer, encode_pairs, open_run, score_pairs
+from matilda_train.app import run_app
+from matilda_train.evals import (
+    Pair,
+    ScoredTransformer,
+    encode_pairs,
+    evaluate_harness,
+    open_run,
+    score_pairs,
+)
 from matilda_train.evals.task_files import read_tasks
 from matilda_train.metrics_log import read_rows
 
@@ -208,6 +216,26 @@ def test_contaminated_items_are_counted_and_left_out(
     copied.write_bytes(gzip.compress(items.encode() * 2))
     done = evaluate(*arguments, "--contamination", overlap)
     assert (done.returncode, "another 'sciq_val.jsonl.gz'" in done.stderr) == (2, True)
+
+
+def test_a_hub_out_of_reach_is_a_failure_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tasks = pytest.importorskip("lm_eval.tasks", reason="needs the eval extra")
+
+    def unreachable(*_: object) -> None:
+        raise ConnectionError("Couldn't reach the hub")
+
+    def main() -> int:
+        evaluate_harness(None, ["sciq"])
+        return 0
+
+    monkeypatch.setattr(tasks.TaskManager, "load", unreachable)
+    with pytest.raises(SystemExit) as ended:
+        run_app(main)
+    assert ended.value.code == 4
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert last.startswith("error: The data of sciq cannot be loaded (Couldn't reach the hub)")
 
 
 def test_mistakes_are_named_before_anything_is_scored(

@@ -41,7 +41,8 @@ def evaluate_tasks(
     overlap --json`), each task also says how many of its items are `contaminated`, and `TASK_clean`
     leaves those out.
 
-    Raises `ValueError` for whatever the user can mend.
+    Raises `ValueError` for whatever the user can mend, `OSError` where the harness cannot get a
+    task's data.
     """
     display = display or SilentDisplay()
     overlap, files = check_request(subject, names, task_dir, limit, compare, contamination)

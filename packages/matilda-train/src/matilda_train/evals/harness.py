@@ -32,7 +32,7 @@ def evaluate_harness(
 
     `tasks` are names of the catalogue or tasks made by `harness_task`. Metrics are named as ours
     (`acc`, `acc_stderr`, …, `items`); `task_version` is the harness'. Raises `ValueError` for a
-    task that the harness does not know or cannot load.
+    task that the harness does not know, `OSError` for one whose data cannot be had.
     """
     require_harness()
     import lm_eval
@@ -67,7 +67,7 @@ def _load_by_name(names: Sequence[str]) -> Any:
     try:
         loaded = catalogue.load(list(names))
     except OSError as error:
-        raise ValueError(
+        raise OSError(  # the environment failed, not the user
             f"The data of {', '.join(names)} cannot be loaded ({error}); check the network, or "
             "give a folder of task files with `--task-dir`."
         ) from error
