@@ -52,6 +52,8 @@ def main() -> int:
     args = parse_arguments()
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"`--seed` is {args.seed}, but must fit 64 bits.")
+    if args.tokens < 1:
+        raise ValueError(f"`--tokens` must be 1 or more, not {args.tokens}.")
     if not args.temperature >= 0:
         raise ValueError(f"`--temperature` must be 0 or more, not {args.temperature:g}.")
     if args.top_k < 1:

@@ -161,6 +161,7 @@ def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpu
         ("decay.py --run {twin} --from-step 6 --tokens 512 --data-dir {tmp}/no", "does not exist"),
         ("train.py --config {config} --preflight --dollars-per-hour nan", "`--dollars-per-hour`"),
         ("generate.py --run {twin} --seed 100000000000000000000", "`--seed`"),
+        ("generate.py --run {twin} --tokens 0", "`--tokens` must be 1 or more, not 0"),
         ("generate.py --run {twin} --temperature -1", "`--temperature` must be"),
         ("generate.py --run {twin} --top-k 0", "`--top-k` must be"),
         ("generate.py --run {twin} --top-p 1.5", "`--top-p` must be"),
