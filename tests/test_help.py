@@ -41,6 +41,27 @@ def test_an_app_explains_itself_and_mends_slips(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("report --run X", "give RUN by itself, as `report.py --help` shows."),
+        ("report --run-dir X", "give RUN by itself, as `report.py --help` shows."),
+        ("report --output X", "did you mean `--out`?"),
+        ("ablate --run-dir X", "did you mean `--out`?"),
+        ("prepare_text --output X", "did you mean `--out-dir`?"),
+        ("generate --run-dir X", "did you mean `--run`?"),
+        ("train --out X", "did you mean `--run-dir`?"),
+    ],
+)
+def test_the_name_that_another_program_has_is_understood(
+    command: str, said: str, server: TrainServer, tmp_path: Path
+) -> None:
+    app, option, value = command.split()
+    done = server.run_program(ROOT / "apps" / f"{app}.py", [option, value], tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == f"error: there is no option `{option}`; {said}\n"
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_a_command_explains_itself_and_mends_slips(
     name: str, capsys: pytest.CaptureFixture[str]

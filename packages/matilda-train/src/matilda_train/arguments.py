@@ -14,6 +14,9 @@ from typing import Any, NoReturn
 
 __all__ = ["TeachingParser"]
 
+# What other programs, and ours beside this one, call the same thing.
+ALIKE = (("run", "run-dir"), ("out", "out-dir", "output", "output-dir", "run-dir", "write"))
+
 
 class TeachingParser(argparse.ArgumentParser):
     """An `ArgumentParser` whose help keeps its line breaks and whose errors are one sentence."""
@@ -40,7 +43,7 @@ class TeachingParser(argparse.ArgumentParser):
             if word == "--":
                 break
             if name.startswith("--") and not any(option.startswith(name) for option in options):
-                return f"there is no option `{name}`; {_nearest(name, options)}"
+                return f"there is no option `{name}`; {self._meant(name, options)}"
         choice = re.fullmatch(
             r"argument (.+): invalid choice: '(.*)' \(choose from (.*)\)", message, re.S
         )
@@ -50,6 +53,17 @@ class TeachingParser(argparse.ArgumentParser):
         choices = [name.strip("'") for name in listed.split(", ")]
         kind = f"`{what}`" if what.startswith("-") else what.lower()
         return f"{given!r} is no {kind}; {_nearest(given, choices)}"
+
+    def _meant(self, name: str, options: Sequence[str]) -> str:
+        words = [action.metavar for action in self._actions if not action.option_strings]
+        given = name.removeprefix("--")
+        for names in ((given,), *(names for names in ALIKE if given in names)):
+            for other in names:
+                if other.upper() in words:
+                    return f"give {other.upper()} by itself, as `{self.prog} --help` shows."
+                if f"--{other}" in options:
+                    return f"did you mean `--{other}`?"
+        return _nearest(name, options)
 
     def _options(self) -> Iterator[str]:
         """The long options of this parser and of its subcommands."""
