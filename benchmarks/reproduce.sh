@@ -112,10 +112,10 @@ family() { # a process and all that came of it: torchrun's workers are in sessio
 }
 
 train() { # name, config: to its end, once killed when two fifths of it are done
-    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=2060 sizes
-    sizes=(train.total_steps=2060 train.tokens_per_step=262144
-        "train.micro_batch_size=$((gpus > 2 ? 128 / gpus : 64))" "optim.lr=${LR:-0.004}"
-        optim.warmup_steps=100 eval.every_steps=206 eval.tokens=1048576 ckpt.every_steps=50)
+    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=4120 sizes
+    sizes=(train.total_steps=4120 train.tokens_per_step=131072
+        "train.micro_batch_size=$((gpus > 1 ? 64 / gpus : 64))" "optim.lr=${LR:-0.004}"
+        optim.warmup_steps=200 eval.every_steps=412 eval.tokens=1048576 ckpt.every_steps=100)
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
