@@ -357,7 +357,8 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     if args.peer_dir is None or not (args.peer_dir / FOLDERS[name]).is_dir():
         raise SystemExit(f"error: --peer-dir has no checkout {FOLDERS[name]!r}")
     began = time.monotonic()
-    config = our_config("hero", args)
+    tokens = held_out_tokens(args.data_dir, our_config("hero", args))
+    config = our_config("hero", args, **{"eval.tokens": tokens})
     device = torch.device("cuda" if cuda() else "cpu")
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")
@@ -367,7 +368,6 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     stream, held_out = open_streams(config, args.data_dir)
     sequences = peer.tokens_per_step // config.seq_len
     reader = BatchReader(stream.windows, batch_size=sequences, pin_memory=device.type == "cuda")
-    tokens = held_out_tokens(args.data_dir, config)
     lengths = token_byte_lengths(config)
 
     def step(number: int) -> None:

@@ -87,6 +87,14 @@ def test_mixture_is_prepared_in_parts_verified_traced_and_trained_on(
     with pytest.raises(ValueError, match=r"`data\.mix`: 'soon' is no duration"):
         open_streams(load_config(tiny_config, ['data.mix=["soon: prose=1"]']), mix)
 
+    held_out = open_streams(load_config(tiny_config, ["eval.tokens=640"]), mix)[1]
+    whole = BinStream(mix, seq_len=32, seed=0, split="val", shuffle=False)
+    assert held_out.n_windows == whole.n_windows > 20
+    (numbers, starts), (_, all_starts) = held_out.positions(0, 20), whole.positions(0, 10**4)
+    assert set(numbers.tolist()) == {0, 1}  # both sources, though the code is at the end
+    spread = [number * whole.n_windows // 20 for number in range(20)]
+    assert starts.tolist() == all_starts[spread].tolist()
+
     run = tmp_path / "run"
     assert server.run(tiny_config, run, mix) == 0, server.log.read_text()
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

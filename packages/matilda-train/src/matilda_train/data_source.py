@@ -110,7 +110,10 @@ def makes_corpus(given: str | Path | None, config: RunConfig) -> bool:
 
 
 def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStream]:
-    """The shuffled training stream and the sequential held-out stream of one data set.
+    """The shuffled training stream and the held-out stream of one data set.
+
+    The held-out stream begins with the windows that `eval.tokens` asks for, spread evenly over the
+    held-out text in file order, so that every source has its share of them.
 
     Raises `ValueError` when the data set is missing, damaged or unfinished, was made with another
     tokenizer than the config names, has more token ids than the model, or is too small.
@@ -125,7 +128,7 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
     _check_vocabulary(config, train, data_dir)
     streams = (
         BinStream(train, seq_len=config.seq_len, seed=config.data.seed, weights=_mix(config)),
-        BinStream(held_out, seq_len=config.seq_len, seed=config.data.seed, shuffle=False),
+        _spread(held_out, config.seq_len, config.eval.tokens // config.seq_len),
     )
     for stream, split, more in (
         (streams[0], "training", "more text"),
@@ -137,6 +140,20 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
                 f"{config.seq_len + 1}; prepare {more}, or lower `train.seq_len`."
             )
     return streams
+
+
+def _spread(held_out: TokenDataset, seq_len: int, windows: int) -> BinStream:
+    """Of the held-out windows in file order, `windows` at even distances; all where none is left
+    out. `n_windows` counts all of them."""
+    whole = BinStream(held_out, seq_len=seq_len, seed=0, shuffle=False)
+    kept = range(min(max(windows, 1), whole.n_windows))
+    places = [number * whole.n_windows // len(kept) for number in kept]
+    gaps = [
+        (place + 1, following)
+        for place, following in zip(places, [*places[1:], whole.n_windows], strict=True)
+        if place + 1 < following
+    ]
+    return BinStream(held_out, seq_len=seq_len, seed=0, shuffle=False, skip=gaps) if gaps else whole
 
 
 def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
