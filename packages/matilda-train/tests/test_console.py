@@ -5,8 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+
+from matilda_train import console
 
 PROGRAM = """
 import sys
@@ -63,10 +66,24 @@ def test_others_get_plain_lines(arguments: tuple[str, ...], terminal: bool, term
     assert "\x1b" not in said
     lines = said.split("\n")
     assert lines[0].strip() == "resuming at step 40 [from] here"
-    assert lines[1].startswith("training  70 %  loss 2.5  ETA 0:00")
+    assert lines[1].startswith("training  70 %  loss 2.5  ETA –")
     assert lines[2].strip() == "step 70: held-out"
     assert lines[3].startswith("training 100 %")
     assert [line.strip() for line in lines[4:]] == [""], "the end is told once"
+
+
+def test_the_time_left_does_not_count_what_came_before_the_first_step(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    display = console.TerminalDisplay()
+    display.begin("training", total=100, done=40)
+    for at, done in ((500, 41), (510, 51), (520, 71), (530, 100)):  # 500 s of compiling
+        now[0] = at
+        display.advance(done, "·")
+    said = [line.split("ETA ")[1] for line in capfd.readouterr().err.splitlines()]
+    assert said == ["–", "0:49", "0:19", "0:00"]
 
 
 def test_no_display_ends_its_program_for_want_of_room() -> None:

@@ -55,8 +55,8 @@ class TerminalDisplay:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._what, self._total, self._first = "", 0, 0
-        self._began = self._spoke = time.monotonic()
-        self._whole = False
+        self._first_at: float | None = None
+        self._spoke, self._whole = -math.inf, False
 
     def __enter__(self) -> TerminalDisplay:
         return self
@@ -71,8 +71,7 @@ class TerminalDisplay:
 
     def begin(self, what: str, *, total: int, done: int = 0) -> None:
         self._end()
-        self._what, self._total, self._first = what, total, done
-        self._began = time.monotonic()
+        self._what, self._total, self._first_at = what, total, None
         self._spoke, self._whole = -math.inf, False
         self._progress = _live_bar()
         if self._progress is not None:
@@ -82,6 +81,8 @@ class TerminalDisplay:
 
     def advance(self, done: int, detail: str) -> None:
         now = time.monotonic()
+        if self._first_at is None:  # what came before, such as compiling, says nothing of the rate
+            self._first, self._first_at = done, now
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, detail=detail)
             if now - self._spoke > 0.1 or done >= self._total:
@@ -90,8 +91,9 @@ class TerminalDisplay:
                     self._progress.refresh()
         elif not self._whole and (now - self._spoke >= self._interval or done >= self._total):
             self._spoke, self._whole = now, done >= self._total
-            rate = (done - self._first) / max(now - self._began, 1e-9)
-            eta = f"ETA {_clock((self._total - done) / rate)}" if rate > 0 else "ETA –"
+            rate = (done - self._first) / max(now - self._first_at, 1e-9)
+            left = max(self._total - done, 0)
+            eta = f"ETA {_clock(left / rate if left else 0)}" if rate > 0 or not left else "ETA –"
             percent = 100 * done / max(self._total, 1)
             self.note(f"{self._what} {percent:3.0f} %  {detail}  {eta}")
 
