@@ -139,7 +139,7 @@ train() { # name, config: to its end, once killed when two fifths of it are done
         wait "$leader" || true
     fi
     GPUS=$gpus "${command[@]}"
-    app report "$run"
+    app report "$run" || echo "the run is whole, but has no report" >&2
 }
 
 hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)"; }

@@ -19,6 +19,7 @@ from matilda_data import BinStream, load_tokenizer, prepare_text
 from matilda_train.metrics_log import read_rows
 from matilda_train.replay import read_bundle, replay_step
 from matilda_train.run_comparison import untimed_rows
+from matilda_train.time_account import goodput
 from matilda_train.trace import trace_step
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -55,6 +56,7 @@ def test_autopsy_names_the_module_that_broke_and_the_document_in_the_batch(
     skipped = [r["step"] for r in untimed_rows(run_dir) if r.get("skipped")]
     bundles = sorted((run_dir / "autopsies").iterdir())
     assert len(skipped) >= 3
+    assert goodput(run_dir).seconds["examining"] > 0
     assert [b.name for b in bundles] == [f"step-{step:08d}-nonfinite" for step in skipped[:2]]
     for bundle in bundles:
         report = read_bundle(bundle)

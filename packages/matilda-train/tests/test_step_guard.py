@@ -159,6 +159,18 @@ def judge_all(guard: StepGuard, losses: list[float], grad_norm: float = 1.0) -> 
     return verdicts
 
 
+@pytest.mark.parametrize(("grad_norm", "spike"), [(1.9, False), (2.1, True)])
+def test_a_calm_gradient_norm_has_to_double_before_it_is_a_spike(
+    grad_norm: float, spike: bool
+) -> None:
+    guard = StepGuard(CPU, policy="skip", warmup_steps=100)
+    for value in noise(200):
+        judge_all(guard, [3.0], grad_norm=1.0 + 0.01 * (value - 4.0))
+    (verdict,) = judge_all(guard, [3.0], grad_norm=grad_norm)
+    assert verdict.grad_norm_z > 20
+    assert (verdict.spike, verdict.skipped) == (spike, spike)
+
+
 def noise(n: int, seed: int = 0) -> list[float]:
     generator = torch.Generator().manual_seed(seed)
     values: list[float] = (3 + 0.05 * torch.randn(n, generator=generator)).tolist()

@@ -235,7 +235,8 @@ def _compare_sequences(
     model: Transformer, windows: NDArray[np.uint16], seq_len: int, first: int
 ) -> dict[str, Any]:
     """The sequence of highest loss, and where it is furthest from the one of median loss."""
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+    eager = torch.compiler.set_stance("force_eager")
+    with torch.no_grad(), model.norms_apart(), eager:
         losses = [float(model(*_cut(model, tokens, seq_len)).loss) for tokens in windows]
     order = sorted(range(len(losses)), key=losses.__getitem__)
     worst, typical = order[-1], order[len(order) // 2]

@@ -28,6 +28,10 @@ DECAY = 0.99
 SMALLEST_STD = 1e-3
 """Of the mean: a run of nearly equal losses must not make a spike of the next digit."""
 
+SMALLEST_SPIKE = (0.0, 2.0)
+"""Times the mean, of loss and gradient norm: where a falling learning rate has calmed the norm, one
+of half as much again is many standard deviations above it, and means nothing."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -41,7 +45,7 @@ class Verdict:
     grad_norm_z: float
     finite: bool
     spike: bool
-    """Finite, and a z-score above the threshold."""
+    """Finite, and loss or gradient norm far enough above their means."""
     skipped: bool
     """The update did not happen."""
     consecutive: int
@@ -75,7 +79,8 @@ class StepGuard:
     """Judges each step on the device; keeps the statistics that spikes are measured against.
 
     A spike is a loss or gradient norm more than `threshold` standard deviations above its
-    exponentially weighted mean, after `warmup_steps` finite steps. An outlier moves mean and
+    exponentially weighted mean, and for a gradient norm more than twice that mean, after
+    `warmup_steps` finite steps. An outlier moves mean and
     variance only as far as the threshold, so one bad batch does not hide the next and a lasting
     change is soon normal. `policy` "off" finds no spikes, "warn" lets their updates happen, any
     other vetoes them.
@@ -96,6 +101,7 @@ class StepGuard:
         self._threshold = threshold
         self._warmup_steps = warmup_steps
         # float64: the square of any finite float32 is finite
+        self._smallest_spike = torch.tensor(SMALLEST_SPIKE, dtype=torch.float64, device=device)
         self._mean = torch.zeros(2, dtype=torch.float64, device=device)
         self._var = torch.zeros(2, dtype=torch.float64, device=device)
         self._seen = torch.zeros((), dtype=torch.float64, device=device)
@@ -122,7 +128,8 @@ class StepGuard:
         distance = values - self._mean
         std = torch.maximum(self._var.sqrt(), SMALLEST_STD * self._mean.abs())
         z = torch.where(warm, distance / std, torch.nan)
-        spike = finite & (z > self._threshold).any() & (self._policy != "off")
+        far = (z > self._threshold) & (values > self._smallest_spike * self._mean)
+        spike = finite & far.any() & (self._policy != "off")
         allowed = finite if self._policy == "warn" else finite & ~spike
 
         limit = torch.where(warm, self._threshold * std, torch.inf)

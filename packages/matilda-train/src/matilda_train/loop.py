@@ -301,7 +301,10 @@ def train(
                     display.note(f"step {state.step:,}: {verdict}")
                     alone = whole_model(model)
                     if ranks.is_main:
-                        autopsies.examine(state.step, state.batch_hash, verdict, alone, rollbacks)
+                        with phase.during("examining"):
+                            autopsies.examine(
+                                state.step, state.batch_hash, verdict, alone, rollbacks
+                            )
                 if verdict.consecutive >= config.train.max_consecutive_skips:
                     events.write("diverged", step=state.step)
                     raise TrainingDivergedError(

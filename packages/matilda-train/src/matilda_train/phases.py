@@ -14,11 +14,13 @@ PHASES = (
     "restoring",
     "warming up",
     "training",
+    "examining",
     "evaluating",
     "saving",
     "sampling",
 )
-"""Every phase of a run; "warming up" is the first step of a process: it compiles, and allocates."""
+"""Every phase of a run; "warming up" is the first step of a process: it compiles, and allocates;
+"examining" is an autopsy."""
 
 
 class PhaseClock:

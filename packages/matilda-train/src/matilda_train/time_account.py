@@ -28,6 +28,7 @@ BUCKETS = {
     "redone": "steps and evaluations lost to a kill or a rollback",
     "skipped": "steps whose update was refused",
     "warming up": "compiling, first step of a process",
+    "examining": "autopsies of bad steps",
     "evaluating": "evaluation on held-out data",
     "saving": "the loop stood still for a checkpoint",
     "preparing data": "making the data set",
@@ -39,7 +40,7 @@ BUCKETS = {
 }
 """Every second of a run belongs to one of these; the first is goodput."""
 
-TABLE_PHASES = ("saving", "preparing data", "starting", "restoring", "sampling")
+TABLE_PHASES = ("examining", "saving", "preparing data", "starting", "restoring", "sampling")
 
 
 @dataclass(frozen=True)

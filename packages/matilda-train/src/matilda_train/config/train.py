@@ -50,7 +50,8 @@ class TrainConfig:
     out; `off`, nothing. May change at a resume."""
 
     spike_threshold: float = 6.0
-    """A spike is this many standard deviations above the running mean of some hundred steps."""
+    """A spike is this many standard deviations above the running mean of some hundred steps; a
+    gradient norm is none below twice that mean."""
 
     spike_warmup_steps: int = 100
     """First steps of the run, whose loss and gradient norm are only learned from."""
