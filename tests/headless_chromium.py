@@ -51,7 +51,8 @@ class Page:
         for end in (commands, replies, *ends):
             os.close(end)
         self._session = ""
-        target = self.ask("Target.getTargets")["targetInfos"][0]["targetId"]
+        # One of its own: what the browser lists first may be a part of its window.
+        target = self.ask("Target.createTarget", url="about:blank")["targetId"]
         attached = self.ask("Target.attachToTarget", targetId=target, flatten=True)
         self._session = attached["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
