@@ -13,6 +13,7 @@ from matilda_train.arguments import TeachingParser
 EXAMPLES = """examples:
   uv run apps/report.py runs/quickstart
   uv run apps/report.py runs/a runs/b runs/c --out comparison.html
+  uv run apps/report.py runs/quickstart --svg docs/loss.svg    # the loss, as a README shows it
   uv run apps/report.py runs/quickstart --json | jq '.[].goodput'
 
 Open the file in any browser: it needs no network. A run may still be in progress. What is printed,
@@ -29,14 +30,19 @@ def parse_arguments() -> argparse.Namespace:
         metavar="FILE",
         help="page to write (default: report.html in the run, or here for several)",
     )
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="also draw the loss alone, as a picture"
+    )
     add_json_option(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
-    from matilda_train import goodput, write_report
+    from matilda_train import draw_loss, goodput, write_report
 
+    if args.svg is not None:
+        draw_loss(args.runs, args.svg)
     one = args.runs[0] if len(args.runs) == 1 else Path()
     out = write_report(args.runs, args.out or one / "report.html")
     accounts = {str(run): goodput(run) for run in args.runs}

@@ -139,7 +139,7 @@ train() { # name, config: to its end, once killed when two fifths of it are done
         wait "$leader" || true
     fi
     GPUS=$gpus "${command[@]}"
-    app report "$run" || echo "the run is whole, but has no report" >&2
+    app report "$run" --svg "$pages/images/$1-loss.svg" || echo "the run is whole, but has no report" >&2
 }
 
 hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)"; }
@@ -198,7 +198,7 @@ for stage in "$@"; do
             ;;
     esac
 done
-mkdir -p "$runs" "$measured/minutes"
+mkdir -p "$runs" "$measured/minutes" "$pages/images"
 for stage in "$@"; do
     echo "== $stage"
     "$stage"

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matilda_train.loop import train
     from matilda_train.loop_state import TrainResult
     from matilda_train.preflight import PreflightReport, estimate_seconds, run_preflight
-    from matilda_train.report import write_report
+    from matilda_train.report import draw_loss, write_report
     from matilda_train.run_dir import RunDir
     from matilda_train.sample import complete_text
     from matilda_train.stop_signals import EXIT_PREEMPTED, StopRequest
@@ -59,6 +59,7 @@ __all__ = [
     "complete_text",
     "config_from_dict",
     "config_to_dict",
+    "draw_loss",
     "estimate_seconds",
     "evaluate",
     "goodput",
@@ -89,7 +90,7 @@ _HOME = {
     "loop": ("train",),
     "loop_state": ("TrainResult",),
     "preflight": ("PreflightReport", "estimate_seconds", "run_preflight"),
-    "report": ("write_report",),
+    "report": ("draw_loss", "write_report"),
     "run_dir": ("RunDir",),
     "sample": ("complete_text",),
     "stop_signals": ("EXIT_PREEMPTED", "StopRequest"),
