@@ -147,6 +147,7 @@ def test_with_a_batch_ramp_the_decay_has_its_tokens(tiny_config: Path) -> None:
         ([], 1, "still warms up"),
         (["optim.schedule=cosine"], 9, "no stable phase"),
         (["optim.schedule_by=tokens"], 31, "decays already"),
+        (["optim.weight_decay_schedule=linear"], 9, "weight decay follows its whole length"),
     ],
 )
 def test_other_phases_are_refused(
@@ -178,6 +179,21 @@ def test_what_is_missing_damaged_or_taken_is_refused_and_leaves_nothing(
     with pytest.raises(ValueError, match="cannot be used"):
         open_decay(broken, from_step=6, tokens=100, run_dir=tmp_path / "b")
     assert {path.name for path in tmp_path.iterdir()} == {"mine", "broken"}
+
+
+def test_without_its_parents_checkpoint_it_does_not_begin_from_scratch(
+    server: TrainServer, parent: Path, corpus: Path, tmp_path: Path
+) -> None:
+    decay = open_decay(parent, from_step=6, tokens=TOKENS, run_dir=tmp_path / "annealed")
+    shutil.rmtree(decay.run_dir / "checkpoints")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(config_to_dict(decay.config)))
+    assert server.run(config, decay.run_dir, corpus) == 4
+    said = server.log.read_text()
+    assert "The run had a checkpoint of step 6" in said
+    assert "bring them back" in said
+    assert len(read_rows(decay.run_dir / "metrics.jsonl")) > 0
+    assert not (decay.run_dir / "metrics.discarded.jsonl").exists()
 
 
 @pytest.mark.parametrize("at_fsync", [1, 2, 4, 6, 8, 10, 11])

@@ -134,7 +134,7 @@ def test_run_that_has_saved_never_begins_from_scratch_by_itself(
     (run_dir / "checkpoints").rename(tmp_path / "elsewhere")
     server.log.write_text("")
     assert server.run(tiny_config, run_dir, corpus) == 4
-    assert "The run saved step" in server.log.read_text()
+    assert "The run had a checkpoint of step" in server.log.read_text()
     assert (run_dir / "metrics.jsonl").read_bytes() == rows
     (tmp_path / "elsewhere").rename(run_dir / "checkpoints")
     shutil.copytree(run_dir, tmp_path / "backup", copy_function=os.link)

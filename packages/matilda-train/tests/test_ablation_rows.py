@@ -21,6 +21,7 @@ from matilda_train.ablation import (
     places,
     rank_grid,
     resolve_rows,
+    run_halving,
     run_study,
 )
 from matilda_train.config import RunConfig
@@ -81,7 +82,7 @@ def test_compensated_rows_have_the_parameters_of_the_baseline(name: str, row: st
         ("no_qknorm", "Did you mean 'no_qk_norm'?"),
         ("relu2", "'relu2' equals the baseline of this config (`model.mlp` = \"relu2\")"),
         ("mine:model.qk_norm=true", "equals the baseline"),
-        ("mine:eval.tokens=5", "equals the baseline"),
+        ("mine:eval.sample_tokens=5", "equals the baseline"),
         ("mine:model.qknorm=true", "Did you mean `model.qk_norm`?"),
         ("mine:data.seed=5", "could not be paired"),
         ("mine:train.seq_len=512", "could not be paired"),
@@ -113,6 +114,75 @@ def test_another_batch_is_the_same_tokens_in_more_steps() -> None:
     assert row.train.total_steps == 2 * config.train.total_steps
     assert row.optim.warmup_steps == 2 * config.optim.warmup_steps
     assert row.eval.every_steps == 2 * config.eval.every_steps
+
+
+def test_steps_of_the_momentum_follow_another_batch_and_a_shorter_round(tmp_path: Path) -> None:
+    config = load("ablation_48m", "optim.momentum_warmup_steps=300")
+    doubled = resolve_rows(config, ["twice:train.tokens_per_step=262144"])[1].config
+    assert (doubled.train.total_steps, doubled.optim.momentum_warmup_steps) == (160, 150)
+    rounds: list[int] = []
+
+    def run(study: Study) -> Any:
+        rounds.append(study.rows[0].config.optim.momentum_warmup_steps)
+        for job in study.jobs():
+            end(job, [9.0, 3.0 + job.config.optim.lr])
+        return "complete"
+
+    rows = grid_rows(config, ["optim.lr=0.001,0.002"])
+    run_halving(rows, seeds=1, out=tmp_path, rounds=3, run=run)
+    assert rounds == [75, 150, 300]
+
+
+def test_a_shortened_run_cannot_have_the_points_of_the_whole_one(tmp_path: Path) -> None:
+    config = load("ablation_48m", 'data.mix=["a=1","200 steps: b=1"]')
+    rows = grid_rows(config, ["optim.lr=0.001,0.002"])
+    with pytest.raises(ValueError, match=r"`--halving` shortens runs, whose `data\.mix`"):
+        run_halving(rows, seeds=1, out=tmp_path, rounds=2, run=lambda study: "complete")
+
+
+def test_another_batch_may_not_move_the_mixture() -> None:
+    config = load("ablation_48m", 'data.mix=["a=1","200 steps: b=1"]')
+    with pytest.raises(ValueError, match=r"`data\.mix` from .*25600.* to .*51200"):
+        resolve_rows(config, ["twice:train.tokens_per_step=262144"])
+    by_tokens = load("ablation_48m", 'data.mix=["a=1","13107200 tokens: b=1"]')
+    resolve_rows(by_tokens, ["twice:train.tokens_per_step=262144"])
+
+
+@pytest.mark.parametrize("field", ["eval.tokens=1024", "train.spike_threshold=0.5"])
+def test_runs_that_were_measured_otherwise_are_not_compared(field: str, tmp_path: Path) -> None:
+    rows = resolve_rows(load("ablation_48m"), ["mha"])
+    for job in Study(rows=rows, seeds=1, out=tmp_path).jobs():
+        end(job, [9.0, 3.0])
+    assert len(Study(rows=rows, seeds=2, out=tmp_path).jobs()) == 4
+    others = resolve_rows(load("ablation_48m", field), ["mha", "mqa"])
+    with pytest.raises(ValueError, match=f"measured otherwise .*{field.partition('=')[0]}"):
+        Study(rows=others, seeds=1, out=tmp_path).jobs()
+
+
+def test_a_row_is_measured_on_the_tokens_of_the_baseline() -> None:
+    with pytest.raises(ValueError, match=r"`eval\.tokens` from 524288 to 1024"):
+        resolve_rows(load("ablation_48m"), ["short:train.grad_clip=50,eval.tokens=1024"])
+
+
+def test_a_grid_of_twice_the_rows_is_not_listed_more_often(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    jobs, listed = Study.jobs, []
+
+    def counted(self: Study) -> list[Job]:
+        listed[-1] += 1
+        return jobs(self)
+
+    for values in ("0.001,0.002,0.003", "0.001,0.002,0.003,0.004,0.005,0.006"):
+        rows = grid_rows(load("ablation_48m"), [f"optim.lr={values}"])
+        study = Study(rows=rows, seeds=1, out=tmp_path / values)
+        for job in study.jobs():
+            end(job, [9.0, 3.0 + job.config.optim.lr])
+        listed.append(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(Study, "jobs", counted)
+            assert rank_grid(study).rows[0].name == "lr=0.001"
+    assert listed[0] == listed[1]
 
 
 def test_seeds_move_weights_and_order_of_every_row_alike(tmp_path: Path) -> None:

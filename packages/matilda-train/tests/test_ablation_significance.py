@@ -103,6 +103,17 @@ def test_a_noisy_row_is_judged_by_itself_and_spoils_no_other() -> None:
     assert found["wild"].half_width > 10 * (found["row1"].half_width or 0)
 
 
+def test_a_noisy_baseline_lends_its_noise_to_no_row() -> None:
+    draw = random.Random(7)
+    rows = {
+        f"row{n}": [3 + 0.1 * seed + draw.gauss(0, 0.004) for seed in range(4)] for n in range(6)
+    }
+    rows["baseline"] = [3.5, 2.9, 3.9, 3.2]
+    (noise,), found = compare_rows(table(rows), "baseline")
+    assert (noise.paired, noise.rows) == (None, ())
+    assert all(row.own_noise and row.verdict == "within noise" for row in found.values())
+
+
 def test_rows_that_begin_elsewhere_have_a_noise_of_their_own_kind() -> None:
     draw = random.Random(12)
 

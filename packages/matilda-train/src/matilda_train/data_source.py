@@ -14,7 +14,14 @@ from matilda_train.duration import Duration
 from matilda_train.run_dir import RunDir
 from matilda_train.step_plan import parse_point
 
-__all__ = ["SyntheticStream", "TokenStream", "choose_data_dir", "makes_corpus", "open_streams"]
+__all__ = [
+    "SyntheticStream",
+    "TokenStream",
+    "choose_data_dir",
+    "makes_corpus",
+    "mixture_phases",
+    "open_streams",
+]
 
 
 class TokenStream(Protocol):
@@ -127,7 +134,9 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
     train, held_out = open_dataset(data_dir, split="train"), open_dataset(data_dir, split="val")
     _check_vocabulary(config, train, data_dir)
     streams = (
-        BinStream(train, seq_len=config.seq_len, seed=config.data.seed, weights=_mix(config)),
+        BinStream(
+            train, seq_len=config.seq_len, seed=config.data.seed, weights=mixture_phases(config)
+        ),
         _spread(held_out, config.seq_len, config.eval.tokens // config.seq_len),
     )
     for stream, split, more in (
@@ -156,7 +165,7 @@ def _spread(held_out: TokenDataset, seq_len: int, windows: int) -> BinStream:
     return BinStream(held_out, seq_len=seq_len, seed=0, shuffle=False, skip=gaps) if gaps else whole
 
 
-def _mix(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
+def mixture_phases(config: RunConfig) -> list[tuple[int, dict[str, int]]] | None:
     """`data.mix` as (first sample, weights) of each phase; None where it is empty."""
     plan, phases = config.plan, []
     for entry in config.data.mix:

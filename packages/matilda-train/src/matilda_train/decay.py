@@ -127,6 +127,12 @@ def decay_config(
             "The run has no stable phase, for `optim.schedule` is 'cosine'; only runs of 'wsd' or "
             "'constant' can be annealed from a checkpoint."
         )
+    if optim.weight_decay_schedule in ("linear", "cosine"):
+        raise ValueError(
+            "The run's weight decay follows its whole length (`optim.weight_decay_schedule` is "
+            f"{optim.weight_decay_schedule!r}), so a shorter run would have had another one before "
+            "this checkpoint; only runs with 'constant' or 'lr' can be annealed from one."
+        )
     if tokens < 1:
         raise ValueError(f"`--tokens` is {tokens}, but must be 1 or more.")
     if from_step < max(1, optim.warmup_steps):

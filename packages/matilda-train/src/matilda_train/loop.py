@@ -58,7 +58,7 @@ from matilda_train.sample import check_sample_prompt, sample_text
 from matilda_train.schedules import Schedules
 from matilda_train.sharding import WholeState, gather_state, shard_model, whole_model
 from matilda_train.time_account import GoodputLedger, describe_lost_work
-from matilda_train.wandb_log import WandbMirror, require_wandb
+from matilda_train.wandb_log import WandbMirror, has_unsent_rows, require_wandb
 from matilda_train.watchdog import Watchdog
 
 __all__ = ["train"]
@@ -163,6 +163,8 @@ def train(
         finished = finished_step(run_dir, display.note)
         ranks.require_same(run_id=run["run_id"], finished=finished)
         if finished is not None:
+            if mirrored and has_unsent_rows(run_dir):
+                WandbMirror(config.log, run_dir, display.note).close()
             return TrainResult("already_finished", run_dir, finished)
 
         compile_cache.load()
@@ -217,8 +219,9 @@ def train(
                 enabled=ranks.is_main,
             )
         cleanup.callback(metrics.close)
-        if mirrored:
-            cleanup.callback(WandbMirror(config.log, run_dir, display.note).close)
+        mirror = WandbMirror(config.log, run_dir, display.note) if mirrored else None
+        if mirror is not None:
+            cleanup.callback(mirror.close)
         saved_step = durable_step = state.step if restored else -1
         if restored:
             display.note(f"resuming at step {state.step:,} from {restored.path}")
@@ -253,7 +256,7 @@ def train(
         evaluations = Cadence(config.eval.interval, plan, ranks.any)
         saves = Cadence(config.ckpt.interval, plan, ranks.any, also_steps=config.ckpt.also_steps)
         rows = Cadence(config.log.interval, plan, ranks.any)
-        ledger = GoodputLedger(run_dir, phase)
+        ledger = GoodputLedger(run_dir, phase, enabled=ranks.is_main)
         health = GpuHealth(device)
         cleanup.callback(health.close)
         group_rms = GroupRms(optimizer.param_groups, config.log.rms_every_steps, ranks)
@@ -290,6 +293,8 @@ def train(
                         **health.read(),
                     }
                     metrics.write(ledger.stamp(row))
+                    if mirror is not None:
+                        mirror.look()
                     display.advance(state.step, describe_row(row))
                 if verdict.objection:
                     events.write(
@@ -325,7 +330,7 @@ def train(
                         with ranks.main_first():
                             metrics.rewind(state.step)
                         saved_step = durable_step = state.step
-                        ledger = GoodputLedger(run_dir, phase)
+                        ledger = GoodputLedger(run_dir, phase, enabled=ranks.is_main)
                         events.write(
                             "rolled_back",
                             step=state.step,

@@ -58,13 +58,16 @@ def describe_lost(run_dir: Path, restored: Restored | None) -> list[str]:
         if event.get("event") == "save" and isinstance(event.get("step"), int):
             saved = event["step"]
             steps.append(saved)
+        elif event.get("event") == "decay" and isinstance(event.get("parent"), dict):
+            saved = event["parent"].get("step")  # it began with a copy of its parent's checkpoint
+            steps += [saved] if isinstance(saved, int) else []
         elif event.get("event") == "rollback":
             saved = None  # what the rollback undid is passed over on purpose
     if restored is None:
         if not steps:
             return []
         raise NoValidCheckpointError(
-            f"The run saved step {steps[-1]}, as its `events.jsonl` says, but "
+            f"The run had a checkpoint of step {steps[-1]}, as its `events.jsonl` says, but "
             f"{str(run_dir / 'checkpoints')!r} holds no checkpoint any more; bring them back (a "
             "disk that is not mounted, a copy that is not whole?), or start anew in another "
             "`--run-dir`"

@@ -105,9 +105,10 @@ def describe_lost_work(discarded: Sequence[Row]) -> dict[str, Any]:
 class GoodputLedger:
     """The account of a run in progress: one value that grows by a row at a time."""
 
-    def __init__(self, run_dir: Path, phase: PhaseClock) -> None:
-        """Opened when this life's start or resume event is written."""
-        account = goodput(run_dir)
+    def __init__(self, run_dir: Path, phase: PhaseClock, *, enabled: bool = True) -> None:
+        """Opened when this life's start or resume event is written; not `enabled`, it reads no file
+        and accounts for nothing."""
+        account = goodput(run_dir) if enabled else account_time((), ())
         self._phase = phase
         self._restarts = account.restarts
         self._before = account.life_begins[-1] if account.life_begins else 0.0

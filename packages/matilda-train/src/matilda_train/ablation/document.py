@@ -138,11 +138,18 @@ def _noise_lines(result: StudyResult) -> list[str]:
         for noise in result.noises
         if noise.paired is not None
     ]
+    lines += [
+        f"The baseline is noisier than its rows, {KINDS[noise.kind]}: each is judged by its own "
+        "paired differences."
+        for noise in result.noises
+        if not noise.rows
+    ]
     compared = sum(row.comparison is not None for row in result.rows)
     if compared > 1:
         lines.append(
-            f"Verdicts hold for all {compared} comparisons together at 5 % (Holm); each interval "
-            "is for its row alone."
+            f"Verdicts hold for all {compared} comparisons together at 5 % (Holm) if rows of a "
+            f"kind are about equally noisy, of which {_count(result.seeds, 'seed')} can tell "
+            "little; each interval is for its row alone."
         )
     if any(row.comparison and row.comparison.own_noise for row in result.rows):
         lines.append(

@@ -21,7 +21,7 @@ from matilda_train.ablation.plan import Study
 from matilda_train.ablation.results import StudyResult, read_study
 from matilda_train.ablation.run_result import EarlierRuns
 from matilda_train.ablation.runner import Ending
-from matilda_train.ablation.variants import Row, change
+from matilda_train.ablation.variants import OPTIM_STEPS, Row, change
 from matilda_train.config import RunConfig
 from matilda_train.config_load import apply_override
 from matilda_train.report.section import describe_provenance, replace_section
@@ -96,7 +96,8 @@ def rank_grid(study: Study) -> StudyResult:
 
     Raises `ValueError` while no run has finished.
     """
-    finished = [row.name for row in study.rows if _finished(study, row.name)]
+    ended = {job.row for job in study.jobs() if study.outcome(job) == "finished"}
+    finished = [row.name for row in study.rows if row.name in ended]
     if not finished:
         raise ValueError(
             f"No run in {str(study.out)!r} has finished; run the same command again, or try other "
@@ -106,10 +107,6 @@ def rank_grid(study: Study) -> StudyResult:
     result = read_study(study, baseline=min(losses, key=losses.__getitem__))
     rows = sorted(result.rows, key=lambda row: losses.get(row.name, math.inf))
     return dataclasses.replace(result, rows=rows)
-
-
-def _finished(study: Study, row: str) -> bool:
-    return any(study.outcome(job) == "finished" for job in study.jobs() if job.row == row)
 
 
 def describe_grid(result: StudyResult) -> str:
@@ -186,14 +183,30 @@ def _advice(result: StudyResult) -> list[str]:
 
 
 def _shorten(config: RunConfig, share: float) -> RunConfig:
-    """The same run over a share of its steps, warm-up and intervals in proportion."""
+    """The same run over a share of its steps, warm-ups and intervals in proportion.
+
+    Raises `ValueError` where batch, sequence or mixture change at a step of the whole run.
+    """
     if share == 1.0:
         return config
     train, optim = config.train, config.optim
+    changing = {
+        "train.batch_ramp": train.batch_ramp,
+        "train.seq_len_ramp": train.seq_len_ramp,
+        "data.mix": [entry for entry in config.data.mix if ":" in entry],
+    }
+    for field, value in changing.items():
+        if value:
+            raise ValueError(
+                f"`--halving` shortens runs, whose `{field}` {json.dumps(list(value))} is of the "
+                "whole run; leave one of them out."
+            )
     return dataclasses.replace(
         config,
         train=dataclasses.replace(train, total_steps=max(1, round(train.total_steps * share))),
-        optim=dataclasses.replace(optim, warmup_steps=round(optim.warmup_steps * share)),
+        optim=dataclasses.replace(
+            optim, **{name: round(getattr(optim, name) * share) for name in OPTIM_STEPS}
+        ),
         eval=dataclasses.replace(
             config.eval, every_steps=max(1, round(config.eval.every_steps * share))
         ),

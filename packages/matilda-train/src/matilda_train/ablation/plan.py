@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,11 +11,17 @@ from typing import Any
 from matilda_train.ablation.run_result import EarlierRuns
 from matilda_train.ablation.variants import Row
 from matilda_train.config import RunConfig
-from matilda_train.config_load import config_to_dict
+from matilda_train.config_load import config_differences, config_to_dict
 from matilda_train.metrics_log import read_rows
 from matilda_train.run_dir import check_run_dir
 
 __all__ = ["Job", "Study", "outcome_of"]
+
+MEASURE = (
+    *("eval.tokens", "train.spike_", "train.max_consecutive_skips"),
+    *("train.max_rollbacks", "train.rollback_margin_steps"),
+)
+"""What a run's loss is measured on, and which of its steps count."""
 
 
 @dataclass(frozen=True)
@@ -89,22 +95,32 @@ class Study:
             for row in self.rows:
                 config = seeded(row.config, seed)
                 run_dir = self.run_dir(row.name, seed)
-                check_run_dir(run_dir, config, data_id=None)
+                _require_same_measure(check_run_dir(run_dir, config, data_id=None), config, run_dir)
                 jobs.append(Job(row.name, seed, config, run_dir))
         return jobs
 
 
 def seeded(config: RunConfig, seed: int) -> RunConfig:
-    """The config with its `seed`-th seeds; kernels are checked in the first run of a row alone."""
+    """The config with its `seed`-th seeds."""
     return dataclasses.replace(
         config,
-        train=dataclasses.replace(
-            config.train,
-            seed=config.train.seed + seed,
-            check_kernels=config.train.check_kernels and seed == 0,
-        ),
+        train=dataclasses.replace(config.train, seed=config.train.seed + seed),
         data=dataclasses.replace(config.data, seed=config.data.seed + seed),
     )
+
+
+def _require_same_measure(run: Mapping[str, Any] | None, config: RunConfig, run_dir: Path) -> None:
+    """Refuse a run that was measured otherwise, which a resume may change and a study may not."""
+    if run is None:
+        return
+    _, rounding, free = config_differences(run["config"], config)
+    changed = {name: how for name, how in (rounding | free).items() if name.startswith(MEASURE)}
+    if changed:
+        changes = "; ".join(f"`{name}`: {how}" for name, how in changed.items())
+        raise ValueError(
+            f"The run in {str(run_dir)!r} was made and measured otherwise ({changes}), so that "
+            "other rows cannot be compared with it; restore those values, or give another `--out`."
+        )
 
 
 def outcome_of(run_dir: Path) -> str | None:

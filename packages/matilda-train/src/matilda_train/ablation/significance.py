@@ -6,8 +6,11 @@ block design: the noise is what remains when row and seed means are taken out, a
 two rows' means has variance 2 · noise² / seeds. Two rows alone give the paired t-test; more rows
 estimate the same noise with more degrees of freedom. Rows that begin with the baseline's very
 weights stay closer to it than rows of other shapes do, so each kind has a noise of its own, the
-baseline being one of each. A row that is noisier than its kind (F-test at 1 %, divided by the rows)
-is left out of the estimate and judged by its own paired differences.
+baseline being one of each. A row that is noisier than its kind (F-test at 1 %) is left out of the
+estimate and judged by its own paired differences; where the baseline is, all rows are. Few seeds
+let that test miss much: of 2,000 simulated studies of six rows without an effect, three seeds each,
+5 % had a false verdict with equal noise everywhere and 14 % with three times as much in the
+baseline; with five seeds 5 and 9 %.
 """
 
 from __future__ import annotations
@@ -44,7 +47,8 @@ class Noise:
     """Degrees of freedom of `paired`."""
 
     rows: tuple[str, ...]
-    """Rows that it was estimated from, the baseline among them."""
+    """Rows that it was estimated from, the baseline among them; none with one seed, and where the
+    baseline is noisier than the rows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,8 @@ def compare_rows(
 
 
 def pooled_noise(losses: Losses, baseline: str, *, kind: str = "") -> Noise:
-    """The noise of all rows that have the baseline's seeds."""
+    """The noise of all rows that have the baseline's seeds; of none where the baseline is noisier
+    than they are."""
     base = losses[baseline]
     seeds = sorted(base)
     table = {
@@ -122,10 +127,12 @@ def pooled_noise(losses: Losses, baseline: str, *, kind: str = "") -> Noise:
     }
     if len(seeds) < 2:
         return Noise(kind=kind, paired=None, df=0, rows=())
+    if len(table) > 2 and _own_noise_p(table, baseline) < OWN_NOISE_LEVEL:
+        return Noise(kind=kind, paired=None, df=0, rows=())
     while len(table) > 2:
         suspects = {name: _own_noise_p(table, name) for name in table if name != baseline}
         worst = min(suspects, key=suspects.__getitem__)
-        if suspects[worst] >= OWN_NOISE_LEVEL / len(table):
+        if suspects[worst] >= OWN_NOISE_LEVEL:
             break
         del table[worst]
     df = (len(table) - 1) * (len(seeds) - 1)

@@ -22,10 +22,14 @@ from matilda_train.config_load import (
     config_from_dict,
     config_to_dict,
 )
+from matilda_train.data_source import mixture_phases
 
-__all__ = ["BASELINE", "VARIANTS", "Row", "Variant", "change", "resolve_rows"]
+__all__ = ["BASELINE", "OPTIM_STEPS", "VARIANTS", "Row", "Variant", "change", "resolve_rows"]
 
 BASELINE = "baseline"
+
+OPTIM_STEPS = ("warmup_steps", "momentum_warmup_steps", "momentum_cooldown_steps")
+"""Fields of `optim` that are steps, and follow a run's length."""
 
 Fields = dict[str, Any]
 
@@ -246,20 +250,25 @@ def _rescaled_steps(config: RunConfig, fields: Fields) -> Fields:
     scale = config.train.tokens_per_step / tokens
     steps = {
         "train.total_steps": config.train.total_steps,
-        "optim.warmup_steps": config.optim.warmup_steps,
+        **{f"optim.{name}": getattr(config.optim, name) for name in OPTIM_STEPS},
         "eval.every_steps": config.eval.every_steps,
         "ckpt.every_steps": config.ckpt.every_steps,
     }
-    least = {"optim.warmup_steps": 0}
-    return {field: max(least.get(field, 1), round(n * scale)) for field, n in steps.items()}
+    return {
+        field: max(0 if field.startswith("optim.") else 1, round(n * scale))
+        for field, n in steps.items()
+    }
 
 
 def _require_same_tokens(name: str, config: RunConfig, changed: RunConfig) -> None:
-    """All rows read the same tokens in the same order; only how many make a step may differ."""
+    """All rows read the same tokens in the same order, and are measured on the same ones; only how
+    many make a step may differ."""
     pairs = {
         "train.seq_len": (config.seq_len, changed.seq_len),
         "train.seed": (config.train.seed, changed.train.seed),
         "data": (config.data, changed.data),
+        "data.mix": (mixture_phases(config), mixture_phases(changed)),
+        "eval.tokens": (config.eval.tokens, changed.eval.tokens),
         "train.total_steps` and `train.tokens_per_step": tuple(
             f"{c.plan.tokens(c.train.total_steps):,} tokens in all" for c in (config, changed)
         ),
@@ -268,7 +277,8 @@ def _require_same_tokens(name: str, config: RunConfig, changed: RunConfig) -> No
         if ours != theirs:
             raise ValueError(
                 f"Row {name!r} changes `{field}` from {ours!r} to {theirs!r}: its runs would read "
-                "other tokens than the baseline's and could not be paired with them; leave it out."
+                "other tokens than the baseline's and could not be paired with them; leave it out, "
+                "or set it for all rows."
             )
 
 
