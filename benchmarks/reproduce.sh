@@ -21,7 +21,7 @@
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
-# STOP_AFTER  seconds after which a study saves and stops; 75 then says: run it again
+# STOP_AFTER  seconds after which studies save and stop; 75 then says: run it again
 # QUICK=1     toy models on a CPU, to try the stages
 #
 # A stage that was stopped or killed goes on when it is asked for again.
@@ -68,7 +68,10 @@ table() {
 study() { # name, config, further arguments of apps/ablate.py
     local known=()
     if [ -e "$measured/$1.json" ]; then known=(--earlier "$measured/$1.json"); fi
-    if [ -n "${STOP_AFTER:-}" ]; then known+=(--stop-after "$STOP_AFTER"); fi
+    if [ -n "${STOP_AFTER:-}" ]; then
+        if [ "$SECONDS" -ge "$STOP_AFTER" ]; then return 75; fi
+        known+=(--stop-after "$((STOP_AFTER - SECONDS))")
+    fi
     app ablate --config "configs/$2.json" --data-dir "$data_dir" --out "$runs/$1" --name "$1" \
         --gpus "$((gpus > 1 && ${quick:-0} == 0 ? gpus : 1))" --discard-checkpoints --json "$measured/$1.json" \
         --write "$pages/ABLATIONS.md" "${known[@]}" "${@:3}"
@@ -96,11 +99,13 @@ ablate() {
             --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
         return
     fi
-    local rows=no_qk_norm,mha,mqa,adamw,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied
+    local rows=no_qk_norm,mha,mqa,adamw common
+    common=(--set log.autopsies=0 --seeds 3 --jobs-per-gpu 3 --take-turns)
+    study study ablation_48m --variants "$rows" "${common[@]}" # whole before the others begin
+    rows+=,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied
     rows+=,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
     rows+=,document_mask,logit_scale
-    study study ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6 \
-        --set log.autopsies=0 --seeds 3 --jobs-per-gpu 3 --take-turns
+    study study ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6 "${common[@]}"
 }
 
 family() { # a process and all that came of it: torchrun's workers are in sessions of their own
