@@ -141,6 +141,25 @@ def test_duplicates_of_what_a_quota_cut_off_are_kept(tmp_path: Path) -> None:
     assert second.train[0].tolist() == [False, False, True]
 
 
+def test_selections_of_all_parts_share_one_array(corpus: Path, tmp_path: Path) -> None:
+    # A view keeps its whole array: one array a part would be documents × parts of memory.
+    options = PackOptions(shard_tokens=4000, val_threshold=1 << 62, deduplicate=True)
+    units = inputs_module.plan_units(
+        inputs_module.find_files([corpus / "a", corpus / "z.jsonl"], exclude=(), include=None)
+    )
+    records = [
+        encode_unit(unit, f"{i}", tmp_path, tokenizer="byte", backend="auto", options=ReadOptions())
+        for i, unit in enumerate([*units, *units])
+    ]
+    (selection,) = select(
+        [SourceParts(name="s", weight=1, origin={}, records=records)], tmp_path, options
+    )
+    for masks in (selection.train, selection.val):
+        assert len(masks) == 2 * len(units) >= 4
+        assert all(mask.base is masks[0].base is not None for mask in masks)
+        assert len(masks[0].base) == sum(len(mask) for mask in masks) == 120
+
+
 def test_backends_are_named_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
     gpt2 = load_tokenizer("gpt2")
     assert load_tokenizer("byte").batch_encoder("fastokens")[1] == "byte"

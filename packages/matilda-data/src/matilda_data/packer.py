@@ -244,10 +244,12 @@ def select(
         keep = first & before_cut
         seen = np.concatenate([seen, rows[keep]])
         bounds = list(itertools.pairwise(bases.tolist()))
+        # Once, not for each part: a view keeps the whole array it is of.
+        train, val = keep & ~held_out, keep & held_out
         yield Selection(
-            train=[(keep & ~held_out)[a:b] for a, b in bounds],
-            val=[(keep & held_out)[a:b] for a, b in bounds],
-            train_tokens=int(lengths[keep & ~held_out].sum()),
+            train=[train[a:b] for a, b in bounds],
+            val=[val[a:b] for a, b in bounds],
+            train_tokens=int(lengths[train].sum()),
             satisfied=satisfied,
             duplicates=int((before_cut & ~first & clean).sum()),
             contaminated=[
