@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -13,12 +15,16 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+import matilda_data.documents as documents_module
 from matilda_data import DataError, Retry
 from matilda_data.blobs import fetch_blobs
+from matilda_data.documents import ReadOptions, read_documents
+from matilda_data.inputs import find_files, plan_units
 
 SERVER = Path(__file__).with_name("hub_server.py")
 
@@ -37,8 +43,12 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]
     process.wait()
 
 
+def git_blob_id(content: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def put(root: Path, content: bytes) -> str:
-    name = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+    name = git_blob_id(content)
     (root / "blobs" / name).write_bytes(gzip.compress(content))
     return name
 
@@ -58,7 +68,93 @@ def test_contents_come_back_whatever_the_store_does(store: tuple[Path, str]) -> 
 def test_absent_and_undecodable_contents(store: tuple[Path, str]) -> None:
     root, url = store
     ids = ["0" * 40, put(root, "café".encode("latin-1"))]
-    assert fetch_blobs(url, ids, Retry()) == ["", "caf\ufffd"]
+    assert fetch_blobs(url, ids, Retry(first_wait=0.01)) == ["", "caf\ufffd"]
+
+
+class Moody(ThreadingHTTPServer):
+    """A store that answers each blob with `statuses` in turn before it sends the content."""
+
+    request_queue_size = 64
+
+    def __init__(self, contents: dict[str, bytes], statuses: list[int]) -> None:
+        super().__init__(("127.0.0.1", 0), MoodyHandler)
+        self.contents, self.statuses = contents, statuses
+        self.asked: collections.Counter[str] = collections.Counter()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/{{blob_id}}"
+
+    def __enter__(self) -> Moody:
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self.server_close()
+
+
+class MoodyHandler(BaseHTTPRequestHandler):
+    server: Moody
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        name = self.path.strip("/")
+        content = self.server.contents.get(name)
+        turn = self.server.asked[name]
+        self.server.asked[name] += 1
+        late = turn >= len(self.server.statuses)
+        absent = 404 if content is None else 200
+        status = absent if late else self.server.statuses[turn]
+        self.send_response(status)
+        self.end_headers()
+        if status == 200 and content is not None:
+            self.wfile.write(content)
+
+
+@pytest.mark.parametrize("statuses", [[403], [404, 404], [404, 403, 500, 404, 404]])
+def test_a_store_that_says_not_there_in_passing_loses_no_document(statuses: list[int]) -> None:
+    contents = {git_blob_id(text): text for text in (b"one", b"two", b"three", b"four")}
+    with Moody(contents, statuses) as server:
+        texts = fetch_blobs(server.url, list(contents), Retry(first_wait=0.01))
+    assert texts == [text.decode() for text in contents.values()]
+    assert set(server.asked.values()) == {len(statuses) + 1}
+
+
+def test_not_there_is_believed_the_third_time_in_a_row() -> None:
+    here = git_blob_id(b"here")
+    with Moody({here: b"here"}, []) as server:
+        assert fetch_blobs(server.url, ["0" * 40, here], Retry(first_wait=0.01)) == ["", "here"]
+    assert server.asked == {"0" * 40: 3, here: 1}
+
+
+def test_not_there_is_not_believed_because_time_is_up() -> None:
+    with (
+        Moody({}, []) as server,
+        pytest.raises(DataError, match=r"failed \(_NotThereError: HTTP status 404\)"),
+    ):
+        fetch_blobs(server.url, ["0" * 40], Retry(first_wait=0.05, give_up_after=0.01))
+    assert server.asked == {"0" * 40: 1}
+
+
+def test_rows_without_a_text_in_the_store_are_told_once_a_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    here = git_blob_id(b"here")
+    rows = [{"blob_id": here}] * 300 + [{"blob_id": f"{n:040x}"} for n in range(3)]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "code.parquet")
+    # Units wait as long as the defaults say.
+    monkeypatch.setattr(documents_module, "Retry", lambda: Retry(first_wait=0.01))
+    (unit,) = plan_units(find_files([tmp_path / "code.parquet"], exclude=(), include=None))
+    with Moody({here: b"here"}, []) as server:
+        unit = dataclasses.replace(unit, blob_url=server.url)
+        texts = [document.text for document in read_documents(unit, ReadOptions())]
+    assert texts == ["here"] * 300 + [""] * 3
+    (message,) = caplog.messages
+    assert message.startswith("3 rows of code.parquet have no text at http://127.0.0.1:")
 
 
 def test_giving_up_is_one_sentence(store: tuple[Path, str]) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from matilda_data.errors import DataError
-from matilda_data.persistence import Retry
+from matilda_data.persistence import BelievedError, Retry
 
 __all__ = ["SOFTWARE_HERITAGE", "fetch_blobs"]
 
@@ -20,11 +20,15 @@ CONNECTIONS = 32
 TIMEOUT_SECONDS = 30.0
 
 
+class _NotThereError(Exception):
+    """The store says that it has no such content, which may be a passing trouble of its own."""
+
+
 def fetch_blobs(url: str, blob_ids: Sequence[str], retry: Retry) -> list[str]:
     """The texts of `blob_ids`, undecodable bytes as U+FFFD; "" for what the store does not have.
 
     Each content is checked against its id (the SHA-1 of a git blob), so that a cut or garbled
-    answer is asked for again.
+    answer is asked for again. "Not there" (403 or 404) must be said three times in a row.
     """
     stopping = threading.Event()
     with ThreadPoolExecutor(CONNECTIONS) as pool:
@@ -37,14 +41,14 @@ def fetch_blobs(url: str, blob_ids: Sequence[str], retry: Retry) -> list[str]:
 def _fetch(url: str, blob_id: str, retry: Retry, stopping: threading.Event) -> str:
     address = url.format(blob_id=blob_id)
 
-    def get() -> bytes | None:
+    def get() -> bytes:
         try:
             with urllib.request.urlopen(address, timeout=TIMEOUT_SECONDS) as response:
                 raw: bytes = response.read()
         except urllib.error.HTTPError as error:
             error.close()
             if error.code in (403, 404):
-                return None
+                raise _NotThereError(f"HTTP status {error.code}") from None
             raise
         if raw[:2] == b"\x1f\x8b":
             raw = gzip.decompress(raw)
@@ -53,5 +57,10 @@ def _fetch(url: str, blob_id: str, retry: Retry, stopping: threading.Event) -> s
             raise DataError(f"the content at {address!r} is not the one asked for")
         return raw
 
-    content = retry.call(get, f"fetching {address!r}", stopping=stopping)
-    return "" if content is None else content.decode("utf-8", errors="replace")
+    try:
+        content = retry.call(
+            get, f"fetching {address!r}", final=(_NotThereError,), stopping=stopping
+        )
+    except BelievedError:
+        return ""
+    return content.decode("utf-8", errors="replace")

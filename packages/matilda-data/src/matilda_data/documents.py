@@ -8,6 +8,7 @@ dropped and counted. One document may be as large as memory allows.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from matilda_data.inputs import InputFile, Unit, blocks, import_parquet
 from matilda_data.persistence import Retry
 
 __all__ = ["Document", "ReadOptions", "read_documents"]
+
+logger = logging.getLogger("matilda_data")
 
 ESCAPED_SURROGATES = (b"\\ud", b"\\uD")
 
@@ -158,7 +161,7 @@ def _lines_between(file: InputFile, start: int, stop: int) -> Iterator[bytes]:
 
 def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:
     file, parquet = unit.files[0], import_parquet()
-    number = unit.first_line - 1
+    number, absent = unit.first_line - 1, 0
     text_field = "blob_id" if unit.blob_url else unit.text_field or options.text_field
     try:
         with parquet.ParquetFile(file.path) as opened:
@@ -177,6 +180,7 @@ def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:
                         raise DataError(f"row {row} of {file.path!r} has no string `{text_field}`")
                 if unit.blob_url:
                     ids, texts = texts, fetch_blobs(unit.blob_url, texts, Retry())
+                    absent += texts.count("")
                 else:
                     ids = [record.get("id") for record in records]
                 for record, text, each in zip(records, texts, ids, strict=True):
@@ -184,6 +188,11 @@ def _read_parquet(unit: Unit, options: ReadOptions) -> Iterator[Document]:
                     name = _label(each, f"{file.name}:{number}")
                     origin = record.get("source") or record.get("repo_name")
                     yield Document(text, name, _label(origin, ""))
+        if absent:
+            logger.warning(
+                "%d rows of %s have no text at %s; they count as empty documents",
+                *(absent, file.name, unit.blob_url),
+            )
     except DataError:
         raise
     except (OSError, ValueError) as error:

@@ -10,12 +10,16 @@ from typing import TypeVar
 
 from matilda_data.errors import DataError
 
-__all__ = ["Retry"]
+__all__ = ["BelievedError", "Retry"]
 
 Result = TypeVar("Result")
 
 # A remote in trouble also says "not found"; it must say so this often in a row to be believed.
 BELIEVED_AFTER = 3
+
+
+class BelievedError(DataError):
+    """A final error that came so often in a row that it is believed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +52,8 @@ class Retry:
             stopping: when set, waiting ends.
 
         Raises:
-            DataError: `action` raised a final error, or it is time to give up or to stop.
+            BelievedError: `action` raised final errors, three in a row.
+            DataError: it is time to give up or to stop.
         """
         stopping = stopping or threading.Event()
         began, wait, finals = time.monotonic(), self.first_wait, 0
@@ -61,7 +66,8 @@ class Retry:
                 spent = time.monotonic() - began
                 late = self.give_up_after is not None and spent + wait > self.give_up_after
                 if finals >= BELIEVED_AFTER or late or stopping.is_set():
-                    raise DataError(f"{what} failed ({reason})") from error
+                    kind = BelievedError if finals >= BELIEVED_AFTER else DataError
+                    raise kind(f"{what} failed ({reason})") from error
                 if note is not None:
                     note(f"{what}: {reason}; trying again in {wait:g} s")
                 stopping.wait(wait)
