@@ -364,6 +364,40 @@ def test_fixing_a_bad_line_keeps_the_work_done_elsewhere(
     assert documents(tmp_path / "out", "train") == ["fine", "now fine too"]
 
 
+@pytest.mark.parametrize("pattern", ["", "**/*"])
+@pytest.mark.parametrize("place", ["", "a/out"])
+def test_resume_takes_no_work_of_its_own_for_text(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, place: str
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 3000)  # about twenty units
+    inputs, out = str(corpus / pattern), corpus / place
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(row: Progress) -> None:
+        if row.stage == "encode" and row.documents > 30:
+            raise StoppedError
+
+    prepare(inputs, tmp_path / "elsewhere")
+    whole = tree_sha256(tmp_path / "elsewhere")
+    for _ in range(2):
+        with pytest.raises(StoppedError):
+            prepare(inputs, out, progress=stop)
+    assert (out / ".prepare" / "journal.jsonl").stat().st_size > 0
+    # Nor does another preparation of the same inputs, such as another machine's part.
+    prepare(inputs, tmp_path / "beside")
+    assert tree_sha256(tmp_path / "beside") == whole
+    seen: list[Progress] = []
+    prepare(inputs, out, progress=seen.append)
+    assert 30 < seen[0].documents < 60, "the work done before counts"
+    assert {name: tree_sha256(out)[name] for name in whole} == whole
+    # The finished data set is no text either.
+    prepare(inputs, out)
+    prepare(inputs, tmp_path / "after")
+    assert tree_sha256(tmp_path / "after") == whole
+
+
 def test_two_preparations_of_one_directory_do_not_mix(corpus: Path, tmp_path: Path) -> None:
     def second(_: Progress) -> None:
         with pytest.raises(DataError, match="another process is preparing"):

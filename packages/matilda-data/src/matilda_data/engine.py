@@ -33,7 +33,7 @@ from matilda_data.contamination import (
 from matilda_data.documents import ReadOptions
 from matilda_data.durable import TEMP_PREFIX, fsync_directory, write_durably
 from matilda_data.errors import DataError
-from matilda_data.inputs import Unit
+from matilda_data.inputs import WORK_DIR, Unit
 from matilda_data.journal import Journal
 from matilda_data.manifest import (
     MANIFEST_NAME,
@@ -54,7 +54,6 @@ __all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "prepared"]
 
 logger = logging.getLogger("matilda_data")
 
-WORK_DIR = ".prepare"
 REPORT_NAME = "contamination.json"
 # Below this much input, starting worker processes costs more than it saves.
 BYTES_PER_WORKER = 16 << 20

@@ -20,7 +20,10 @@ import zstandard
 from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
 
-__all__ = ["InputFile", "Unit", "blocks", "find_files", "plan_units"]
+__all__ = ["WORK_DIR", "InputFile", "Unit", "blocks", "find_files", "plan_units"]
+
+# Where a preparation keeps its unfinished work; never text, also where it lies among the inputs.
+WORK_DIR = ".prepare"
 
 TEXT_SUFFIXES = (".txt", ".py")
 LINE_SUFFIXES = (".jsonl", ".jsonl.zst")
@@ -90,6 +93,9 @@ def find_files(
 ) -> list[InputFile]:
     """The files that `inputs` name, in the order of `inputs`, then by name.
 
+    What lies in a directory `.prepare` below them is the work of a preparation and left out: an
+    output directory among the inputs changes nothing.
+
     Raises:
         DataError: an input is missing, of an unknown type or unreadable, or nothing is left.
     """
@@ -97,6 +103,8 @@ def find_files(
     for item in inputs:
         for path, root in _expand(os.fspath(item)):
             name = path.relative_to(root).as_posix()
+            if WORK_DIR in name.split("/")[:-1]:
+                continue
             if _excluded(name, exclude) or (include is not None and not include(name)):
                 continue
             if not name.isascii() and name.encode("utf-8", "replace").decode("utf-8") != name:
@@ -140,12 +148,11 @@ def _walk(directory: Path) -> list[Path]:
     def fail(error: OSError) -> None:
         raise DataError(f"cannot read input {error.filename!r}: {error.strerror}")
 
-    files = [
-        Path(parent) / name
-        for parent, _, names in os.walk(directory, onerror=fail)
-        for name in names
-        if name.endswith(SUFFIXES)
-    ]
+    files: list[Path] = []
+    for parent, folders, names in os.walk(directory, onerror=fail):
+        if WORK_DIR in folders:
+            folders.remove(WORK_DIR)  # its files may go at any moment
+        files += [Path(parent) / name for name in names if name.endswith(SUFFIXES)]
     return sorted(files, key=lambda file: file.relative_to(directory).as_posix())
 
 
