@@ -12,6 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 import matilda_data.inputs as inputs_module
 from matilda_data import (
@@ -51,8 +53,8 @@ def tree_sha256(data_dir: Path) -> dict[str, str]:
 
 
 def prepare(inputs: object, out: Path, **options: object) -> Manifest:
-    settings = {"tokenizer": "byte", "val_fraction": 0.2, "workers": 1, "shard_tokens": 5000}
-    return prepare_text(inputs, out, **{**settings, **options})  # type: ignore[arg-type]
+    base = {"tokenizer": "byte", "val_fraction": 0.2, "workers": 1, "shard_tokens": 5000}
+    return prepare_text(inputs, out, **{**base, **options})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("tokenizer", ["byte", "gpt2"])
@@ -141,6 +143,70 @@ def test_units_divide_lines_without_loss(
     prepare(corpus / name, tmp_path / "out", val_fraction=0)
     expected = [json.loads(line)["text"] for line in raw.splitlines()]
     assert documents(tmp_path / "out", "train") == expected
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    sizes=st.lists(st.integers(0, 9) | st.just(0), max_size=60),
+    breaks=st.sets(st.integers(0, 59)),
+)
+def test_small_files_are_grouped_in_order_up_to_a_units_bytes(
+    monkeypatch: pytest.MonkeyPatch, sizes: list[int], breaks: set[int]
+) -> None:
+    monkeypatch.setattr(inputs_module, "UNIT_BYTES", 12)
+    # Hashing opens files; here there are none.
+    monkeypatch.setattr(inputs_module, "_hash_file", lambda file: f"hash of {file.name}")
+    lines = inputs_module.Unit(kind="lines", files=())
+    monkeypatch.setattr(inputs_module, "_line_units", lambda _: [lines])
+    files = [
+        inputs_module.InputFile(
+            path="", name=f"{i}.jsonl" if i in breaks else f"{i}.txt", size=size, mtime_ns=0
+        )
+        for i, size in enumerate(sizes)
+    ]
+    # The definition: a file joins the group before it as long as their sum is at most a unit's.
+    groups: list[list[int]] = []
+    joins = False
+    for i, size in enumerate(sizes):
+        if i in breaks:
+            groups.append([])
+            joins = False
+        elif joins and sum(sizes[j] for j in groups[-1]) + size <= 12:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+            joins = True
+    units = inputs_module.plan_units(files)
+    assert [[file.name for file in unit.files] for unit in units] == [
+        [f"{i}.txt" for i in group] for group in groups
+    ]
+    assert [unit.input_bytes for unit in units] == [sum(sizes[i] for i in g) for g in groups]
+    assert [unit.kind for unit in units] == ["text" if group else "lines" for group in groups]
+
+
+class CountedSize(int):
+    """A file's size that counts how often it is added."""
+
+    additions = 0
+
+    def __add__(self, other: int) -> int:
+        CountedSize.additions += 1
+        return int(self) + int(other)
+
+    __radd__ = __add__
+
+
+def test_dividing_adds_each_files_size_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The sum over the group for each file was quadratic, and empty files never close a group.
+    monkeypatch.setattr(inputs_module, "_hash_file", lambda file: "")
+    monkeypatch.setattr(CountedSize, "additions", 0)
+    files = [
+        inputs_module.InputFile(path="", name=f"{i}.txt", size=CountedSize(i % 2), mtime_ns=0)
+        for i in range(2000)
+    ]
+    (unit,) = inputs_module.plan_units(files)
+    assert (len(unit.files), unit.input_bytes) == (2000, 1000)
+    assert CountedSize.additions <= 3 * 2000
 
 
 def test_documents_cross_shards_of_exact_size(corpus: Path, tmp_path: Path) -> None:

@@ -173,16 +173,18 @@ def plan_units(files: Iterable[InputFile]) -> list[Unit]:
     """
     units: list[Unit] = []
     group: list[InputFile] = []
+    group_bytes = 0
     for file in files:
         if file.name.endswith(TEXT_SUFFIXES):
-            if group and sum(member.size for member in group) + file.size > UNIT_BYTES:
+            if group and group_bytes + file.size > UNIT_BYTES:
                 units.append(_text_unit(group))
-                group = []
+                group, group_bytes = [], 0
             group.append(_with_hash(file, _hash_file(file)))
+            group_bytes += file.size
             continue
         if group:
             units.append(_text_unit(group))
-            group = []
+            group, group_bytes = [], 0
         if file.name.endswith(LINE_SUFFIXES):
             units.extend(_line_units(file))
         else:
