@@ -16,6 +16,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import matilda_data.documents_index as documents_index
 from matilda_data import (
     BinStream,
     DataError,
@@ -29,6 +30,7 @@ from matilda_data import (
     prepare_text,
     sources_of,
 )
+from matilda_data.manifest import ShardEntry
 from matilda_data.skipping import SkipMap
 
 
@@ -250,6 +252,56 @@ def test_documents_of_a_sample_are_its_tokens(base: Path) -> None:
             shard = (base / "out" / span.shard).read_bytes()
             at = 1024 + 2 * span.shard_token
             assert int.from_bytes(shard[at : at + 2], "little") == run[0]
+
+
+def test_tracing_a_sample_reads_the_indexes_of_its_documents_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(60):
+        # Some documents fill several shards, in which none begins then.
+        size = 5000 if number % 20 == 7 else 90 + 17 * number
+        (tmp_path / "in" / f"{number:02d}.txt").write_text(f"{number:02d}" + "x" * size)
+    prepare_text(
+        tmp_path / "in", tmp_path / "out", tokenizer="byte", shard_tokens=1024, val_fraction=0
+    )
+    dataset = open_dataset(tmp_path / "out")
+    (source,) = dataset.sources
+    assert len(source.shards) > 40
+    assert source.index is not None
+    starts = source.index.starts()
+    ends = np.append(starts[1:], source.n_tokens)
+    for position in range(0, source.n_tokens, 61):
+        number = source.index.document_at(position)
+        assert number == np.searchsorted(starts, position, side="right") - 1
+        entry = source.index.entry(number)
+        assert (entry.number, entry.id) == (number, f"{number:02d}.txt")
+        assert (entry.start, entry.stop) == (starts[number], ends[number])
+
+    opened: list[int] = []
+    read_index = documents_index.read_index
+
+    def counted(directory: Path, entry: ShardEntry) -> object:
+        opened.append([shard.path.name for shard in source.shards].index(entry.file))
+        return read_index(directory, entry)
+
+    monkeypatch.setattr(documents_index, "read_index", counted)
+    order = BinStream(dataset, seq_len=100, seed=0)
+    alone = 0
+    for sample in range(0, order.n_windows, 7):
+        first = int(order.positions(sample, 1)[1][0])
+        if first + 101 > source.n_tokens:
+            continue  # it wraps round
+        opened.clear()
+        stream = BinStream(tmp_path / "out", seq_len=100, seed=0)
+        spans = documents_of(stream, sample)
+        here = np.flatnonzero((starts < first + 101) & (ends > first))
+        assert len(spans) == len(here)
+        borders = {*starts[here].tolist(), *(ends[here] % source.n_tokens).tolist(), first}
+        assert set(opened) <= {border // 1024 for border in borders}
+        assert len(opened) == len(set(opened)), "each is read once"
+        alone += len(opened) == 1
+    assert alone > 10
 
 
 def test_cu_seqlens_cut_at_rows_and_documents() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ from matilda_data.errors import DataError
 from matilda_data.manifest import ShardEntry
 
 __all__ = ["DocumentEntry", "DocumentIndex", "read_index"]
+
+
+# Indexes of shards kept: a document ends where the next begins, which may be another shard.
+KEPT_INDEXES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,10 +70,18 @@ class DocumentIndex:
         counts = np.cumsum([0, *(entry.documents for entry in entries)], dtype=np.int64)
         self._document_bases, self.n_documents = counts[:-1], int(counts[-1])
         self._starts: npt.NDArray[np.int64] | None = None
-        self._cached: tuple[int, dict[str, Any], Mapping[str, Any]] | None = None
+
+        @functools.lru_cache(maxsize=KEPT_INDEXES)
+        def read(shard: int) -> tuple[dict[str, Any], dict[str, Any]]:
+            return read_index(directory, self._entries[shard])
+
+        self._read = read
 
     def starts(self) -> npt.NDArray[np.int64]:
-        """int64[n_documents] positions of the end-of-text tokens that begin documents."""
+        """int64[n_documents] positions of the end-of-text tokens that begin documents.
+
+        Reads every index; the other methods read those of the shards in question.
+        """
         if self._starts is None:
             pieces = [
                 read_index(self._directory, entry)[1]["starts"].astype(np.int64) + base
@@ -79,16 +92,15 @@ class DocumentIndex:
 
     def document_at(self, position: int) -> int:
         """Number of the document that token `position` belongs to."""
-        return int(np.searchsorted(self.starts(), position, side="right")) - 1
+        shard = int(np.searchsorted(self._token_bases, position, side="right")) - 1
+        local = np.uint32(position - int(self._token_bases[shard]))
+        begun = np.searchsorted(self._read(shard)[1]["starts"], local, side="right")
+        return int(self._document_bases[shard]) + int(begun) - 1
 
     def entry(self, number: int) -> DocumentEntry:
         """The document called `number`."""
-        starts = self.starts()
-        shard = int(np.searchsorted(self._document_bases, number, side="right")) - 1
-        if self._cached is None or self._cached[0] != shard:
-            self._cached = (shard, *read_index(self._directory, self._entries[shard]))
-        _, meta, columns = self._cached
-        local = number - int(self._document_bases[shard])
+        shard, local = self._place(number)
+        meta, columns = self._read(shard)
         last = number + 1 == self.n_documents
         return DocumentEntry(
             number=number,
@@ -96,6 +108,16 @@ class DocumentIndex:
             origin=str(meta["origins"][int(columns["origin"][local])]),
             sha256=columns["hashes"][local].tobytes().hex(),
             text_bytes=int(columns["text_bytes"][local]),
-            start=int(starts[number]),
-            stop=self._n_tokens if last else int(starts[number + 1]),
+            start=self._start(number),
+            stop=self._n_tokens if last else self._start(number + 1),
         )
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """The shard that document `number` begins in, and its place among those that do."""
+        # Of shards with the same base only the last has documents.
+        shard = int(np.searchsorted(self._document_bases, number, side="right")) - 1
+        return shard, number - int(self._document_bases[shard])
+
+    def _start(self, number: int) -> int:
+        shard, local = self._place(number)
+        return int(self._token_bases[shard]) + int(self._read(shard)[1]["starts"][local])
