@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.util
 import json
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import matilda_data.engine as engine_module
 import matilda_data.fast as fast_module
 import matilda_data.inputs as inputs_module
 from matilda_data import DataError, Manifest, TextSource, load_tokenizer, open_dataset, prepare_text
@@ -246,6 +248,19 @@ def test_ray_cluster_that_loses_a_node_gives_the_same_data_set(
         ray.shutdown()
         cluster.shutdown()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_file_system_without_locks_is_told_as_one(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    # A mock, as a file system without locks can be mounted by root alone.
+    monkeypatch.setattr(engine_module.fcntl, "flock", no_locks)
+    told = r"cannot lock '.*/out/\.prepare/lock': Function not implemented; choose a directory"
+    with pytest.raises(DataError, match=told):
+        prepare(corpus, tmp_path / "out")
 
 
 def test_unknown_or_missing_runner_is_refused(corpus: Path, tmp_path: Path) -> None:

@@ -231,7 +231,8 @@ def locked(directory: Path) -> Iterator[Journal]:
     After a bad input with nothing worth keeping, the disk is left as it was.
 
     Raises:
-        DataError: another process is preparing this directory, or it cannot be written in.
+        DataError: another process is preparing this directory, or it cannot be written in or
+            locked.
     """
     created = not directory.exists()
     work = directory / WORK_DIR
@@ -245,9 +246,14 @@ def locked(directory: Path) -> Iterator[Journal]:
     with (work / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             raise DataError(
                 f"another process is preparing {str(directory)!r}; wait for it to finish"
+            ) from None
+        except OSError as error:
+            raise DataError(
+                f"cannot lock {lock.name!r}: {error.strerror}; choose a directory whose file "
+                "system has locks"
             ) from None
         journal = Journal(work / "journal.jsonl")
         try:
