@@ -48,7 +48,7 @@ class Checkpointer:
         root: directory of the checkpoints, created when missing, or the URL of a place in object
             storage (`s3://bucket/run`; needs `matilda-ckpt[s3]` or fsspec's package for it).
         keep: retention rule, applied after each durable save.
-        run_id: identity written into every manifest (default: random).
+        run_id: identity written into every manifest, at most 256 characters (default: random).
         fs: file operations (default: the operating system's).
         threads: files written, hashed or read at the same time (default: one more than cores,
             at most 8).

@@ -22,6 +22,8 @@ MAX_MANIFEST_BYTES = 64 << 20
 MAX_JSON_BYTES = 64 << 20
 MAX_COMMIT_BYTES = 4096
 MAX_HEADER_BYTES = 64 << 20
+MAX_RUN_ID = 256
+"""Characters; the lock file, which holds it too, is read back up to 4,096 bytes."""
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
 _STATE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -169,6 +171,25 @@ def check_state_name(name: object) -> str:
             "at most 64, beginning with a letter or digit, and not `manifest` or `commit`"
         )
     return name
+
+
+def check_run_id(run_id: object) -> str:
+    """ValueError unless `run_id` fits into the manifest and the lock file."""
+    if not isinstance(run_id, str) or len(run_id) > MAX_RUN_ID:
+        raise ValueError(
+            f"`run_id` must be a string of at most {MAX_RUN_ID} characters, "
+            f"not {str(run_id)[:40]!r}"
+        )
+    return run_id
+
+
+def sealed(manifest: Manifest) -> tuple[bytes, Commit]:
+    """What MANIFEST.json and COMMIT will hold; ValueError when a reader would refuse either."""
+    data = manifest.to_bytes()
+    commit = Commit.of(data)
+    parse_commit(commit.to_bytes())
+    parse_manifest(data)
+    return data, commit
 
 
 def parse_commit(data: bytes) -> Commit:

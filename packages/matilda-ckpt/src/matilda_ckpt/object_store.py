@@ -18,7 +18,7 @@ from typing import Any
 from matilda_ckpt import strict_json
 from matilda_ckpt.catalog import QUARANTINE_NAME, CheckpointInfo, info_of
 from matilda_ckpt.errors import CheckpointError, SaveError
-from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME, Commit, FileEntry, StateEntry
+from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME, FileEntry, StateEntry
 from matilda_ckpt.object_fs import ObjectFs
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.store import Draft, SaveRequest, Store
@@ -79,9 +79,7 @@ class ObjectStore(Store):
         files: Mapping[str, FileEntry],
         state: Mapping[str, StateEntry],
     ) -> CheckpointInfo:
-        manifest = self._manifest(request, files, state)
-        data = manifest.to_bytes()
-        commit = Commit.of(data)
+        manifest, data, commit = self._seal(draft, request, files, state)
         self.write_text(draft, MANIFEST_NAME, data)
         request.alive()
         self._publish(f"{draft.temp}/{COMMIT_NAME}", commit.to_bytes())

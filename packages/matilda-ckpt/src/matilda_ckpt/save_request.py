@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 
 from matilda_ckpt import strict_json
-from matilda_ckpt.manifest import check_state_name
+from matilda_ckpt.manifest import MAX_JSON_BYTES, check_state_name
 from matilda_ckpt.restored import unwrapped
 from matilda_ckpt.state_tree import Encoder
 from matilda_ckpt.store import Part, SaveRequest
@@ -32,13 +32,20 @@ def save_request(
     _check(step, state)
     numbers = {str(key): float(value) for key, value in metrics.items()}
     try:
-        strict_json.dumps(dict(provenance))
-    except (TypeError, ValueError) as error:
+        # As a part of the manifest, read back by the reader's own rules.
+        strict_json.loads(strict_json.dumps({"provenance": dict(provenance)}), "provenance")
+    except (TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"`provenance` is not JSON: {error}") from error
     parts = []
     for name, value in state.items():
         encoded = encoder.encode(name, state_of(value))
         tree = strict_json.dumps(encoded.tree, sort_keys=False)
+        if len(tree) > MAX_JSON_BYTES:
+            raise ValueError(
+                f"state {name!r} is {len(tree) / 1e6:.1f} MB of JSON, more than the "
+                f"{MAX_JSON_BYTES / 1e6:.1f} MB that can be read again; "
+                "store long lists as tensors or arrays"
+            )
         parts.append(Part(name, tree, encoded.tensors))
 
     watch = encoder.watch

@@ -43,6 +43,8 @@ from matilda_ckpt.manifest import (
     FileEntry,
     Manifest,
     StateEntry,
+    check_run_id,
+    sealed,
 )
 from matilda_ckpt.parallel import each
 from matilda_ckpt.retention import MIN_KEPT, Keep, victims
@@ -125,7 +127,7 @@ class Store(Catalog):
         nonce: Callable[[], str] = lambda: secrets.token_hex(4),
     ) -> None:
         super().__init__(fs, root, threads=threads)
-        self.run_id = run_id
+        self.run_id = check_run_id(run_id)
         self.share_bytes = share_bytes
         self._now = now
         self._nonce = nonce
@@ -195,9 +197,7 @@ class Store(Catalog):
         state: Mapping[str, StateEntry],
     ) -> CheckpointInfo:
         """Seal and publish a draft whose files are written and fsynced."""
-        manifest = self._manifest(request, files, state)
-        data = manifest.to_bytes()
-        commit = Commit.of(data)
+        manifest, data, commit = self._seal(draft, request, files, state)
         self.write_text(draft, MANIFEST_NAME, data)
         self.write_text(draft, COMMIT_NAME, commit.to_bytes())
         self.fs.fsync_dir(draft.temp)
@@ -208,6 +208,26 @@ class Store(Catalog):
         self.fs.fsync_dir(self.root)
         self._verified[draft.name] = self._stamp(draft.name)
         return info_of(self.root, draft.name, manifest, commit.manifest_sha256)
+
+    def _seal(
+        self,
+        draft: Draft,
+        request: SaveRequest,
+        files: Mapping[str, FileEntry],
+        state: Mapping[str, StateEntry],
+    ) -> tuple[Manifest, bytes, Commit]:
+        """Manifest and seal, accepted by the reader; what it would refuse is never acknowledged."""
+        manifest = self._manifest(request, files, state)
+        try:
+            data, commit = sealed(manifest)
+            if parse_name(draft.name) is None:
+                raise ValueError(f"{draft.name!r} is no name of a checkpoint")
+        except ValueError as error:
+            raise SaveError(
+                f"the checkpoint of step {request.step} was not saved to `{self.root}`, because it "
+                f"could not be read again: {error}; earlier checkpoints are untouched"
+            ) from error
+        return manifest, data, commit
 
     def write_text(self, draft: Draft, file: str, text: bytes) -> FileEntry:
         """One small fsynced file of a draft."""
