@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +13,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.planner import SavePlan
 
-from matilda_ckpt import Checkpointer, Keep, verify
+from matilda_ckpt import Checkpointer, Keep, SaveError, verify
 from matilda_ckpt.dcp import DcpReader, DcpWriter
+from matilda_ckpt.fs import OsFs, WriteFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 FULL = os.environ.get("MATILDA_SLOW") == "1"
@@ -63,6 +68,123 @@ def test_damage_and_foreign_writers_are_refused(tmp_path: Path) -> None:
         other.save(5, {"x": 1})
         with pytest.raises(CheckpointException, match="another process"):
             dcp.save(state(2), storage_writer=DcpWriter(tmp_path, step=2), no_dist=True)
+
+
+class LimitedFs(OsFs):
+    """Each file is as long as the process may make it, and the next byte is one too many."""
+
+    def create(self, path: str, size: int) -> WriteFile:
+        return super().create(path, 0)
+
+
+def names(root: Path) -> list[str]:
+    return sorted(path.name for path in root.iterdir())
+
+
+def test_save_that_fails_while_writing_leaves_no_lock_and_no_bytes(tmp_path: Path) -> None:
+    big = {"w": torch.ones(100_000)}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    failed = DcpWriter(tmp_path, step=1, fs=LimitedFs())
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(CheckpointException, match="File too large"):
+            dcp.save(big, storage_writer=failed, no_dist=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert names(tmp_path) == ["LOCK"]
+    dcp.save(big, storage_writer=DcpWriter(tmp_path, step=2), no_dist=True)
+    assert names(tmp_path) == ["LOCK", "step-00000002"]
+    dcp.save(big, storage_writer=failed, no_dist=True)
+    assert names(tmp_path) == ["LOCK", "step-00000001", "step-00000002"]
+
+
+def test_next_save_of_the_same_writer_ends_one_that_another_rank_left(tmp_path: Path) -> None:
+    writer = DcpWriter(tmp_path, step=1)
+    writer.set_up_storage_writer(True)
+    plans = writer.prepare_global_plan([SavePlan([]), SavePlan([])])
+    assert Path(plans[0].storage_data["temp"]).is_dir()
+    writer.reset()
+    assert names(tmp_path) == ["LOCK"]
+    writer.set_up_storage_writer(True)
+    writer.prepare_global_plan([SavePlan([])])
+    dcp.save(state(1), storage_writer=writer, no_dist=True)
+    assert names(tmp_path) == ["LOCK", "step-00000001"]
+
+
+def test_results_of_another_save_are_not_sealed(tmp_path: Path) -> None:
+    writer = DcpWriter(tmp_path, step=1)
+    writer.set_up_storage_writer(True)
+    planner = DefaultSavePlanner()
+    planner.set_up_planner(state(1), is_coordinator=True)
+    plans, metadata = planner.create_global_plan([planner.create_local_plan()])
+    first = writer.prepare_global_plan(plans)[0]
+    results = writer.write_data(first, planner).value()
+    writer.set_up_storage_writer(True)
+    writer.write_data(writer.prepare_global_plan(plans)[0], planner)
+    with pytest.raises(SaveError, match="use one `DcpWriter` for each save"):
+        writer.finish(metadata, [results])
+    assert names(tmp_path) == ["LOCK"]
+
+
+def test_old_checkpoints_that_cannot_be_removed_do_not_undo_the_new_one(tmp_path: Path) -> None:
+    class Stuck(OsFs):
+        def rename_noreplace(self, src: str, dst: str) -> None:
+            if ".trash-" in dst:
+                raise OSError(errno.EIO, "stuck")
+            super().rename_noreplace(src, dst)
+
+    for step in (1, 2, 3):
+        writer = DcpWriter(tmp_path, step=step, keep=Keep(last=2), fs=Stuck())
+        dcp.save(state(step), storage_writer=writer, no_dist=True)
+    assert names(tmp_path) == ["LOCK", "step-00000001", "step-00000002", "step-00000003"]
+
+
+OTHER_RANK = """
+import os, resource, sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from matilda_ckpt.dcp import DcpWriter
+
+root = sys.argv[1]
+dist.init_process_group("gloo")
+rank = dist.get_rank()
+state = {f"w{rank}": torch.ones(100_000)}
+failed = DcpWriter(root, step=1)
+if rank == 1:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+try:
+    dcp.save(state, storage_writer=failed)
+    raise AssertionError("it was acknowledged")
+except CheckpointException as error:
+    assert "File too large" in str(error), error
+    failed.abandon()
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+dist.barrier()
+if rank == 0:
+    assert os.listdir(root) == ["LOCK"], os.listdir(root)
+dcp.save(state, storage_writer=DcpWriter(root, step=2))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_save_that_another_rank_failed_can_be_abandoned(tmp_path: Path) -> None:
+    script = tmp_path / "other_rank.py"
+    script.write_text(OTHER_RANK)
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node=2", str(script), str(tmp_path / "c")),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [info.step for info in Checkpointer(tmp_path / "c", read_only=True).list()] == [2]
 
 
 def test_non_finite_shard_makes_the_checkpoint_unhealthy(tmp_path: Path) -> None:

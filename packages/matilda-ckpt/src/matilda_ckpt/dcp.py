@@ -12,6 +12,7 @@ checkpoint is either complete and durable or not there.
 from __future__ import annotations
 
 import io
+import logging
 import os
 import secrets
 from collections.abc import Mapping
@@ -51,6 +52,7 @@ from matilda_ckpt.store import Draft, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
 from matilda_ckpt.tensor_file import TensorSource, plan_tensor_file, write_tensor_file
 
+_LOG = logging.getLogger("matilda_ckpt")
 NAME = "dcp"
 """The state name under which sharded state is kept; its JSON file holds the layout."""
 
@@ -64,6 +66,8 @@ class _Stored:
     value: JSON = None
     entries: Mapping[str, FileEntry] = field(default_factory=dict)
     finite: bool = True
+    temp: str = ""
+    """Of the save for which it was written."""
 
 
 class DcpWriter(StorageWriter):
@@ -75,7 +79,14 @@ class DcpWriter(StorageWriter):
         keep: retention rule applied after the save is durable; None deletes nothing.
         metrics, provenance, healthy, run_id: as in `Checkpointer.save`.
 
-    Raises what DCP makes of a SaveError on any rank (`CheckpointException`), on every rank.
+    Raises what DCP makes of a SaveError on any rank (`CheckpointException`), on every rank. DCP
+    does not tell a writer that another rank has failed; until this process ends or calls `abandon`,
+    the lock is held and what the ranks have written stays:
+
+        try:
+            dcp.save(state, storage_writer=writer)
+        except CheckpointException:
+            writer.abandon()
     """
 
     def __init__(
@@ -104,10 +115,24 @@ class DcpWriter(StorageWriter):
         self.info: CheckpointInfo | None = None
         """The durable checkpoint, on the coordinating rank, once the save has returned."""
 
+    def abandon(self) -> None:
+        """After a save that failed: remove what it wrote and release the lock. Harmless otherwise,
+        and on ranks that do not coordinate; never call it while a save is under way."""
+        store, draft = self._store, self._draft
+        self._store = self._draft = None
+        if store is None:
+            return
+        if draft is not None:
+            store.discard(draft)
+        store.release()
+
     def reset(self, checkpoint_id: str | os.PathLike[str] | None = None) -> None:
+        self.abandon()
         self.info = None
 
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        # DCP calls `reset` only when it was given a `checkpoint_id`.
+        self.reset()
         if is_coordinator:
             self._store = Store(self._fs, self._root, run_id=self._run_id)
 
@@ -134,13 +159,26 @@ class DcpWriter(StorageWriter):
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Write, hash and fsync this rank's file."""
         temp, file = plan.storage_data["temp"], plan.storage_data["file"]
+        try:
+            results = self._write_items(plan, planner, temp, file)
+        except BaseException:
+            if self._draft is not None and self._draft.temp == temp:
+                self.abandon()
+            raise
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _write_items(
+        self, plan: SavePlan, planner: SavePlanner, temp: str, file: str
+    ) -> list[WriteResult]:
         watch = FiniteWatch()
         sources: list[TensorSource] = []
         results: list[WriteResult] = []
         for number, item in enumerate(plan.items):
             if item.type == WriteItemType.BYTE_IO:
                 value = _plain_value(planner, item.index)
-                results.append(WriteResult(item.index, 0, _Stored(value=value)))
+                results.append(WriteResult(item.index, 0, _Stored(value=value, temp=temp)))
                 continue
             tensor = planner.resolve_data(item)
             assert isinstance(tensor, torch.Tensor)
@@ -149,15 +187,13 @@ class DcpWriter(StorageWriter):
             read = watch.over(found.dtype, found.read)
             sources.append(TensorSource(key, found.dtype, found.shape, read))
             nbytes = tensor.numel() * tensor.itemsize
-            results.append(WriteResult(item.index, nbytes, _Stored(key, file)))
+            results.append(WriteResult(item.index, nbytes, _Stored(key, file, temp=temp)))
         if sources:
             entry = self._write(f"{temp}/{file}", sources)
             first = results[0]
             stored = replace(first.storage_data, entries={file: entry}, finite=watch.finite)
             results[0] = WriteResult(first.index, first.size_in_bytes, stored)
-        future: Future[list[WriteResult]] = Future()
-        future.set_result(results)
-        return future
+        return results
 
     def _write(self, path: str, sources: list[TensorSource]) -> FileEntry:
         plan = plan_tensor_file(sources)
@@ -178,6 +214,7 @@ class DcpWriter(StorageWriter):
         store, draft = self._store, self._draft
         assert store is not None
         assert draft is not None
+        self._draft = None  # `discarding` sees to it, and it may become a checkpoint
         flat = [result for rank in results for result in rank]
         files = {f: e for result in flat for f, e in result.storage_data.entries.items()}
         finite = all(result.storage_data.finite for result in flat)
@@ -186,16 +223,23 @@ class DcpWriter(StorageWriter):
         )
         try:
             with store.reporting(self._step), store.discarding(draft):
+                _check_same_save(draft.temp, flat)
                 _check_visible(self._fs, draft.temp, files)
                 layout = strict_json.dumps(_layout(metadata, flat), sort_keys=False)
                 files[f"{NAME}.json"] = store.write_text(draft, f"{NAME}.json", layout)
                 tensors = tuple(sorted(f for f in files if not f.endswith(".json")))
                 state = {NAME: StateEntry(f"{NAME}.json", tensors)}
                 self.info = store.finish(draft, request, files, state)
-                if self._keep is not None:
-                    store.retire(self._keep)
+            self._retire(store)
         finally:
-            store.release()
+            self.abandon()
+
+    def _retire(self, store: Store) -> None:
+        try:
+            if self._keep is not None:
+                store.retire(self._keep)
+        except OSError as error:
+            _LOG.warning("old checkpoints in `%s` could not be removed: %s", self._root, error)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
@@ -386,6 +430,14 @@ def _layout(metadata: Metadata, results: list[WriteResult]) -> dict[str, JSON]:
         }
     planner = Encoder().encode("planner", metadata.planner_data).tree
     return {"tensors": tensors, "values": values, "planner": planner}
+
+
+def _check_same_save(temp: str, results: list[WriteResult]) -> None:
+    if any(result.storage_data.temp != temp for result in results):
+        raise SaveError(
+            f"`{temp}` was begun while this writer had another save under way; "
+            "use one `DcpWriter` for each save"
+        )
 
 
 def _check_visible(fs: Fs, temp: str, files: Mapping[str, FileEntry]) -> None:

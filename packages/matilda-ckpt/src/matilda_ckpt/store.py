@@ -175,11 +175,15 @@ class Store(Catalog):
         try:
             yield
         except BaseException:
-            self._discard(draft.temp)
-            if draft.published:
-                # Visible but not durable: it must not be counted by anyone.
-                self._discard(f"{self.root}/{draft.name}")
+            self.discard(draft)
             raise
+
+    def discard(self, draft: Draft) -> None:
+        """Remove a draft that was not acknowledged; best effort."""
+        self._discard(draft.temp)
+        if draft.published:
+            # Visible but not durable: it must not be counted by anyone.
+            self._discard(f"{self.root}/{draft.name}")
 
     def begin(self, step: int) -> Draft:
         """Lock, choose a free name and make the temporary directory."""
