@@ -187,6 +187,25 @@ def test_save_that_another_rank_failed_can_be_abandoned(tmp_path: Path) -> None:
     assert [info.step for info in Checkpointer(tmp_path / "c", read_only=True).list()] == [2]
 
 
+def test_object_storage_is_refused_instead_of_becoming_a_local_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="need a shared directory; object storage is not supp"):
+        DcpWriter("s3://bucket/run", step=1)
+    with pytest.raises(ValueError, match="`s3://bucket/run` asks"):
+        DcpReader(Path("s3://bucket/run"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_step_and_run_id_are_checked_before_the_save_begins(tmp_path: Path) -> None:
+    for step in (-1, 10**18, 1.5):
+        with pytest.raises(ValueError, match="`step` must be an integer"):
+            DcpWriter(tmp_path, step=step)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`run_id` must be a string of at most 256"):
+        DcpWriter(tmp_path, step=1, run_id="r" * 257)
+
+
 def test_non_finite_shard_makes_the_checkpoint_unhealthy(tmp_path: Path) -> None:
     writer = DcpWriter(tmp_path, step=1)
     dcp.save({"w": torch.tensor([1.0, float("nan")])}, storage_writer=writer, no_dist=True)

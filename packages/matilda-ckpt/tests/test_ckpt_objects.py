@@ -18,6 +18,7 @@ from matilda_ckpt import (
     Keep,
     NoValidCheckpointError,
     SaveError,
+    Scrubber,
     load_state,
     object_store,
     verify,
@@ -78,6 +79,17 @@ def flip(url: str, file: str) -> None:
     data = bytearray(fs.cat_file(f"{url}/{file}"))
     data[-1] ^= 1
     fs.pipe_file(f"{url}/{file}", bytes(data))
+
+
+def test_scrubber_finds_rot(url: str) -> None:
+    with Checkpointer(url) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state(step))
+    scrubber = Scrubber(url)
+    flip(url, "step-00000001/model.safetensors")
+    assert {scrubber.scrub_one() for _ in range(2)} == {"step-00000001", "step-00000002"}
+    assert list(scrubber.damaged) == ["step-00000001"]
+    assert len(scrubber.checked) == 2
 
 
 @pytest.mark.parametrize("wait", [True, False])

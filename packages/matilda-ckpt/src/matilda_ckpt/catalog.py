@@ -107,6 +107,10 @@ class Catalog:
             merged.append(info)
         return merged + damaged
 
+    def holds(self, name: str) -> bool:
+        """Whether a checkpoint of this name is there now, damaged or not."""
+        return any(entry.name == name for entry in self.fs.listdir(self.root))
+
     def open(self, name: str, *, fresh: bool = False) -> tuple[Manifest, str]:
         """Seal, manifest, set of files and sizes; DamagedError naming what is wrong.
 

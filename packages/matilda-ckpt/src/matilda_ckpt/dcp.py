@@ -45,8 +45,10 @@ from matilda_ckpt.catalog import Catalog, CheckpointInfo
 from matilda_ckpt.errors import DamagedError, NoValidCheckpointError, SaveError
 from matilda_ckpt.finite import FiniteWatch
 from matilda_ckpt.fs import Fs, OsFs
-from matilda_ckpt.manifest import FileEntry, Manifest, StateEntry, TensorEntry
+from matilda_ckpt.manifest import FileEntry, Manifest, StateEntry, TensorEntry, check_run_id
+from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.retention import Keep
+from matilda_ckpt.save_request import check_step
 from matilda_ckpt.state_tree import Encoder, decode
 from matilda_ckpt.store import Draft, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
@@ -103,13 +105,13 @@ class DcpWriter(StorageWriter):
     ) -> None:
         super().__init__()
         self._fs = fs or OsFs()
-        self._root = os.path.abspath(root)  # noqa: PTH100
-        self._step = step
+        self._root = _shared_directory(root)
+        self._step = check_step(step)
         self._keep = keep
         self._metrics = dict(metrics or {})
         self._provenance = dict(provenance or {})
         self._healthy = healthy
-        self._run_id = run_id or secrets.token_hex(8)
+        self._run_id = check_run_id(run_id or secrets.token_hex(8))
         self._store: Store | None = None
         self._draft: Draft | None = None
         self.info: CheckpointInfo | None = None
@@ -259,7 +261,7 @@ class DcpReader(StorageReader):
     ) -> None:
         super().__init__()
         self._fs = fs or OsFs()
-        self._path = os.path.abspath(path)  # noqa: PTH100
+        self._path = _shared_directory(path)
         self._step = step
         self._catalog: Catalog | None = None
         self._name = ""
@@ -380,6 +382,17 @@ class DcpReader(StorageReader):
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: str | os.PathLike[str]) -> bool:
         return Path(checkpoint_id).exists()
+
+
+def _shared_directory(path: str | os.PathLike[str]) -> str:
+    """The absolute path; ValueError for a URL, which would silently name a directory here."""
+    url = object_url(path)
+    if url is not None:
+        raise ValueError(
+            "sharded checkpoints need a shared directory; object storage is not supported here, "
+            f"as `{url}` asks: use `Checkpointer`, or give a directory that all ranks share"
+        )
+    return os.path.abspath(path)  # noqa: PTH100
 
 
 def _plain_value(planner: SavePlanner, index: MetadataIndex) -> JSON:

@@ -66,9 +66,15 @@ def save_request(
     )
 
 
-def _check(step: int, state: Mapping[str, object]) -> None:
+def check_step(step: object) -> int:
+    """ValueError unless a checkpoint can be named after it."""
     if type(step) is not int or not 0 <= step <= MAX_STEP:
         raise ValueError(f"`step` must be an integer from 0 to {MAX_STEP}, not {step!r}")
+    return step
+
+
+def _check(step: int, state: Mapping[str, object]) -> None:
+    check_step(step)
     if not state:
         raise ValueError("`state` is empty; give at least one name")
     names = [check_state_name(name) for name in state]

@@ -12,6 +12,7 @@ from types import TracebackType
 from matilda_ckpt.catalog import Catalog
 from matilda_ckpt.errors import CheckpointError, DamagedError
 from matilda_ckpt.fs import Fs, OsFs
+from matilda_ckpt.object_fs import ObjectFs, object_url
 
 _LOG = logging.getLogger("matilda_ckpt")
 
@@ -23,7 +24,7 @@ class Scrubber:
     the next `Checkpointer.restore` or `matilda-ckpt repair` quarantines it.
 
     Args:
-        root: directory of the checkpoints.
+        root: directory of the checkpoints, or the URL of a place in object storage.
         every_s: seconds between two checkpoints; reading one at 1.5 GB/s takes seconds.
         on_damage: called in the scrubbing thread.
     """
@@ -41,7 +42,11 @@ class Scrubber:
         self.damaged: dict[str, str] = {}
         self.checked: dict[str, float] = {}
         """Name → monotonic time of its last check."""
-        self._catalog = Catalog(fs or OsFs(), os.path.abspath(root))  # noqa: PTH100
+        url = object_url(root)
+        if url is not None:
+            self._catalog = Catalog(fs or ObjectFs(url), url)
+        else:
+            self._catalog = Catalog(fs or OsFs(), os.path.abspath(root))  # noqa: PTH100
         self._every_s = every_s
         self._on_damage = on_damage
         self._stop = threading.Event()
@@ -68,7 +73,7 @@ class Scrubber:
             self._catalog.verify(name)
         except DamagedError as error:
             # Retention may have taken it away while we were reading.
-            if self._catalog.fs.entry(f"{self._catalog.root}/{name}") is not None:
+            if self._catalog.holds(name):
                 self._report(name, str(error))
         else:
             self.damaged.pop(name, None)
