@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 
-from matilda_ckpt import Checkpointer, OtherFormatError, verify
+from matilda_ckpt import Checkpointer, OtherFormatError, Scrubber, verify
 from matilda_ckpt.cli import main
 
 
@@ -56,6 +57,38 @@ def test_it_is_named_and_nothing_is_moved(
     assert said in str(verify(newest).problem)
     assert main(["verify", str(two_saves)]) == 1
     assert said in capsys.readouterr().out
+
+
+def test_scrubber_repair_and_shell_go_on_with_the_others(
+    two_saves: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with Checkpointer(two_saves) as checkpoints:
+        checkpoints.save(3, {"count": {"steps": 3}})
+    rewrite(two_saves / "step-00000003", manifest="matilda-ckpt/9", commit="matilda-ckpt/9")
+    (two_saves / "step-00000001" / "count.json").write_text('{"steps":7}\n')
+    scrubber = Scrubber(two_saves)
+    assert len({scrubber.scrub_one() for _ in range(3)}) == 3
+    assert {scrubber.scrub_one() for _ in range(3)} == set(scrubber.checked)
+    assert (list(scrubber.damaged), list(scrubber.passed_over)) == (
+        ["step-00000001"],
+        ["step-00000003"],
+    )
+    assert len(caplog.records) == 2  # each once, in two rounds
+
+    assert main(["ls", str(two_saves)]) == 1
+    assert re.search(r"step-00000003 .* other format +checkpoint", capsys.readouterr().out)
+    assert main(["verify", "--json", str(two_saves)]) == 1
+    states = [found["state"] for found in json.loads(capsys.readouterr().out)]
+    assert states == ["other format", "ok", "damaged"]
+    assert main(["ls", str(two_saves / "step-00000003")]) == 1
+    assert "other format" in capsys.readouterr().out
+
+    assert main(["repair", str(two_saves)]) == 1
+    said = capsys.readouterr().out
+    assert "step-00000003 stays, not checked: " in said
+    assert "1 intact, 1 quarantined, 1 not checked" in said
+    assert {"step-00000002", "step-00000003"} <= entries(two_saves)
+    assert not (two_saves / "step-00000001").exists()
 
 
 @pytest.mark.parametrize(

@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from matilda_ckpt import Checkpointer, DamagedError, Keep, UnreadableError, verify
+from matilda_ckpt import (
+    Checkpointer,
+    DamagedError,
+    Keep,
+    Scrubber,
+    UnreadableError,
+    verify,
+)
 from matilda_ckpt.catalog import Catalog
+from matilda_ckpt.cli import main
 from matilda_ckpt.fs import OsFs
 from matilda_ckpt.object_fs import _as_os_errors
 
@@ -57,7 +66,9 @@ def entries(root: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("file", ["COMMIT", "MANIFEST.json", "count.json"])
-def test_it_is_named_and_nothing_is_moved_or_deleted(two_saves: Path, file: str) -> None:
+def test_it_is_named_and_nothing_is_moved_or_deleted(
+    two_saves: Path, file: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     newest = two_saves / "step-00000002"
     before = entries(two_saves)
     with refused(newest / file, two_saves), Checkpointer(two_saves) as checkpoints:
@@ -65,10 +76,19 @@ def test_it_is_named_and_nothing_is_moved_or_deleted(two_saves: Path, file: str)
             checkpoints.restore({"count": None})
         with pytest.raises(UnreadableError, match="stays where it is"):
             checkpoints.load_state()
-        with pytest.raises(UnreadableError):
-            checkpoints.repair()
+        (stays,) = checkpoints.repair()
+        assert (stays.step, stays.moved_to) == (2, None)
+        assert "Permission denied" in stays.reason
+        scrubber = Scrubber(two_saves)
+        turns = {scrubber.scrub_one() for _ in range(2)}
+        assert turns == {"step-00000001", "step-00000002"}
+        assert (list(scrubber.passed_over), scrubber.damaged) == (["step-00000002"], {})
         assert "Permission denied" in str(verify(newest).problem)
         assert checkpoints.list()[0].unreadable == (file != "count.json")
+        assert main(["verify", str(two_saves)]) == 1
+        said = capsys.readouterr().out
+        assert re.search(r"step-00000001 +ok ", said)
+        assert re.search(r"step-00000002 +unreadable ", said)
         assert entries(two_saves) == before
         # Saving goes on beside it, and retention does not count it among the two that it keeps.
         checkpoints.save(3, {"count": {"steps": 3}})

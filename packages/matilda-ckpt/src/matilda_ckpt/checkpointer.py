@@ -392,16 +392,22 @@ class Checkpointer:
         return self._store.retire(keep or self.keep)
 
     def repair(self) -> builtins.list[Skipped]:
-        """Verify every byte, quarantine what is damaged, clear what dead writers left."""
+        """Verify every byte, quarantine what is damaged, clear what dead writers left.
+
+        Returns what was moved, and without a `moved_to` what stays because it could not be judged:
+        another version of the format wrote it, or the system refuses to read it.
+        """
         self._background.settle()
         self._store.acquire()
-        moved = []
+        found = []
         for info in self._store.scan():
             try:
                 self._store.verify(info.name)
             except DamagedError as error:
-                moved.append(self._set_aside(info, str(error)))
-        return moved
+                found.append(self._set_aside(info, str(error)))
+            except (OtherFormatError, UnreadableError) as error:
+                found.append(Skipped(info.name, info.step, str(error)))
+        return found
 
     # -- end -----------------------------------------------------------------------------------
 

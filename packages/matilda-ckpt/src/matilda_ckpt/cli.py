@@ -1,6 +1,7 @@
 """`matilda-ckpt`: look at, check and look after checkpoints.
 
-Exit status: 0 fine; 1 damage or difference found; 2 a mistake in the call, or nothing to read.
+Exit status: 0 fine; 1 damage or difference found, or a checkpoint that could not be checked; 2 a
+mistake in the call, or nothing to read.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.errors import CheckpointError
 from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME
 from matilda_ckpt.object_fs import object_url
-from matilda_ckpt.reading import verify
+from matilda_ckpt.reading import VerifyReport, verify
 from matilda_ckpt.retention import Keep, victims
 
 EXAMPLES = """examples:
@@ -29,8 +30,8 @@ EXAMPLES = """examples:
   matilda-ckpt gc runs/hero --last 3 --best val_loss_nats:2:min --dry-run
   matilda-ckpt ls runs/hero --json | jq '.[0].step'
 
-Exit codes: 0 all is well; 1 something is damaged, differs or was put aside; 2 bad input, or a
-failure, in one sentence.
+Exit codes: 0 all is well; 1 something is damaged, differs, was put aside or could not be checked
+(another format, unreadable); 2 bad input, or a failure, in one sentence.
 """
 
 
@@ -115,7 +116,16 @@ def _selection(path: Path) -> list[CheckpointInfo]:
     if parse_name(root.name) or (root / MANIFEST_NAME).exists():
         report = verify(root, deep=False)
         if report.manifest is None:
-            return [CheckpointInfo(root.name, str(root), -1, problem=report.problem)]
+            return [
+                CheckpointInfo(
+                    root.name,
+                    str(root),
+                    -1,
+                    problem=report.problem,
+                    other_format=report.other_format,
+                    unreadable=report.unreadable,
+                )
+            ]
         manifest = report.manifest
         return [
             CheckpointInfo(
@@ -139,6 +149,15 @@ def _one(path: Path) -> CheckpointInfo:
     raise ValueError(f"`{path}` holds no intact checkpoint; look with `matilda-ckpt ls`")
 
 
+def _trouble(found: CheckpointInfo | VerifyReport) -> str:
+    """In two words at most why it cannot be used; "" when it can."""
+    if found.problem is None:
+        return ""
+    if found.other_format:
+        return "other format"
+    return "unreadable" if found.unreadable else "damaged"
+
+
 def _ls(options: argparse.Namespace) -> tuple[int, object, str]:
     found = _selection(options.path)
     rows = [
@@ -147,7 +166,7 @@ def _ls(options: argparse.Namespace) -> tuple[int, object, str]:
             str(info.step),
             _size(info.bytes),
             info.created[:19].replace("T", " "),
-            "damaged" if info.problem else "healthy" if info.healthy else "unhealthy",
+            _trouble(info) or ("healthy" if info.healthy else "unhealthy"),
             info.problem or "  ".join(f"{k}={v:.5g}" for k, v in sorted(info.metrics.items())),
         )
         for info in found
@@ -164,11 +183,22 @@ def _verify(options: argparse.Namespace) -> tuple[int, object, str]:
             _progress(f"{info.name} ({done} of {len(found)})")
         reports.append((info, verify(info.path, deep=not options.shallow)))
     rows = [
-        (info.name, "ok" if report.ok else "DAMAGED", _size(info.bytes), report.problem or "")
+        (
+            info.name,
+            (_trouble(report) or "ok").replace("damaged", "DAMAGED"),
+            _size(info.bytes),
+            report.problem or "",
+        )
         for info, report in reports
     ]
     data = [
-        {"name": info.name, "ok": report.ok, "problem": report.problem} for info, report in reports
+        {
+            "name": info.name,
+            "ok": report.ok,
+            "state": _trouble(report) or "ok",
+            "problem": report.problem,
+        }
+        for info, report in reports
     ]
     text = _table(("name", "", "size", ""), rows) or "no checkpoints"
     return int(not all(report.ok for _, report in reports)), data, text
@@ -273,10 +303,17 @@ def _export(options: argparse.Namespace) -> tuple[int, object, str]:
 def _repair(options: argparse.Namespace) -> tuple[int, object, str]:
     with Checkpointer(_root(options.path)) as checkpoints:
         skipped = checkpoints.repair()
-        left = checkpoints.list()
-    lines = [f"{skip.name} → {skip.moved_to}: {skip.reason}" for skip in skipped]
-    lines.append(f"{len(left)} intact, {len(skipped)} quarantined")
-    return int(bool(skipped)), {"quarantined": skipped, "intact": left}, "\n".join(lines)
+        stays = {skip.name: skip for skip in skipped if skip.moved_to is None}
+        intact = [info for info in checkpoints.list() if info.name not in stays]
+    moved = [skip for skip in skipped if skip.moved_to is not None]
+    lines = [f"{skip.name} → {skip.moved_to}: {skip.reason}" for skip in moved]
+    lines += [f"{skip.name} stays, not checked: {skip.reason}" for skip in stays.values()]
+    lines.append(
+        f"{len(intact)} intact, {len(moved)} quarantined"
+        + (f", {len(stays)} not checked" if stays else "")
+    )
+    data = {"quarantined": moved, "intact": intact, "not_checked": list(stays.values())}
+    return int(bool(skipped)), data, "\n".join(lines)
 
 
 def _torture(options: argparse.Namespace) -> tuple[int, object, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matilda_ckpt.catalog import Catalog
-from matilda_ckpt.errors import CheckpointError
+from matilda_ckpt.errors import CheckpointError, OtherFormatError, UnreadableError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest
@@ -32,6 +32,10 @@ class VerifyReport:
     ok: bool
     problem: str | None
     manifest: Manifest | None
+    other_format: bool = False
+    """It is not damaged, but another version of this package wrote it."""
+    unreadable: bool = False
+    """It may be intact, but cannot be read at present; see `UnreadableError`."""
 
 
 def verify(
@@ -42,7 +46,14 @@ def verify(
     try:
         manifest = catalog.verify(name) if deep else catalog.open(name)[0]
     except CheckpointError as error:
-        return VerifyReport(Path(path), False, str(error), None)
+        return VerifyReport(
+            Path(path),
+            False,
+            str(error),
+            None,
+            other_format=isinstance(error, OtherFormatError),
+            unreadable=isinstance(error, UnreadableError),
+        )
     return VerifyReport(Path(path), True, None, manifest)
 
 

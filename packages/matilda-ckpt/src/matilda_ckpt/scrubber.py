@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from matilda_ckpt.catalog import Catalog
-from matilda_ckpt.errors import CheckpointError, DamagedError
+from matilda_ckpt.errors import CheckpointError, DamagedError, OtherFormatError, UnreadableError
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.object_fs import ObjectFs, object_url
 
@@ -40,6 +40,8 @@ class Scrubber:
         if every_s <= 0:
             raise ValueError(f"`every_s` must be positive, not {every_s!r}")
         self.damaged: dict[str, str] = {}
+        self.passed_over: dict[str, str] = {}
+        """Name → why nothing is known of its bytes: another format, or the system refuses."""
         self.checked: dict[str, float] = {}
         """Name → monotonic time of its last check."""
         url = object_url(root)
@@ -66,6 +68,7 @@ class Scrubber:
         """Verify the checkpoint that was checked longest ago; its name, or None without any."""
         names = [info.name for info in self._catalog.scan()]
         self.checked = {n: t for n, t in self.checked.items() if n in names}
+        self.passed_over = {n: w for n, w in self.passed_over.items() if n in names}
         if not names:
             return None
         name = min(names, key=lambda n: self.checked.get(n, -1.0))
@@ -75,10 +78,20 @@ class Scrubber:
             # Retention may have taken it away while we were reading.
             if self._catalog.holds(name):
                 self._report(name, str(error))
+        except (OtherFormatError, UnreadableError) as error:
+            self._pass_over(name, str(error))
         else:
             self.damaged.pop(name, None)
-        self.checked[name] = time.monotonic()
+            self.passed_over.pop(name, None)
+        finally:
+            # Or it would be the longest unchecked for ever, and no other had its turn.
+            self.checked[name] = time.monotonic()
         return name
+
+    def _pass_over(self, name: str, why: str) -> None:
+        if self.passed_over.get(name) != why:
+            self.passed_over[name] = why
+            _LOG.warning("%s", why)
 
     def _report(self, name: str, why: str) -> None:
         if self.damaged.get(name) == why:
