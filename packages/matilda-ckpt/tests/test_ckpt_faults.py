@@ -18,6 +18,7 @@ import torch
 from matilda_ckpt import (
     Checkpointer,
     DamagedError,
+    Keep,
     LockedError,
     NoValidCheckpointError,
     SaveError,
@@ -293,6 +294,21 @@ def test_links_and_extra_files_are_refused(tmp_path: Path) -> None:
     restored = checkpoints.restore({})
     assert restored is not None
     assert restored.step == 1
+
+
+def test_hidden_files_of_desktops_and_network_file_systems_are_no_damage(tmp_path: Path) -> None:
+    checkpoints = two_steps(tmp_path)
+    newest = tmp_path / "step-00000002"
+    (newest / ".DS_Store").write_text("?")
+    (newest / ".nfs000000000123").write_text("?")
+    assert verify(newest).ok
+    restored = checkpoints.restore({})
+    assert restored is not None
+    assert (restored.step, len(restored.skipped)) == (2, 0)
+    for step in (3, 4):
+        checkpoints.save(step, {"loop": step})
+    assert checkpoints.retire(Keep(last=2)) == ["step-00000002"]
+    assert not newest.exists()
 
 
 def test_all_damaged_is_an_error_never_a_fresh_start(tmp_path: Path) -> None:

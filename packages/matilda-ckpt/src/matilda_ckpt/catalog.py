@@ -187,7 +187,9 @@ class Catalog:
                 raise damaged(file, "is not a regular file")
             if found.size != entry.size:
                 raise damaged(file, f"is {found.size} bytes instead of {entry.size}")
-        extra = sorted(set(entries) - set(manifest.files) - {COMMIT_NAME, MANIFEST_NAME})
+        # A desktop's or a network file system's own (`.DS_Store`, `.nfs…`); none of ours is hidden.
+        strange = {name for name in entries if not name.startswith(".")}
+        extra = sorted(strange - set(manifest.files) - {COMMIT_NAME, MANIFEST_NAME})
         if extra:
             raise damaged(extra[0][:80], "is not part of this checkpoint")
 
