@@ -54,6 +54,28 @@ def test_short_writes_and_interruptions_are_continued(
     assert torch.equal(checkpoints.load_state()["w"], weight)
 
 
+@pytest.mark.parametrize("fault", ["EOPNOTSUPP", "EINTR:when=1"])
+def test_space_that_cannot_be_reserved_is_not_written_instead(tmp_path: Path, fault: str) -> None:
+    """NFS before 4.2 has no fallocate, and glibc's own stand-in writes into every 4 KiB."""
+    reason = syscalls.why_not()
+    if reason:
+        pytest.skip(reason)
+    (tmp_path / "seed").mkdir()
+    log = tmp_path / "log"
+    options = [*("-f", "-y", "-o", str(log)), *("-e", "trace=fallocate,pwrite64")]
+    root = tmp_path / "checkpoints"
+    done = syscalls._spawn(
+        tmp_path / "seed", root, [*options, "-e", f"inject=fallocate:error={fault}"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert writer.judge(str(root), syscalls.SEEDED + 2) is None
+    calls = [line for line in log.read_text().splitlines() if str(root) in line]
+    injected = sum("INJECTED" in line for line in calls)
+    assert injected == (1 if fault == "EINTR:when=1" else sum("fallocate(" in c for c in calls))
+    assert sum("fallocate(" in line for line in calls) >= 8
+    assert [line for line in calls if "pwrite64(" in line and "/LOCK>" not in line] == []
+
+
 def test_write_without_progress_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -210,13 +210,9 @@ class OsFs:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | _NO_FOLLOW
         fd = os.open(path, flags, 0o644)
         try:
-            if size > 0 and hasattr(os, "posix_fallocate"):
-                try:
-                    os.posix_fallocate(fd, 0, size)
-                except OSError as error:
-                    # A file system without it is no reason to fail: writes will tell.
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS):
-                        raise
+            if size > 0:
+                # A file system that cannot is no reason to fail: writes will tell.
+                system_calls.reserve_space(fd, size)
         except BaseException:
             os.close(fd)
             raise

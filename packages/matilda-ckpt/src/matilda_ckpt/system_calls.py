@@ -40,6 +40,24 @@ def rename_noreplace(src: str, dst: str) -> bool:
     raise OSError(code, os.strerror(code), src, None, dst)
 
 
+def reserve_space(fd: int, nbytes: int) -> bool:
+    """`fallocate(2)`: True when the file has room for `nbytes`, False when this system cannot tell.
+
+    Not `posix_fallocate`: where the file system cannot, the C library writes into every block.
+    """
+    # With the 64-bit offsets that musl's only form, and that of 64-bit systems, takes anyway.
+    call = _call("fallocate64") or _call("fallocate")
+    if call is None:
+        return False
+    while call(fd, 0, ctypes.c_int64(0), ctypes.c_int64(nbytes)) != 0:
+        code = ctypes.get_errno()
+        if code in (errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP):
+            return False
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+    return True
+
+
 def start_writeback(fd: int, offset: int, nbytes: int) -> bool:
     """Ask the kernel to begin writing these bytes to disk; promises nothing about durability.
 
