@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from matilda_ckpt import Checkpointer, Keep
+from matilda_ckpt import Checkpointer, Keep, VerifyReport, cli
+from matilda_ckpt.catalog import Catalog
 from matilda_ckpt.cli import main
+from matilda_ckpt.fs import Entry, OsFs
 
 
 @pytest.fixture
@@ -66,6 +69,58 @@ def test_verify_names_the_damaged_tensor(run_dir: Path, capsys: pytest.CaptureFi
     one = run_dir / "checkpoints/step-00000020"
     status, out = call(capsys, "verify", "--json", one)
     assert (status, json.loads(out)[0]["ok"]) == (1, False)
+
+
+def test_verify_of_a_live_run_does_not_count_what_it_retires_meanwhile(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = cli.verify
+    root = run_dir / "checkpoints"
+
+    def verify(path: str, deep: bool = True) -> VerifyReport:
+        if path.endswith("10"):
+            shutil.rmtree(path)
+        return real(path, deep)
+
+    monkeypatch.setattr(cli, "verify", verify)
+    status, out = call(capsys, "verify", "--json", run_dir)
+    assert [found["state"] for found in json.loads(out)] == ["ok", "ok", "retired"]
+    assert status == 0
+
+    def quarantining(path: str, deep: bool = True) -> VerifyReport:
+        if path.endswith("20"):
+            damage(run_dir)
+            (root / "quarantine").mkdir()
+            (root / "step-00000020").rename(root / "quarantine/step-00000020-0a1b2c3d")
+        return real(path, deep)
+
+    monkeypatch.setattr(cli, "verify", quarantining)
+    status, out = call(capsys, "verify", run_dir)
+    assert (status, "DAMAGED" in out) == (1, True)
+
+
+def test_ls_passes_over_what_retention_takes_away_while_it_looks(run_dir: Path) -> None:
+    class Racing(OsFs):
+        def listdir(self, path: str) -> list[Entry]:
+            if path.endswith("step-00000010"):
+                shutil.rmtree(path, ignore_errors=True)
+            return super().listdir(path)
+
+    found = Catalog(Racing(), str(run_dir / "checkpoints")).scan()
+    assert [(info.step, info.problem) for info in found] == [(30, None), (20, None)]
+
+
+def test_interrupt_ends_quietly_with_130(run_dir: Path) -> None:
+    code = f"""
+import sys
+from matilda_ckpt import cli
+from matilda_ckpt.catalog import Catalog
+def interrupted(*_): raise KeyboardInterrupt
+Catalog.verify = interrupted
+sys.exit(cli.main(["verify", {str(run_dir)!r}]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (130, "")
 
 
 def test_inspect_shows_tensors(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,6 +26,7 @@ from matilda_ckpt import (
 from matilda_ckpt.cli import main
 from matilda_ckpt.object_fs import ObjectFs, object_url
 from matilda_ckpt.object_store import ObjectStore
+from matilda_ckpt.reading import open_catalog
 
 pytest.importorskip("fsspec", reason="object storage needs fsspec")
 
@@ -79,6 +80,17 @@ def flip(url: str, file: str) -> None:
     data = bytearray(fs.cat_file(f"{url}/{file}"))
     data[-1] ^= 1
     fs.pipe_file(f"{url}/{file}", bytes(data))
+
+
+def test_gone_by_retention_is_told_from_gone_into_quarantine(url: str) -> None:
+    with Checkpointer(url, keep=Keep(last=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, state(step))
+        flip(url, "step-00000003/loop.json")
+        restored = checkpoints.restore({})
+    assert restored is not None
+    catalog, name = open_catalog(f"{url}/step-00000001", None)
+    assert [catalog.retired(name[:-1] + n) for n in "123"] == [True, False, False]
 
 
 def test_scrubber_finds_rot(url: str) -> None:

@@ -87,6 +87,8 @@ class Catalog:
                 manifest, sha256 = self.open(entry.name)
                 found.append(info_of(self.root, entry.name, manifest, sha256))
             except CheckpointError as error:
+                if isinstance(error, DamagedError) and not self.holds(entry.name):
+                    continue  # retention took it away meanwhile
                 found.append(
                     CheckpointInfo(
                         entry.name,
@@ -110,6 +112,16 @@ class Catalog:
     def holds(self, name: str) -> bool:
         """Whether a checkpoint of this name is there now, damaged or not."""
         return any(entry.name == name for entry in self.fs.listdir(self.root))
+
+    def retired(self, name: str) -> bool:
+        """Whether it has gone for good since it was listed, and not into quarantine."""
+        if self.holds(name):
+            return False
+        folder = f"{self.root}/{QUARANTINE_NAME}"
+        # A directory here, the note of why in object storage.
+        aside = re.compile(re.escape(name) + r"(-[0-9a-f]+)?(\.reason\.json)?")
+        put = self.fs.listdir(folder) if self.fs.entry(folder) is not None else []
+        return not any(aside.fullmatch(entry.name) for entry in put)
 
     def open(self, name: str, *, fresh: bool = False) -> tuple[Manifest, str]:
         """Seal, manifest, set of files and sizes; DamagedError naming what is wrong.

@@ -20,7 +20,7 @@ from matilda_ckpt.checkpointer import Checkpointer
 from matilda_ckpt.errors import CheckpointError
 from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME
 from matilda_ckpt.object_fs import object_url
-from matilda_ckpt.reading import VerifyReport, verify
+from matilda_ckpt.reading import VerifyReport, open_catalog, verify
 from matilda_ckpt.retention import Keep, victims
 
 EXAMPLES = """examples:
@@ -43,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (CheckpointError, ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 2
+    except KeyboardInterrupt:
+        return 130
     if parsed.json:
         text = json.dumps(_plain(data), indent=2, allow_nan=False)
     try:
@@ -158,6 +160,16 @@ def _trouble(found: CheckpointInfo | VerifyReport) -> str:
     return "unreadable" if found.unreadable else "damaged"
 
 
+def _state(info: CheckpointInfo, report: VerifyReport) -> str:
+    """The same after a check, or "ok", or "retired": a live run deletes beside us."""
+    trouble = _trouble(report)
+    if trouble == "damaged":
+        catalog, name = open_catalog(info.path, None)
+        if catalog.retired(name):
+            return "retired"
+    return trouble or "ok"
+
+
 def _ls(options: argparse.Namespace) -> tuple[int, object, str]:
     found = _selection(options.path)
     rows = [
@@ -181,27 +193,29 @@ def _verify(options: argparse.Namespace) -> tuple[int, object, str]:
     for done, info in enumerate(found, start=1):
         if sys.stderr.isatty() and not options.json:
             _progress(f"{info.name} ({done} of {len(found)})")
-        reports.append((info, verify(info.path, deep=not options.shallow)))
+        report = verify(info.path, deep=not options.shallow)
+        reports.append((info, report, _state(info, report)))
     rows = [
         (
             info.name,
-            (_trouble(report) or "ok").replace("damaged", "DAMAGED"),
+            state.replace("damaged", "DAMAGED"),
             _size(info.bytes),
-            report.problem or "",
+            "deleted while this ran" if state == "retired" else report.problem or "",
         )
-        for info, report in reports
+        for info, report, state in reports
     ]
     data = [
         {
             "name": info.name,
-            "ok": report.ok,
-            "state": _trouble(report) or "ok",
-            "problem": report.problem,
+            "ok": None if state == "retired" else report.ok,
+            "state": state,
+            "problem": None if state == "retired" else report.problem,
         }
-        for info, report in reports
+        for info, report, state in reports
     ]
     text = _table(("name", "", "size", ""), rows) or "no checkpoints"
-    return int(not all(report.ok for _, report in reports)), data, text
+    bad = [state for _, _, state in reports if state not in ("ok", "retired")]
+    return int(bool(bad)), data, text
 
 
 def _inspect(options: argparse.Namespace) -> tuple[int, object, str]:
