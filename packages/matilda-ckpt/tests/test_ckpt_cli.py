@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from matilda_ckpt import Checkpointer, Keep, VerifyReport, cli
+from matilda_ckpt import Checkpointer, DamagedError, Keep, VerifyReport, cli
 from matilda_ckpt.catalog import Catalog
 from matilda_ckpt.cli import main
+from matilda_ckpt.comparison import compare
+from matilda_ckpt.export import export
 from matilda_ckpt.fs import Entry, OsFs
 
 
@@ -147,6 +152,57 @@ def test_diff_names_tensors_and_values_that_differ(
     assert call(capsys, "diff", a, a)[0] == 0
     data = json.loads(call(capsys, "diff", "--json", a, b)[1])
     assert data["tensors"][0]["max_abs"] == pytest.approx(0.5)
+
+
+def test_diff_reads_only_the_tensors_that_differ(tmp_path: Path) -> None:
+    same = torch.randn(1000)
+    with Checkpointer(tmp_path, share_bytes=None) as checkpoints:
+        for step in (1, 2):
+            optimizer = {"m": [same, np.full(7, step)], "w": same, "n": np.float32(step)}
+            state = {"model": {"w": same, "b": torch.ones(5) * step}, "optimizer": optimizer}
+            checkpoints.save(step, state)
+    paths = [tmp_path / f"step-0000000{step}" for step in (1, 2)]
+    read: list[str] = []
+    real = Catalog.read_one_tensor
+
+    def counting(catalog: Catalog, name: str, m: Any, file: str, key: str, view: Any) -> None:
+        read.append(key)
+        real(catalog, name, m, file, key, view)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Catalog, "read_one_tensor", counting)
+        patch.setattr(Catalog, "read_tensors", None)  # whole files
+        found = compare(*paths)
+    assert sorted(read) == ["b", "b", "m.1", "m.1", "n", "n"]
+    assert (found.equal_tensors, found.values) == (1, [])
+    assert [(c.name, c.differing) for c in found.tensors] == [
+        ("model/b", 5),
+        ("optimizer/m.1", 7),
+        ("optimizer/n", 1),
+    ]
+    file = tmp_path / "step-00000002/model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(DamagedError, match="damaged tensor 'b'"):
+        compare(*paths)
+
+
+def test_export_that_fails_leaves_nothing_and_names_the_file(
+    run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    place = tmp_path / "out"
+    place.mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        assert main(["export", str(run_dir), str(place / "w.safetensors")]) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert f"File too large: '{place}/w.safetensors'" in capsys.readouterr().err
+    assert list(place.iterdir()) == []
+    with pytest.raises(FileNotFoundError, match="nowhere/w"):
+        export(run_dir / "checkpoints/step-00000030", place / "nowhere/w")
 
 
 def test_gc_deletes_by_the_rule_and_dry_run_does_not(

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
+from matilda_ckpt.catalog import Catalog
 from matilda_ckpt.errors import DamagedError
+from matilda_ckpt.loading import load_trees
 from matilda_ckpt.manifest import Manifest, TensorEntry
-from matilda_ckpt.reading import load_state, verify
+from matilda_ckpt.reading import open_catalog
+from matilda_ckpt.state_tree import decode
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -42,12 +50,13 @@ class Difference:
 
 
 def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
-    """Compare two checkpoint directories, verified while they are read.
+    """Compare two checkpoint directories, verified as far as they are read.
 
-    Tensors are compared by the hashes in the manifests; only those that differ are loaded.
-    Raises DamagedError when one does not verify.
+    Tensors are compared by the hashes in the manifests; only those that differ are loaded, one of
+    each side at a time. Raises DamagedError when what is read does not verify.
     """
-    left, right = _tensors(_manifest(a)), _tensors(_manifest(b))
+    one, other = _Side.of(a), _Side.of(b)
+    left, right = one.tensors, other.tensors
     equal, changes, unequal = 0, [], []
     for name in sorted(left.keys() | right.keys()):
         x, y = left.get(name), right.get(name)
@@ -59,13 +68,11 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
             equal += 1
         else:
             unequal.append(name)
-    state_a, state_b = load_state(a), load_state(b)
-    leaves_a, leaves_b = _leaves(state_a), _leaves(state_b)
-    by_hash = _values_by_key(leaves_a), _values_by_key(leaves_b)
-    changes += [_measure(name, by_hash[0].get(name), by_hash[1].get(name)) for name in unequal]
+    changes += [_measure(name, one.load(name), other.load(name)) for name in unequal]
+    leaves_a, leaves_b = _leaves(one.values()), _leaves(other.values())
     values = []
     for path in sorted(leaves_a.keys() | leaves_b.keys()):
-        if _is_array(leaves_a.get(path)) or _is_array(leaves_b.get(path)):
+        if any(isinstance(leaves.get(path), _Leaf) for leaves in (leaves_a, leaves_b)):
             continue
         before, after = (repr(leaves.get(path, "nothing")) for leaves in (leaves_a, leaves_b))
         if before != after:
@@ -73,20 +80,65 @@ def compare(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> Difference:
     return Difference(equal, sorted(changes, key=lambda change: change.name), values)
 
 
-def _manifest(path: str | os.PathLike[str]) -> Manifest:
-    report = verify(path, deep=False)
-    if report.manifest is None:
-        raise DamagedError(str(report.problem))
-    return report.manifest
+class _Leaf:
+    """Where a tensor or an array was: those are compared by name."""
+
+    def __getitem__(self, _index: object) -> _Leaf:
+        return self
 
 
-def _tensors(manifest: Manifest) -> dict[str, TensorEntry]:
-    return {
-        f"{name}/{key}": tensor
-        for name, entry in manifest.state.items()
-        for file in entry.tensors
-        for key, tensor in manifest.files[file].tensors.items()
-    }
+@dataclass(frozen=True)
+class _Side:
+    """One of the two checkpoints, opened."""
+
+    catalog: Catalog
+    name: str
+    manifest: Manifest
+    places: Mapping[str, tuple[str, str]]
+    """State name and tensor key, as in `model/blocks.0.attn.q.weight` → file, key."""
+
+    @staticmethod
+    def of(path: str | os.PathLike[str]) -> _Side:
+        catalog, name = open_catalog(path, None)
+        manifest, _ = catalog.open(name)
+        places = {
+            f"{state}/{key}": (file, key)
+            for state, entry in manifest.state.items()
+            for file in entry.tensors
+            for key in manifest.files[file].tensors
+        }
+        return _Side(catalog, name, manifest, places)
+
+    @property
+    def tensors(self) -> dict[str, TensorEntry]:
+        return {
+            name: self.manifest.files[file].tensors[key]
+            for name, (file, key) in self.places.items()
+        }
+
+    def load(self, name: str) -> torch.Tensor:
+        """One tensor, verified."""
+        from matilda_ckpt import torch_tensors
+
+        file, key = self.places[name]
+        entry = self.manifest.files[file].tensors[key]
+        tensor, view = torch_tensors.empty(entry.dtype, entry.shape)
+        self.catalog.read_one_tensor(self.name, self.manifest, file, key, view)
+        return tensor
+
+    def values(self) -> dict[str, object]:
+        """All that is no tensor, verified, with a `_Leaf` for each that is one."""
+
+        def leaf(owner: str, key: str) -> Any:
+            if f"{owner}/{key}" not in self.places:
+                raise ValueError(f"state {owner[:80]!r} has no stored tensor {key[:80]!r}")
+            return _Leaf()
+
+        trees = load_trees(self.catalog, self.name, self.manifest, list(self.manifest.state))
+        try:
+            return {name: decode(name, tree, leaf, leaf) for name, tree in trees.items()}
+        except (ValueError, RecursionError) as error:
+            raise DamagedError(f"checkpoint `{self.catalog.root}/{self.name}`: {error}") from error
 
 
 def _leaves(state: dict[str, object]) -> dict[str, object]:
@@ -107,23 +159,9 @@ def _leaves(state: dict[str, object]) -> dict[str, object]:
     return found
 
 
-def _values_by_key(leaves: dict[str, object]) -> dict[str, object]:
-    """`model.blocks.0.w` → `model/blocks.0.w`, the name under which a tensor is stored."""
-    return {path.replace(".", "/", 1): value for path, value in leaves.items()}
-
-
-def _is_array(value: object) -> bool:
-    return type(value).__module__.partition(".")[0] in ("torch", "numpy") and hasattr(
-        value, "dtype"
-    )
-
-
-def _measure(name: str, a: object, b: object) -> TensorChange:
-    if not _is_array(a) or not _is_array(b):
-        return TensorChange(name, "values")
+def _measure(name: str, x: torch.Tensor, y: torch.Tensor) -> TensorChange:
     import torch
 
-    x, y = torch.as_tensor(a), torch.as_tensor(b)
     raw_x = x.contiguous().reshape(-1).view(torch.uint8).reshape(x.numel(), -1)
     raw_y = y.contiguous().reshape(-1).view(torch.uint8).reshape(y.numel(), -1)
     differing = int((raw_x != raw_y).any(dim=1).sum())

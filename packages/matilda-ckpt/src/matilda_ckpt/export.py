@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 from collections.abc import Iterator
@@ -24,7 +25,8 @@ def export(
     file appears under its name only when it is complete and durable.
 
     Raises DamagedError when the checkpoint does not verify, ValueError when the name is missing
-    or holds no tensor, FileExistsError when `out` exists.
+    or holds no tensor, FileExistsError when `out` exists, OSError naming `out` when it cannot be
+    written.
     """
     from matilda_ckpt import torch_tensors
 
@@ -39,13 +41,19 @@ def export(
     temp = f"{target}.{secrets.token_hex(4)}.tmp"
     fs = OsFs()
     plan = plan_tensor_file(sources)
-    file = fs.create(temp, plan.size)
+    file = None
     try:
+        file = fs.create(temp, plan.size)
         write_tensor_file(file, plan)
         fs.rename_noreplace(temp, target)
-    except BaseException:
-        file.close()
-        fs.unlink(temp)
+    except BaseException as error:
+        if file is not None:
+            file.close()
+        with contextlib.suppress(OSError):
+            fs.unlink(temp)
+        if isinstance(error, OSError):
+            # The same kind of error, but of the file that was asked for.
+            raise OSError(error.errno, error.strerror or str(error), target) from error
         raise
     fs.fsync_dir(folder)
     return plan.size

@@ -11,6 +11,7 @@ from matilda_ckpt.errors import DamagedError
 from matilda_ckpt.manifest import Manifest, TensorEntry
 from matilda_ckpt.parallel import each
 from matilda_ckpt.state_tree import decode
+from matilda_ckpt.strict_json import JSON
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,14 +27,7 @@ def load_names(
 
     DamagedError when a file is not what the manifest says.
     """
-    trees = {}
-    for state_name in wanted:
-        file = manifest.state[state_name].json
-        data = store.read_json(name, manifest, file)
-        try:
-            trees[state_name] = strict_json.loads(data, file)
-        except ValueError as error:
-            raise DamagedError(f"checkpoint `{store.root}/{name}`: {error}") from error
+    trees = load_trees(store, name, manifest, wanted)
     leaves = _Leaves(store, name, manifest, _references(trees))
     try:
         return {
@@ -42,6 +36,21 @@ def load_names(
         }
     except (ValueError, RecursionError) as error:
         raise DamagedError(f"checkpoint `{store.root}/{name}`: {error}") from error
+
+
+def load_trees(
+    store: Catalog, name: str, manifest: Manifest, wanted: Collection[str]
+) -> dict[str, JSON]:
+    """The verified JSON of the `wanted` names, without their tensors."""
+    trees = {}
+    for state_name in wanted:
+        file = manifest.state[state_name].json
+        data = store.read_json(name, manifest, file)
+        try:
+            trees[state_name] = strict_json.loads(data, file)
+        except ValueError as error:
+            raise DamagedError(f"checkpoint `{store.root}/{name}`: {error}") from error
+    return trees
 
 
 def _references(trees: Mapping[str, Any]) -> dict[tuple[str, str], str]:
