@@ -254,3 +254,17 @@ def test_cuda_state_is_frozen_and_training_goes_on(tmp_path: Path, defer: bool) 
         host["large"].fill_(1.0)
         assert checkpoints._pool is not None
         assert checkpoints._pool.nbytes == held
+
+
+@pytest.mark.gpu
+def test_waiting_save_waits_for_the_stream_of_its_caller(tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    weight = torch.zeros(1_000_000, device="cuda")
+    checkpoints = Checkpointer(tmp_path, threads=2)
+    checkpoints.save(1, {"w": weight})
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(2_000_000_000)  # about a second of the device
+        weight.fill_(2)
+        checkpoints.save(2, {"w": weight})
+    assert bool((checkpoints.load_state(2)["w"] == 2).all())

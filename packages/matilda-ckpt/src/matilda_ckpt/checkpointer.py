@@ -149,10 +149,11 @@ class Checkpointer:
         snapshot = None
         if not wait and "torch" in sys.modules:
             snapshot = self._new_snapshot(step, defer_copy)
+        encoder = Encoder(snapshot, copy_arrays=not wait)
         request = save_request(
             step,
             state,
-            Encoder(snapshot, copy_arrays=not wait),
+            encoder,
             metrics=metrics or {},
             provenance=provenance or {},
             healthy=healthy,
@@ -162,6 +163,7 @@ class Checkpointer:
         )
         handle = SaveHandle(step)
         if wait:
+            encoder.wait_for_devices()
             handle._end(self._commit(request), None)
         else:
             # Only one writer can start: a refused lock must reach the caller at once.

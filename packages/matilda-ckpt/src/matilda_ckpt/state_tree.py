@@ -68,6 +68,12 @@ class Encoder:
         place.result.tree = self._visit(place, value, ())
         return place.result
 
+    def wait_for_devices(self) -> None:
+        """Until what the caller's streams have queued is done: other threads, which know nothing of
+        those streams, will read the tensors."""
+        if self._torch_tensors is not None:
+            self._torch_tensors.wait_for_devices(self._alive)
+
     # Methods, not closures that call themselves: those would keep every tensor alive until the
     # garbage collector comes.
     def _visit(self, place: _Place, value: object, path: tuple[str, ...]) -> JSON:

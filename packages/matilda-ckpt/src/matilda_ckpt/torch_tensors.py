@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -57,6 +57,12 @@ def byte_view(tensor: torch.Tensor) -> memoryview:
     if host.numel() == 0:
         return memoryview(b"")
     return host.reshape(-1).view(torch.uint8).numpy().data
+
+
+def wait_for_devices(values: Iterable[object]) -> None:
+    """Until the current stream of each CUDA device that holds one of `values` is done."""
+    for device in {v.device for v in values if isinstance(v, torch.Tensor) and v.is_cuda}:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def identity(tensor: torch.Tensor) -> object:
