@@ -123,6 +123,32 @@ def test_saves_are_restored_and_retired(url: str, wait: bool) -> None:
     assert {name.split("/")[0] for name in left} == {".claims", "step-00000003", "step-00000004"}
 
 
+def test_requests_of_a_save_do_not_grow_with_what_is_kept(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listings = 0
+    real = ObjectFs.names_below
+
+    def counting(self: ObjectFs, path: str) -> dict[str, dict[str, Any]]:
+        nonlocal listings
+        listings += 1
+        return real(self, path)
+
+    monkeypatch.setattr(ObjectFs, "names_below", counting)
+    checkpoints = Checkpointer(url, keep=Keep(last=99))
+    seen = []
+    for step in range(1, 7):
+        before = listings
+        checkpoints.save(step, state(step))
+        seen.append(listings - before)
+    assert seen == [seen[0]] * 6
+    assert seen[0] <= 6
+    store = checkpoints._store
+    assert isinstance(store, ObjectStore)
+    assert store._listed()["step-00000004"] == tuple(store.fs.listdir(f"{url}/step-00000004"))
+    assert len(checkpoints.list()) == 6
+
+
 def test_uncommitted_upload_is_invisible_and_removed_after_a_day(
     url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -79,20 +79,20 @@ class Catalog:
         if self.fs.entry(self.root) is None:
             return []
         found = []
-        for entry in self.fs.listdir(self.root):
-            parsed = parse_name(entry.name)
+        for name, stamp in self._listed().items():
+            parsed = parse_name(name)
             if parsed is None:
                 continue
             try:
-                manifest, sha256 = self.open(entry.name)
-                found.append(info_of(self.root, entry.name, manifest, sha256))
+                manifest, sha256 = self.open(name, stamp=stamp)
+                found.append(info_of(self.root, name, manifest, sha256))
             except CheckpointError as error:
-                if isinstance(error, DamagedError) and not self.holds(entry.name):
+                if isinstance(error, DamagedError) and not self.holds(name):
                     continue  # retention took it away meanwhile
                 found.append(
                     CheckpointInfo(
-                        entry.name,
-                        f"{self.root}/{entry.name}",
+                        name,
+                        f"{self.root}/{name}",
                         parsed[0],
                         problem=str(error),
                         other_format=isinstance(error, OtherFormatError),
@@ -123,11 +123,17 @@ class Catalog:
         put = self.fs.listdir(folder) if self.fs.entry(folder) is not None else []
         return not any(aside.fullmatch(entry.name) for entry in put)
 
-    def open(self, name: str, *, fresh: bool = False) -> tuple[Manifest, str]:
+    def _listed(self) -> dict[str, tuple[Entry, ...] | None]:
+        """What the directory holds, and what is in each where one listing says that too."""
+        return {entry.name: None for entry in self.fs.listdir(self.root)}
+
+    def open(
+        self, name: str, *, fresh: bool = False, stamp: tuple[Entry, ...] | None = None
+    ) -> tuple[Manifest, str]:
         """Seal, manifest, set of files and sizes; DamagedError naming what is wrong.
 
         An answer is kept for as long as no file changes its inode, size or times; `fresh` reads
-        again in any case.
+        again in any case. `stamp` is a listing of it that was made just now.
         """
         path = f"{self.root}/{name}"
 
@@ -135,7 +141,7 @@ class Catalog:
             return DamagedError(f"checkpoint `{path}`: `{file}` {text}")
 
         try:
-            stamp = tuple(self.fs.listdir(path))
+            stamp = tuple(self.fs.listdir(path)) if stamp is None else stamp
         except OSError as error:
             raise _not_read(f"checkpoint `{path}`", error) from error
         known = self._opened.get(name)

@@ -117,16 +117,20 @@ class ObjectFs:
 
     def listdir(self, path: str) -> list[Entry]:
         """Objects of one level; a checkpoint shows in its directory once it is committed."""
+        return _level(self.names_below(path))
+
+    def list_two(self, path: str) -> dict[str, tuple[Entry, ...] | None]:
+        """What `listdir` finds, and for each folder what it would find in there, by one request."""
         found = self.names_below(path)
-        entries = [
-            Entry(name, "file", int(info["size"]), _stamp(info))
-            for name, info in found.items()
-            if "/" not in name
-        ]
-        for folder in {name.split("/", 1)[0] for name in found if "/" in name}:
-            if parse_name(folder) is None or f"{folder}/{COMMIT_NAME}" in found:
-                entries.append(Entry(folder, "dir", 0))
-        return sorted(entries, key=lambda entry: entry.name)
+        below: dict[str, dict[str, dict[str, Any]]] = {}
+        for name, info in found.items():
+            folder, slash, rest = name.partition("/")
+            if slash:
+                below.setdefault(folder, {})[rest] = info
+        return {
+            entry.name: tuple(_level(below[entry.name])) if entry.kind == "dir" else None
+            for entry in _level(found)
+        }
 
     def entry(self, path: str) -> Entry | None:
         name = path.rsplit("/", 1)[-1]
@@ -167,6 +171,19 @@ class ObjectFs:
 
     def lock(self, path: str) -> Lock | None:
         raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP), path)
+
+
+def _level(found: Mapping[str, Mapping[str, Any]]) -> list[Entry]:
+    """The first level of a recursive listing, by name."""
+    entries = [
+        Entry(name, "file", int(info["size"]), _stamp(info))
+        for name, info in found.items()
+        if "/" not in name
+    ]
+    for folder in {name.split("/", 1)[0] for name in found if "/" in name}:
+        if parse_name(folder) is None or f"{folder}/{COMMIT_NAME}" in found:
+            entries.append(Entry(folder, "dir", 0))
+    return sorted(entries, key=lambda entry: entry.name)
 
 
 def _stamp(info: Mapping[str, Any]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ from typing import Any
 from matilda_ckpt import strict_json
 from matilda_ckpt.catalog import QUARANTINE_NAME, CheckpointInfo, info_of
 from matilda_ckpt.errors import CheckpointError, SaveError
+from matilda_ckpt.fs import Entry
 from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME, FileEntry, StateEntry
 from matilda_ckpt.object_fs import ObjectFs
 from matilda_ckpt.retention import Keep
@@ -42,6 +43,9 @@ class ObjectStore(Store):
     ) -> None:
         self._objects = ObjectFs(url, storage_options)
         super().__init__(self._objects, url, run_id=run_id, threads=threads, share_bytes=None)
+
+    def _listed(self) -> dict[str, tuple[Entry, ...] | None]:
+        return self._objects.list_two(self.root)
 
     def acquire(self) -> None:
         """Nothing to take: racing writers cannot harm each other."""
