@@ -18,7 +18,13 @@ from matilda_optim.metrics import matrix_metrics
 from matilda_optim.newton_schulz import NS_DTYPES
 from matilda_optim.normuon import init_normuon_state
 from matilda_optim.sharing import Sharing
-from matilda_optim.state import align_state_dict, check_shapes, restore_in_place
+from matilda_optim.state import (
+    align_state_dict,
+    check_shapes,
+    drop_strangers,
+    follow_parameter,
+    restore_in_place,
+)
 
 
 class Muon(Optimizer):
@@ -33,7 +39,8 @@ class Muon(Optimizer):
     `W ← (1 - lr·weight_decay)·W - lr·ratio(shape)·orthogonalize(U)`.
 
     State is created here (`momentum_buffer`; `exp_avg`, `exp_avg_sq` and `step` for AdamW): fp32
-    also for 16-bit parameters, fp64 for fp64 ones. `.grad` is only read. A
+    also for 16-bit parameters, fp64 for fp64 ones. The next step or load makes again what was
+    cleared, and lets it follow a model that was moved or cast before. `.grad` is only read. A
     parameter whose gradient is None is left alone. Equal inputs give equal bits, in any process and
     after any resume.
 
@@ -123,6 +130,7 @@ class Muon(Optimizer):
             "differentiable": False,
         }
         self._adam_eps = adam_eps
+        self._seen: Any = None
         self._muon_step = MuonStep(backend, Sharing(distribute, process_group), graph)
         super().__init__(params, defaults)
         self._stay_out_of_graphs()
@@ -146,16 +154,34 @@ class Muon(Optimizer):
         for param in group["params"]:
             self._init_state(group, param)
 
-    def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
-        state = self.state[param]
+    def _init_state(self, group: dict[str, Any], param: Tensor) -> bool:
+        """Makes what state `param` lacks; returns whether there was any to make."""
+        state = self.state.setdefault(param, {})
+        had = len(state)
         if group["algorithm"] == "adamw":
-            init_adamw_state(state, param)
-        else:
+            if "exp_avg" not in state:
+                init_adamw_state(state, param)
+            return len(state) > had
+        if "momentum_buffer" not in state:
             state["momentum_buffer"] = torch.zeros_like(
                 param, dtype=master_dtype(param), memory_format=torch.preserve_format
             )
-            if group["normuon_beta2"] is not None:
-                init_normuon_state(state, param, block_spec(group))
+        if group["normuon_beta2"] is not None and "second_momentum" not in state:
+            init_normuon_state(state, param, block_spec(group))
+        return len(state) > had
+
+    def _settle(self) -> None:
+        """State for every parameter, where the parameter is: both may have been exchanged."""
+        params = [p for group in self.param_groups for p in group["params"]]
+        ids = list(map(id, params))
+        if self._seen == (id(self.state), len(self.state), ids) and all(self.state.values()):
+            return
+        made = [self._init_state(g, p) for g in self.param_groups for p in g["params"]]
+        moved = [follow_parameter(self.state[p], p) for p in params]
+        drop_strangers(self.state, params, replaced=any(made))
+        if any(made) or any(moved):
+            self._muon_step.forget()  # a plan holds the states that it was built for
+        self._seen = (id(self.state), len(self.state), ids)
 
     def __getstate__(self) -> dict[str, Any]:
         extra = {"_adam_eps": self._adam_eps, "_muon_step": self._muon_step}
@@ -165,9 +191,15 @@ class Muon(Optimizer):
         super().__setstate__(state)
         self._stay_out_of_graphs()
         self._muon_step.forget()
+        self._seen = None
         for group in self.param_groups:
             for key, value in self.defaults.items():
                 group.setdefault(key, value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as torch's optimizers give it; complete from the start."""
+        self._settle()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Loads a state of this class or of `torch.optim.Muon`, in place and bit for bit.
@@ -178,6 +210,8 @@ class Muon(Optimizer):
         Raises:
             ValueError: other parameters or groups than this optimizer's, naming the difference.
         """
+        self._seen = None  # the model may have been moved since
+        self._settle()
         before = dict(self.state)
         aligned = align_state_dict(self.param_groups, state_dict)
         check_shapes(self, aligned)  # before anything is changed
@@ -194,6 +228,7 @@ class Muon(Optimizer):
         matrices that are zero or not finite. A call costs about as much as a step, other steps
         nothing. DTensor momenta are gathered: call it on every rank.
         """
+        self._settle()
         return matrix_metrics(self.param_groups, self.state)
 
     @overload
@@ -214,6 +249,7 @@ class Muon(Optimizer):
 
 
 def _update_groups(optimizer: Muon) -> None:
+    optimizer._settle()
     muon_groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
     for group in optimizer.param_groups:
         if group["algorithm"] == "adamw":

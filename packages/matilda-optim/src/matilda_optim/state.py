@@ -1,11 +1,42 @@
-"""Loading optimizer state: matched by parameter name, copied in place, kept in fp32."""
+"""Optimizer state: where its parameter is; loaded by parameter name, in place, in fp32."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.optim.optimizer import Optimizer
+
+from matilda_optim.adamw import master_dtype
+
+_LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+
+
+def follow_parameter(state: dict[str, Any], param: Tensor) -> bool:
+    """Moves `state` to the device and precision of `param`; returns whether it was elsewhere."""
+    moved = False
+    for key, value in state.items():
+        if not isinstance(value, Tensor):
+            continue
+        dtype = master_dtype(param) if key in _LIKE_PARAMETER else value.dtype
+        if value.device == param.device and value.dtype == dtype:
+            continue
+        moved = True
+        if value.is_meta:  # no values to move: the optimizer was made before the weights were
+            state[key] = torch.zeros_like(value, device=param.device, dtype=dtype)
+        else:
+            state[key] = value.to(param.device, dtype)
+    return moved
+
+
+def drop_strangers(states: dict[Any, Any], params: Sequence[Tensor], *, replaced: bool) -> None:
+    """Drops the states of tensors that are in no group: empty ones, and all if others came in."""
+    own = set(map(id, params))
+    for key in [k for k in states if isinstance(k, Tensor) and id(k) not in own]:
+        if replaced or not states[key]:
+            del states[key]
 
 
 def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:

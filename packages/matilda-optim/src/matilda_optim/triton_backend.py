@@ -173,6 +173,8 @@ class KernelClass:
             [p.data_ptr() for p in self._params],
         )
         if found != self._found:
+            if found[1:] != self._found[1:]:
+                self._check_devices()
             self._found = found
             sizes = (self.key.grad_dtype.itemsize, 4, self.key.param_dtype.itemsize)
             values = [
@@ -183,6 +185,20 @@ class KernelClass:
             self.addresses.set(values)
             self._even = self.whole and all(address % 16 == 0 for address in values)
         return self._even
+
+    def _check_devices(self) -> None:
+        """The kernels read addresses: one of another device would be read as one of this."""
+        for param, state in zip(self._params, self._states, strict=True):
+            tensors = {"parameter": param, "momentum": state["momentum_buffer"]}
+            if param.grad is not None:
+                tensors["gradient"] = param.grad
+            for what, tensor in tensors.items():
+                if tensor.device != self.key.device:
+                    raise ValueError(
+                        f"the {what} of shape {tuple(param.shape)!r} is on {tensor.device}, what "
+                        f"belongs to it on {self.key.device}; after moving a model between steps "
+                        "call `optimizer.load_state_dict(optimizer.state_dict())`"
+                    )
 
     def _hyper(self) -> None:
         options = [
