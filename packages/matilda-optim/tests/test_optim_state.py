@@ -75,6 +75,23 @@ def test_a_saved_and_loaded_run_continues_bitwise(dtype: torch.dtype) -> None:
     assert all(v.dtype == torch.float32 for s in c.state.values() for v in s.values())
 
 
+def test_a_normuon_state_continues_bitwise_in_an_optimizer_made_without_it() -> None:
+    def normuon(model: nn.Module) -> Muon:
+        groups = param_groups(model, lr=1e-2, weight_decay=0.1)
+        return Muon(groups, normuon_beta2=0.95)
+
+    straight, broken, resumed = model_of(), model_of(), model_of()
+    a, b, c = normuon(straight), normuon(broken), optimizer_of(resumed)
+    train(straight, a, 0, 6)
+    train(broken, b, 0, 3)
+    resumed.load_state_dict(broken.state_dict())
+    c.load_state_dict(b.state_dict())
+    assert digest(resumed, c) == digest(broken, b)
+    train(broken, b, 3, 4)  # the loaded state is a copy
+    train(resumed, c, 3, 6)
+    assert digest(resumed, c) == digest(straight, a)
+
+
 def test_state_is_plain_tensors_that_exist_before_the_first_step() -> None:
     model = model_of()
     state = optimizer_of(model).state_dict()

@@ -128,4 +128,6 @@ def restore_in_place(
                     target.zero_()
                     continue
                 target.copy_(torch.as_tensor(values[key]))
+            for key in [k for k in values if k not in own]:  # of options of the saved groups
+                own[key] = torch.as_tensor(values[key]).to(param.device, copy=True)
             optimizer.state[param] = own
