@@ -9,6 +9,7 @@ import io
 import subprocess
 import sys
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -118,6 +119,56 @@ def test_loading_matches_parameters_by_name_in_any_order() -> None:
         for key in a.state[p]:
             assert torch.equal(a.state[p][key], b.state[q][key])
     assert [g["name"] for g in b.param_groups] == [g["name"] for g in groups]
+
+
+def wrapped_by_hand(model: nn.Module) -> nn.Module:
+    """The names that DDP of a compiled model with FSDP1 and checkpointed blocks has."""
+    wrapped = nn.Module()
+    wrapped.module = nn.Module()
+    wrapped.module._orig_mod = nn.Module()
+    for name, child in model.named_children():
+        holder, inner = nn.Module(), nn.Module()
+        inner._checkpoint_wrapped_module = child
+        holder._fsdp_wrapped_module = inner
+        wrapped.module._orig_mod.add_module(name, holder)
+    return wrapped
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, wrapped_by_hand])
+def test_a_wrapped_model_and_the_plain_one_load_each_others_state(
+    wrap: Callable[[nn.Module], nn.Module],
+) -> None:
+    model, other = model_of(), model_of()
+    a = optimizer_of(model)
+    train(model, a, 0, 3)
+    b = optimizer_of(wrap(other))
+    names = [n for g in b.param_groups for n in g["param_names"]]
+    assert all("_orig_mod." in name for name in names)
+    b.load_state_dict(a.state_dict())
+    other.load_state_dict(model.state_dict())
+    assert digest(other, b) == digest(model, a)
+    assert [n for g in b.param_groups for n in g["param_names"]] == names
+    back = model_of()
+    c = optimizer_of(back)
+    c.load_state_dict(b.state_dict())
+    back.load_state_dict(model.state_dict())
+    assert digest(back, c) == digest(model, a)
+
+
+def test_names_that_only_a_wrappers_part_tells_apart_are_not_mixed_up() -> None:
+    def two() -> Muon:
+        named = [(name, nn.Parameter(torch.zeros(4, 4))) for name in ("x", "module.x")]
+        return Muon(named)
+
+    a, b = two(), two()
+    for p, value in zip(a.param_groups[0]["params"], (1.0, 2.0), strict=True):
+        a.state[p]["momentum_buffer"].fill_(value)
+    b.load_state_dict(a.state_dict())
+    momenta = [b.state[p]["momentum_buffer"] for p in b.param_groups[0]["params"]]
+    assert [m.mean().item() for m in momenta] == [1.0, 2.0]
+    one = Muon([("x", nn.Parameter(torch.zeros(4, 4)))])
+    with pytest.raises(ValueError, match=r"unexpected \['module\.x'\]"):
+        one.load_state_dict(a.state_dict())
 
 
 def test_other_parameters_or_groups_are_refused_by_name_and_change_nothing() -> None:

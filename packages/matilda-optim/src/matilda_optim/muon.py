@@ -205,7 +205,9 @@ class Muon(Optimizer):
         """Loads a state of this class or of `torch.optim.Muon`, in place and bit for bit.
 
         When both sides have `param_names`, parameters are matched by name, in any order and
-        grouping of names that forms the same groups. State tensors keep their addresses and fp32.
+        grouping of names that forms the same groups, and whether the model was wrapped by
+        `torch.compile`, DDP, FSDP1 or activation checkpointing or not. State tensors keep their
+        addresses and fp32.
 
         Raises:
             ValueError: other parameters or groups than this optimizer's, naming the difference.

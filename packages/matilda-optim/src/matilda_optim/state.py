@@ -12,6 +12,7 @@ from torch.optim.optimizer import Optimizer
 from matilda_optim.adamw import master_dtype
 
 _LIKE_PARAMETER = ("momentum_buffer", "exp_avg", "exp_avg_sq")
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def follow_parameter(state: dict[str, Any], param: Tensor) -> bool:
@@ -42,8 +43,9 @@ def drop_strangers(states: dict[Any, Any], params: Sequence[Tensor], *, replaced
 def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -> dict[str, Any]:
     """`state_dict` with its groups and parameters in the order of `groups`.
 
-    Without names on both sides the order is trusted, as torch does. Integer keys that a JSON
-    format has turned into strings are accepted.
+    Names are compared without what `torch.compile`, activation checkpointing, FSDP1 and DDP put
+    into them. Without names on both sides the order is trusted, as torch does. Integer keys that a
+    JSON format has turned into strings are accepted.
 
     Raises:
         ValueError: another set of names, or names grouped differently.
@@ -60,28 +62,44 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
     if not all(g.get("param_names") for g in saved if g["params"]):
         _check_algorithms(groups, saved)
         return aligned
-    ours = {name for g in groups for name in g.get("param_names", ())}
-    theirs = {name for g in saved for name in g.get("param_names", ())}
+    plain = _plain_name if _stay_apart(groups) and _stay_apart(saved) else str
+    ours = {plain(name) for g in groups for name in g.get("param_names", ())}
+    theirs = {plain(name) for g in saved for name in g.get("param_names", ())}
     if ours != theirs:
         raise ValueError(
             "the state is of other parameters: "
             f"missing {sorted(ours - theirs)[:5]!r}, unexpected {sorted(theirs - ours)[:5]!r}"
         )
-    by_names = {frozenset(g.get("param_names", ())): g for g in saved}
+    by_names = {frozenset(map(plain, g.get("param_names", ()))): g for g in saved}
     ordered = []
     for group in groups:
         names = group.get("param_names", [])
-        match = by_names.get(frozenset(names))
+        match = by_names.get(frozenset(map(plain, names)))
         if match is None:
             raise ValueError(
                 f"the state groups its parameters differently: no saved group holds exactly those "
                 f"of group {group.get('name', names[:3])!r}; build the groups as they were saved"
             )
-        ids = dict(zip(match["param_names"], match["params"], strict=True))
-        ordered.append({**match, "params": [ids[n] for n in names], "param_names": list(names)})
+        ids = dict(zip(map(plain, match.get("param_names", ())), match["params"], strict=True))
+        params = [ids[plain(name)] for name in names]
+        ordered.append({**match, "params": params, "param_names": list(names)})
     _check_algorithms(groups, ordered)
     aligned["param_groups"] = ordered
     return aligned
+
+
+def _plain_name(name: str) -> str:
+    """A parameter's name in the model that a wrapper holds."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while parts[0] == "module" and len(parts) > 1:
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def _stay_apart(groups: list[dict[str, Any]]) -> bool:
+    """Whether names that differ do so without wrappers: a model may hold `x` and `module.x`."""
+    names = [name for g in groups for name in g.get("param_names", ())]
+    return len(set(map(_plain_name, names))) == len(set(names))
 
 
 def _check_algorithms(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> None:
