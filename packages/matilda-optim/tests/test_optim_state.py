@@ -218,6 +218,41 @@ def test_a_checkpoint_of_torch_muon_loads_and_continues() -> None:
     ours.step()
 
 
+def test_a_checkpoint_of_torch_muon_leaves_a_fused_weight_fused() -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(32, 64, bias=False)
+            self.mixed = nn.MultiheadAttention(32, 4, bias=False)
+
+    def groups_of(model: nn.Module) -> list[dict[str, object]]:
+        return param_groups(model, lr=1e-2, weight_decay=0.1, split={r"qkv": (32, 16, 16)})
+
+    torch.manual_seed(0)
+    model = Attention()
+    theirs = torch.optim.Muon([{"params": group["params"]} for group in groups_of(model)], lr=0.5)
+    for p in model.parameters():
+        p.grad = torch.randn_like(p)
+    theirs.step()
+    saved = theirs.state_dict()
+    twin = copy.deepcopy(model)
+    ours, straight = Muon(groups_of(model)), Muon(groups_of(twin))
+    before = [dict(group) for group in ours.param_groups]
+    ours.load_state_dict(saved)
+    for i, group in enumerate(ours.param_groups):
+        assert group["lr"] == 0.5
+        for key in ("name", "split", "heads", "stacked", "reasons", "param_names"):
+            assert group[key] == before[i][key]
+        other = straight.param_groups[i]
+        other.update({k: v for k, v in saved["param_groups"][i].items() if k != "params"})
+        for p, q in zip(group["params"], other["params"], strict=True):
+            straight.state[q]["momentum_buffer"].copy_(theirs.state[p]["momentum_buffer"])
+            q.grad = p.grad
+    ours.step()
+    straight.step()
+    assert digest(model, ours) == digest(twin, straight)
+
+
 def test_keys_that_json_turned_into_strings_load() -> None:
     model = model_of()
     optimizer = optimizer_of(model)

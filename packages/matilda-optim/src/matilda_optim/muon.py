@@ -207,7 +207,7 @@ class Muon(Optimizer):
         When both sides have `param_names`, parameters are matched by name, in any order and
         grouping of names that forms the same groups, and whether the model was wrapped by
         `torch.compile`, DDP, FSDP1 or activation checkpointing or not. State tensors keep their
-        addresses and fp32.
+        addresses and fp32. Options that a saved group lacks stay as they are.
 
         Raises:
             ValueError: other parameters or groups than this optimizer's, naming the difference.

@@ -45,7 +45,8 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
 
     Names are compared without what `torch.compile`, activation checkpointing, FSDP1 and DDP put
     into them. Without names on both sides the order is trusted, as torch does. Integer keys that a
-    JSON format has turned into strings are accepted.
+    JSON format has turned into strings are accepted. Options that a saved group lacks are taken
+    from its own group.
 
     Raises:
         ValueError: another set of names, or names grouped differently.
@@ -55,13 +56,17 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
         for k, v in state_dict["state"].items()
     }
     saved = [dict(group) for group in state_dict["param_groups"]]
-    aligned = {**state_dict, "state": state, "param_groups": saved}
-    if not all(g.get("param_names") for g in groups if g["params"]):
-        _check_algorithms(groups, saved)
-        return aligned
-    if not all(g.get("param_names") for g in saved if g["params"]):
-        _check_algorithms(groups, saved)
-        return aligned
+    named = [all(g.get("param_names") for g in side if g["params"]) for side in (groups, saved)]
+    ordered = _by_name(groups, saved) if all(named) else saved
+    _check_algorithms(groups, ordered)
+    for group, other in zip(groups, ordered, strict=False):  # lengths are torch's to compare
+        # what the state does not say stays: torch.optim.Muon, for one, knows no `split`
+        other.update({key: value for key, value in group.items() if key not in other})
+    return {**state_dict, "state": state, "param_groups": ordered}
+
+
+def _by_name(groups: list[dict[str, Any]], saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The saved groups, and the parameters in each, in the order of `groups`."""
     plain = _plain_name if _stay_apart(groups) and _stay_apart(saved) else str
     ours = {plain(name) for g in groups for name in g.get("param_names", ())}
     theirs = {plain(name) for g in saved for name in g.get("param_names", ())}
@@ -83,9 +88,7 @@ def align_state_dict(groups: list[dict[str, Any]], state_dict: dict[str, Any]) -
         ids = dict(zip(map(plain, match.get("param_names", ())), match["params"], strict=True))
         params = [ids[plain(name)] for name in names]
         ordered.append({**match, "params": params, "param_names": list(names)})
-    _check_algorithms(groups, ordered)
-    aligned["param_groups"] = ordered
-    return aligned
+    return ordered
 
 
 def _plain_name(name: str) -> str:
