@@ -11,6 +11,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -251,6 +252,45 @@ def test_a_checkpoint_of_torch_muon_leaves_a_fused_weight_fused() -> None:
     ours.step()
     straight.step()
     assert digest(model, ours) == digest(twin, straight)
+
+
+def test_hooks_change_what_is_loaded_and_see_what_was_loaded() -> None:
+    model = model_of()
+    a = optimizer_of(model)
+    train(model, a, 0, 2)
+    saved = copy.deepcopy(a.state_dict())
+    for group in saved["param_groups"]:
+        group["param_names"] = ["old." + name for name in group["param_names"]]
+    b = optimizer_of(model_of())
+    seen: list[float] = []
+
+    def rename(_: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        groups = [
+            {**group, "param_names": [name.removeprefix("old.") for name in group["param_names"]]}
+            for group in state["param_groups"]
+        ]
+        return {**state, "param_groups": groups}
+
+    def double(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        state["state"] = {
+            i: {key: 2 * value for key, value in values.items()}
+            for i, values in state["state"].items()
+        }
+
+    def note(optimizer: torch.optim.Optimizer) -> None:
+        seen.extend(v.sum().item() for s in optimizer.state.values() for v in s.values())
+
+    hooks = [b.register_load_state_dict_pre_hook(hook) for hook in (rename, double)]
+    b.register_load_state_dict_post_hook(note)
+    b.load_state_dict(saved)
+    for own, other in zip(b.state.values(), a.state.values(), strict=True):
+        assert all(torch.equal(own[key], 2 * other[key]) for key in other)
+    assert seen == [v.sum().item() for s in b.state.values() for v in s.values()]
+    for hook in hooks:
+        hook.remove()
+    b.load_state_dict(a.state_dict())  # nothing of the first load is left
+    for own, other in zip(b.state.values(), a.state.values(), strict=True):
+        assert all(torch.equal(own[key], other[key]) for key in other)
 
 
 def test_keys_that_json_turned_into_strings_load() -> None:

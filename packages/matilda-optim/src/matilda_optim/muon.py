@@ -215,10 +215,24 @@ class Muon(Optimizer):
         self._seen = None  # the model may have been moved since
         self._settle()
         before = dict(self.state)
-        aligned = align_state_dict(self.param_groups, state_dict)
-        check_shapes(self, aligned)  # before anything is changed
-        super().load_state_dict(aligned)
-        restore_in_place(self, before, aligned)
+        aligned: dict[str, Any] = {}
+
+        def align(_: Optimizer, received: dict[str, Any]) -> dict[str, Any]:
+            aligned.update(align_state_dict(self.param_groups, received))
+            check_shapes(self, aligned)  # before anything is changed
+            return aligned
+
+        def restore(_: Optimizer) -> None:
+            restore_in_place(self, before, aligned)
+
+        # inside of the user's hooks: theirs may change what comes, and see what is there after it
+        last = self.register_load_state_dict_pre_hook(align)
+        first = self.register_load_state_dict_post_hook(restore, prepend=True)
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            last.remove()
+            first.remove()
 
     def metrics(self) -> dict[str, dict[str, Tensor]]:
         """Figures of each Muon group from its momentum, as 0-d tensors on the device.
