@@ -188,6 +188,18 @@ def test_fused_weights_are_cut_where_told() -> None:
         Muon(param_groups(model, lr=1e-3, weight_decay=0.0, split={"qkv": (32, 16)}))
 
 
+def test_an_lstms_projection_is_one_matrix_beside_its_four_gates() -> None:
+    lstm = nn.LSTM(32, 96, proj_size=66, bidirectional=True)
+    groups = param_groups(lstm, lr=1e-3, weight_decay=0.0)
+    projections = ["weight_hr_l0", "weight_hr_l0_reverse"]
+    assert by_name(groups)["hidden"]["param_names"] == projections
+    gates = by_name(groups)["hidden[heads 4]"]["param_names"]
+    assert sorted(gates) == sorted(  # type: ignore[call-overload]
+        n for n, _ in lstm.named_parameters() if n.startswith(("weight_ih", "weight_hh"))
+    )
+    Muon(groups)
+
+
 def test_the_audit_table_folds_layers_and_counts_everything() -> None:
     model = nn.Sequential(*[nn.Linear(32, 32) for _ in range(12)])
     text = describe_groups(param_groups(model, lr=1e-3, weight_decay=0.1))

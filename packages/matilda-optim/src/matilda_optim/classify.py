@@ -113,6 +113,8 @@ def classify(
         blocks = 3 if leaf == "in_proj_weight" else None
         return _by_size(param, min_dim, "attention projection", heads=blocks)
     if isinstance(module, nn.RNNBase):
+        if leaf.startswith("weight_hr"):
+            return _by_size(param, min_dim, "recurrent projection")
         blocks = {"LSTM": 4, "GRU": 3}.get(module.mode)
         return _by_size(param, min_dim, "recurrent gates", heads=blocks)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and leaf == "weight":
