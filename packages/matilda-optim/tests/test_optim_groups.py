@@ -172,6 +172,32 @@ def test_routers_thin_depthwise_and_transposed_weights_go_to_adamw() -> None:
     assert len(groups["matrix"]["params"]) == 5  # type: ignore[arg-type]
 
 
+def test_routers_go_to_adamw_under_any_usual_name_and_what_they_choose_from_does_not() -> None:
+    def linear() -> nn.Linear:
+        return nn.Linear(64, 32, bias=False)
+
+    expert = nn.ModuleDict({"up": linear()})
+    model = nn.ModuleDict(
+        {
+            "router": nn.ModuleDict({"proj": linear(), "experts": expert}),
+            "gate_router": linear(),
+            "layers": nn.ModuleList([nn.ModuleDict({"TopKRouter": linear(), "up": linear()})]),
+            "routers_kept": linear(),
+        }
+    )
+    groups = by_name(param_groups(model, lr=1e-3, weight_decay=0.1))
+    assert groups["matrix"]["param_names"] == [
+        "router.proj.weight",
+        "gate_router.weight",
+        "layers.0.TopKRouter.weight",
+    ]
+    assert groups["hidden"]["param_names"] == [
+        "router.experts.up.weight",
+        "layers.0.up.weight",
+        "routers_kept.weight",
+    ]
+
+
 def test_fused_weights_are_cut_where_told() -> None:
     attention = nn.MultiheadAttention(32, 4)
     groups = by_name(param_groups(attention, lr=1e-3, weight_decay=0.0))

@@ -95,8 +95,10 @@ def classify(
     owner = owners[0]
     module, leaf = owner.module, owner.leaf
     if _is_linear(module) and leaf == "weight":
-        component = owner.module_name.rsplit(".", 1)[-1].lower()
-        if component == "router" or (component == "gate" and param.shape[0] < param.shape[1]):
+        # the last two: routers are called `router`, `gate_router` or `router.proj`
+        components = owner.module_name.lower().split(".")[-2:]
+        router = any(component.endswith("router") for component in components)
+        if router or (components[-1] == "gate" and param.shape[0] < param.shape[1]):
             return Verdict(role="matrix", reason="router or gate")
         return _by_size(param, min_dim, "linear")
     if isinstance(module, nn.modules.conv._ConvNd) and leaf == "weight":
