@@ -107,6 +107,72 @@ def test_layers_as_wide_as_the_vocabulary_are_no_heads_where_the_head_is_known()
     assert len(groups["hidden"]["params"]) == 8  # type: ignore[arg-type]
 
 
+class WithHeads(Language):
+    """A model with further heads, of later tokens, which may name its first."""
+
+    def __init__(self, tied: bool, names: bool) -> None:
+        super().__init__(tied)
+        self.later = nn.ModuleList(nn.Linear(32, 100, bias=False) for _ in range(2))
+        if names:
+            self.get_output_embeddings = lambda: self.head
+
+
+@pytest.mark.parametrize(("tied", "names"), [(True, True), (False, True), (True, False)])
+def test_a_second_head_is_asked_about_where_the_first_is_known(tied: bool, names: bool) -> None:
+    model = WithHeads(tied, names)
+    later = ["later.0.weight", "later.1.weight"]
+    with pytest.raises(ValueError, match=r"cannot tell whether `later\.0\.weight`, `later\.1\.w"):
+        param_groups(model, lr=1e-3, weight_decay=0.1)
+    told = param_groups(model, lr=1e-3, weight_decay=0.1, overrides={r"^later": "adamw"})
+    assert by_name(told)["matrix"]["param_names"] == later
+    assert by_name(told)["hidden"]["param_names"] == ["qkv.weight", "up.weight", "down.weight"]
+
+
+def test_a_second_head_is_asked_about_where_the_first_is_padded() -> None:
+    model = WithHeads(False, True)
+    model.head, model.later = nn.Linear(32, 104, bias=False), nn.ModuleList()
+    model.second = nn.Linear(32, 104, bias=False)
+    with pytest.raises(ValueError, match=r"cannot tell whether `second\.weight` should"):
+        param_groups(model, lr=1e-3, weight_decay=0.1)
+
+
+class GroupedQuery(nn.Module):
+    """Qwen3's layers, without its code: separate projections, gated feed-forward."""
+
+    def __init__(self, vocab: int, tied: bool) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(vocab, 64)
+        shapes = {
+            "q_proj": (64, 128),
+            "k_proj": (64, 32),
+            "v_proj": (64, 32),
+            "o_proj": (128, 64),
+            "gate_proj": (64, 192),
+            "up_proj": (64, 192),
+            "down_proj": (192, 64),
+        }
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(*s, bias=False) for name, s in shapes.items()})
+            for _ in range(2)
+        )
+        self.lm_head = nn.Linear(64, vocab, bias=False)
+        if tied:
+            self.lm_head.weight = self.embed_tokens.weight
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("vocab", [1000, 32, 64, 128, 192])
+def test_a_vocabulary_as_wide_as_any_layer_leaves_a_known_heads_model_as_it_is(
+    vocab: int, tied: bool
+) -> None:
+    groups = by_name(param_groups(GroupedQuery(vocab, tied), lr=1e-3, weight_decay=0.1))
+    assert len(groups["hidden"]["params"]) == 14  # type: ignore[arg-type]
+    assert groups.keys() == ({"hidden", "embedding"} if tied else {"hidden", "embedding", "head"})
+
+
 def test_only_hidden_matrices_go_to_muon_and_vectors_do_not_decay() -> None:
     groups = by_name(
         param_groups(Language(False), lr=2e-3, weight_decay=0.1, adamw_lr=3e-4, embedding_lr=5e-2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -52,20 +52,34 @@ def heads_of(model: nn.Module) -> dict[int, bool]:
     it). In others, a Linear with as many rows as an embedding that no Linear is tied to is that
     embedding's head. Where several have that many rows it cannot be told which, unless the table
     is not the largest: then it is one of positions, say, and they are layers of that width.
+
+    Beside a known head, a Linear as high as the vocabulary may be a second one (of a later token,
+    say) where the model has no Linear that could take in its output.
     """
-    getter = getattr(model, "get_output_embeddings", None)
-    named = getattr(getter() if callable(getter) else None, "weight", None)
-    if isinstance(named, nn.Parameter):
-        return {id(named): True}
     linears = _weights(model, _is_linear)
     tables = _weights(model, _is_embedding)
     vocabulary = max((len(table) for table in tables.values()), default=0)
+    getter = getattr(model, "get_output_embeddings", None)
+    named = getattr(getter() if callable(getter) else None, "weight", None)
     heads: dict[int, bool] = {}
+    heights = {vocabulary}
+    if isinstance(named, nn.Parameter):
+        heads[id(named)] = True
+        heights.add(len(named))  # a head may be padded
+        tables = {}
     for table in (table for i, table in tables.items() if i not in linears):
         alike = [i for i, weight in linears.items() if len(weight) == len(table)]
         if len(alike) == 1 or len(table) == vocabulary:
             heads |= dict.fromkeys(alike, len(alike) == 1)
+    for i, weight in linears.items():
+        if len(weight) in heights and not _has_taker(len(weight), linears.values()):
+            heads.setdefault(i, False)
     return heads
+
+
+def _has_taker(rows: int, linears: Iterable[nn.Parameter]) -> bool:
+    """Whether a Linear takes in `rows` features, or, as with grouped keys, copies of them."""
+    return rows == 0 or any(weight.shape[1] % rows == 0 for weight in linears)
 
 
 def _weights(model: nn.Module, of_kind: Callable[[nn.Module], bool]) -> dict[int, nn.Parameter]:
