@@ -166,13 +166,26 @@ def test_maximize_ascends_along_the_same_direction() -> None:
     assert torch.equal(p, -q)
 
 
-def test_a_tensor_learning_rate_equals_a_float() -> None:
-    p, q = nn.Parameter(torch.ones(16, 32)), nn.Parameter(torch.ones(16, 32))
-    p.grad = torch.randn(16, 32)
-    q.grad = p.grad.clone()
-    Muon([p], lr=0.125).step()
-    Muon([q], lr=torch.tensor(0.125)).step()
-    torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("options", [{}, {"cautious": True}, {"nonfinite": "skip"}])
+def test_a_tensor_learning_rate_equals_a_float(
+    shape: tuple[int, ...], options: dict[str, object]
+) -> None:
+    def run(lr: float | Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+        g = torch.Generator().manual_seed(0)
+        params = [nn.Parameter(torch.ones(s, dtype=torch.float64)) for s in ((16, 32), (5,), ())]
+        rest = {"params": params[1:], "algorithm": "adamw"}
+        optimizer = Muon([{"params": params[:1]}, rest], lr=lr, **options)  # type: ignore[arg-type]
+        for _ in range(2):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=g, dtype=torch.float64)
+            optimizer.step()
+        return params, optimizer.metrics()["group 0"]
+
+    params, figures = run(0.125)
+    others, their_figures = run(torch.full(shape, 0.125))
+    torch.testing.assert_close(others, params, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(their_figures, figures)
 
 
 def test_a_bf16_parameter_is_updated_in_fp32_and_rounded_once() -> None:

@@ -65,7 +65,8 @@ def _of_matrix(group: dict[str, Any], momentum: Tensor, param: Tensor) -> Tensor
     source = source / torch.linalg.vector_norm(source)
     rank = 1.0 / (source @ source.mT).square().sum()
     rms = lr_ratio(group["adjust_lr_fn"], *momentum.shape) * out.square().mean().sqrt()
-    step = rms * group["lr"]
+    lr = group["lr"]
+    step = rms * (lr.reshape(()) if isinstance(lr, Tensor) else lr)
     relative = step / param.float().square().mean().sqrt().clamp_min(1e-12)
     valid = torch.isfinite(rank).float()
     return torch.stack([rms, relative, mean, spread, rank, valid])

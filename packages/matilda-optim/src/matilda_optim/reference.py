@@ -119,6 +119,8 @@ def apply_update(
 ) -> None:
     """Decay and update; 16-bit parameters are rounded once."""
     lr, decay = group["lr"], group["weight_decay"]
+    if isinstance(lr, Tensor):
+        lr = lr.reshape(())  # of one element, in any shape
     masters = [p if p.dtype in (torch.float32, torch.float64) else p.float() for p in params]
     if decay != 0:
         _decay(group, masters, directions, masks, lr * decay)
