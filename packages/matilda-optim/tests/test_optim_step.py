@@ -188,6 +188,36 @@ def test_a_tensor_learning_rate_equals_a_float(
     torch.testing.assert_close(their_figures, figures)
 
 
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_a_sparse_gradient_is_refused_by_name_and_changes_nothing(algorithm: str) -> None:
+    model = nn.ModuleDict({"up": nn.Linear(32, 32), "rows": nn.Embedding(50, 32, sparse=True)})
+    vectors = [(n, p) for n, p in model.named_parameters() if p.ndim < 2]
+    matrices = [(n, p) for n, p in model.named_parameters() if p.ndim == 2]
+    groups = [
+        {"params": vectors, "algorithm": "adamw"},
+        {"params": matrices, "algorithm": algorithm},
+    ]
+    optimizer = Muon(groups)
+    rows = model["rows"].weight
+
+    def train(ids: Tensor | None) -> None:
+        x = torch.ones(1, 32) if ids is None else model["rows"](ids)
+        optimizer.zero_grad()
+        model["up"](x).square().sum().backward()
+        optimizer.step()
+
+    train(None)
+    tensors = [*model.parameters(), *(v for s in optimizer.state.values() for v in s.values())]
+    before = [t.detach().clone() for t in tensors]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"'rows\.weight' is sparse.*`sparse=False`"):
+            train(torch.arange(4))
+    assert all(torch.equal(t, b) for t, b in zip(tensors, before, strict=True))
+    unnamed = Muon([{"params": [rows], "algorithm": "adamw"}])
+    with pytest.raises(ValueError, match="parameter '0 of group 0' is sparse"):
+        unnamed.step()
+
+
 def test_a_bf16_parameter_is_updated_in_fp32_and_rounded_once() -> None:
     start = torch.randn(32, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
     grad = torch.randn(32, 32, generator=torch.Generator().manual_seed(1)).bfloat16()

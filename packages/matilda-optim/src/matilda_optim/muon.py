@@ -131,6 +131,7 @@ class Muon(Optimizer):
         }
         self._adam_eps = adam_eps
         self._seen: Any = None
+        self._gradless: list[tuple[str, Tensor]] = []
         self._muon_step = MuonStep(backend, Sharing(distribute, process_group), graph)
         super().__init__(params, defaults)
         self._stay_out_of_graphs()
@@ -181,6 +182,7 @@ class Muon(Optimizer):
         drop_strangers(self.state, params, replaced=any(made))
         if any(made) or any(moved):
             self._muon_step.forget()  # a plan holds the states that it was built for
+        self._gradless = _named(self.param_groups)
         self._seen = (id(self.state), len(self.state), ids)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -255,7 +257,11 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One update of every parameter that has a gradient; returns the closure's loss."""
+        """One update of every parameter that has a gradient; returns the closure's loss.
+
+        Raises:
+            ValueError: a sparse gradient, naming its parameter, before anything is changed.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -266,12 +272,39 @@ class Muon(Optimizer):
 
 def _update_groups(optimizer: Muon) -> None:
     optimizer._settle()
+    if optimizer._gradless:
+        optimizer._gradless = _check_gradients(optimizer._gradless)
     muon_groups = [group for group in optimizer.param_groups if group["algorithm"] == "muon"]
     for group in optimizer.param_groups:
         if group["algorithm"] == "adamw":
             adamw_step(group, optimizer.state)
     if muon_groups:
         optimizer._muon_step(muon_groups, optimizer.state)
+
+
+def _named(groups: list[dict[str, Any]]) -> list[tuple[str, Tensor]]:
+    """Every parameter with what to call it in an error."""
+    named = []
+    for i, group in enumerate(groups):
+        names = group.get("param_names", ())
+        if len(names) != len(group["params"]):
+            names = [f"{j} of group {group.get('name', i)}" for j in range(len(group["params"]))]
+        named += list(zip(names, group["params"], strict=True))
+    return named
+
+
+def _check_gradients(named: list[tuple[str, Tensor]]) -> list[tuple[str, Tensor]]:
+    """Refuses sparse gradients; returns the parameters that have had none to look at yet.
+
+    What makes a gradient sparse is the module, so one look at each is enough.
+    """
+    for name, param in named:
+        if param.grad is not None and param.grad.layout is not torch.strided:
+            raise ValueError(
+                f"the gradient of parameter {name!r} is sparse and Muon and its AdamW need dense "
+                "ones; build its embedding with `sparse=False`"
+            )
+    return [(name, param) for name, param in named if param.grad is None]
 
 
 def _check_group(group: dict[str, Any]) -> None:
