@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
@@ -77,6 +78,42 @@ def test_a_resumed_scheduler_continues_exactly() -> None:
         for g, h in zip(a.param_groups, b.param_groups, strict=True):
             assert g["lr"] == h["lr"]
             assert g["weight_decay"] == h["weight_decay"]
+
+
+def test_a_second_scheduler_starts_from_the_initial_weight_decay() -> None:
+    def halved(step: int) -> float:
+        return 0.5
+
+    _, optimizer = two_groups()
+    optimizer.param_groups[0]["weight_decay"] = 0.2
+    for _ in range(3):
+        scheduler = GroupScheduler(optimizer, constant, weight_decay=halved)
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    saved, schedule = optimizer.state_dict(), scheduler.state_dict()
+
+    _, resumed = two_groups()
+    resumed.load_state_dict(saved)
+    GroupScheduler(resumed, constant, weight_decay=halved)
+    assert resumed.param_groups[0]["weight_decay"] == 0.1
+
+    older = copy.deepcopy(saved)
+    for group in older["param_groups"]:
+        del group["initial_weight_decay"]
+    _, other = two_groups()
+    again = GroupScheduler(other, constant, weight_decay=halved)
+    other.load_state_dict(older)
+    again.load_state_dict(schedule)
+    other.step()
+    again.step()
+    assert other.param_groups[0]["weight_decay"] == 0.1
+
+
+def test_a_scheduler_of_the_learning_rate_leaves_the_weight_decay_to_the_user() -> None:
+    _, optimizer = two_groups()
+    GroupScheduler(optimizer, LINEAR)
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    GroupScheduler(optimizer, LINEAR, weight_decay=constant)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.3
 
 
 def test_a_loaded_schedule_fills_a_learning_rate_tensor_and_refuses_other_groups() -> None:

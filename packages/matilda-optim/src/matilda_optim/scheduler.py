@@ -21,7 +21,8 @@ class GroupScheduler(LRScheduler):
         optimizer: any torch optimizer; groups may carry `name` and `algorithm`.
         lr: multiplier of the group's initial lr: one schedule, or a mapping from a group's `name`
             or `algorithm` (or "default") to its schedule.
-        weight_decay: multiplier of the initial weight decay, in the same forms.
+        weight_decay: multiplier of the initial weight decay, which the group keeps as
+            `initial_weight_decay`, in the same forms.
         momentum: the momentum itself, for the groups that have one, in the same forms.
 
     Call `step()` after the optimizer's, as with any torch scheduler. The state is the step and the
@@ -43,7 +44,12 @@ class GroupScheduler(LRScheduler):
         self._lr = [_pick(lr, group) for group in groups]
         self._decay = [_pick(weight_decay, group) if weight_decay else None for group in groups]
         self._momentum = [_pick(momentum, group) if momentum else None for group in groups]
-        self._base_decay = [group.get("weight_decay", 0.0) for group in groups]
+        for group, schedule in zip(groups, self._decay, strict=True):
+            if schedule is not None:  # kept as torch keeps `initial_lr`: another scheduler may come
+                group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
+        self._base_decay = [
+            group.get("initial_weight_decay", group.get("weight_decay", 0.0)) for group in groups
+        ]
         super().__init__(optimizer)
 
     def get_lr(self) -> list[float | Tensor]:
