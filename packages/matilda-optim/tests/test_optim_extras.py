@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import matilda_optim
 from matilda_optim import (
     BatchRamp,
     GroupScheduler,
@@ -355,3 +356,8 @@ def test_cautious_decay_acts_only_where_the_update_shrinks_the_entry() -> None:
     update = start - p.detach()
     decay = (p - q).detach()
     torch.testing.assert_close(decay, torch.where(start * update > 0, 0.05 * start, 0.0 * start))
+
+
+def test_the_package_lists_its_public_names_before_they_are_loaded() -> None:
+    assert dir(matilda_optim) == sorted(matilda_optim.__all__)
+    assert all(getattr(matilda_optim, name) is not None for name in dir(matilda_optim))
