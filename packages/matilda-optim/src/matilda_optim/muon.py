@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from operator import is_
 from typing import Any, overload
 
 import torch
@@ -130,7 +131,8 @@ class Muon(Optimizer):
             "differentiable": False,
         }
         self._adam_eps = adam_eps
-        self._seen: Any = None
+        self._seen: tuple[int, int, int] | None = None
+        self._params: list[Tensor] = []
         self._gradless: list[tuple[str, Tensor]] = []
         self._muon_step = MuonStep(backend, Sharing(distribute, process_group), graph)
         super().__init__(params, defaults)
@@ -174,8 +176,8 @@ class Muon(Optimizer):
     def _settle(self) -> None:
         """State for every parameter, where the parameter is: both may have been exchanged."""
         params = [p for group in self.param_groups for p in group["params"]]
-        ids = list(map(id, params))
-        if self._seen == (id(self.state), len(self.state), ids) and all(self.state.values()):
+        same = self._seen == (id(self.state), len(self.state), len(params))
+        if same and all(map(is_, params, self._params)) and all(self.state.values()):
             return
         made = [self._init_state(g, p) for g in self.param_groups for p in g["params"]]
         moved = [follow_parameter(self.state[p], p) for p in params]
@@ -183,7 +185,7 @@ class Muon(Optimizer):
         if any(made) or any(moved):
             self._muon_step.forget()  # a plan holds the states that it was built for
         self._gradless = _named(self.param_groups)
-        self._seen = (id(self.state), len(self.state), ids)
+        self._seen, self._params = (id(self.state), len(self.state), len(params)), params
 
     def __getstate__(self) -> dict[str, Any]:
         extra = {"_adam_eps": self._adam_eps, "_muon_step": self._muon_step}
