@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import inspect
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -190,6 +192,82 @@ def test_transformers_gives_the_same_logits(change: dict[str, object], tmp_path:
     assert (tmp_path / "out" / "README.md").read_text() == f"off by {difference:.1e}\n"
     with pytest.raises(ValueError, match="exists: choose a new folder"):
         export_transformers(model, tmp_path / "out", ids)
+
+
+def exported(folder: Path, **change: object) -> Any:
+    """The class that travels with the weights, as transformers loads it in float32."""
+    transformers = pytest.importorskip("transformers", reason="needs the export extra")
+    export_transformers(made(**change), folder, torch.randint(0, 64, (2, 20)), eos_token_id=0)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).float()
+
+
+OWN_CLASS = pytest.mark.parametrize(
+    "change",
+    [{"mlp": "relu2", "logit_softcap": 5.0}, {"logit_softcap": 5.0}, {"mlp": "relu2"}],
+    ids=["relu2 with soft-cap", "swiglu with soft-cap", "relu2"],
+)
+
+
+@pytest.mark.filterwarnings("ignore")
+@OWN_CLASS
+def test_an_export_accumulates_gradients_as_one_batch(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    model = exported(tmp_path / "out", **change)
+    torch.manual_seed(1)
+    ids = torch.randint(0, 64, (4, 12))
+    labels = ids.clone()
+    labels[0, 3:] = -100
+    logits = model(input_ids=ids).logits[:, :-1].double()
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    weights = list(model.parameters())
+    wanted = torch.autograd.grad(expected, weights)
+    count = (labels[:, 1:] != -100).sum()
+    losses = [
+        model(input_ids=ids[i : i + 1], labels=labels[i : i + 1], num_items_in_batch=count).loss
+        for i in range(4)
+    ]
+    torch.testing.assert_close(sum(losses), expected.detach().float())
+    for got, want in zip(torch.autograd.grad(sum(losses), weights), wanted, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model(input_ids=ids, labels=labels).loss, expected.float())
+
+
+@pytest.mark.filterwarnings("ignore")
+@OWN_CLASS
+def test_an_export_takes_what_qwen3_takes(change: dict[str, object], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers", reason="needs the export extra")
+    model = exported(tmp_path / "out", **change)
+    # Trainer keeps the columns, and generate makes the mask, that the signature names
+    theirs = set(inspect.signature(transformers.Qwen3ForCausalLM.forward).parameters)
+    named = set(inspect.signature(model.forward).parameters)
+    assert theirs - {"self", "cache_position"} <= named  # the latter was dropped after 5.0
+    ids = torch.randint(0, 64, (2, 9))
+    out = model(input_ids=ids, labels=ids)
+    loss, logits = model(input_ids=ids, labels=ids, use_cache=False, return_dict=False)
+    assert torch.equal(loss, out.loss)
+    assert torch.equal(logits, out.logits)
+    last = model(input_ids=ids, logits_to_keep=1).logits
+    torch.testing.assert_close(last, out.logits[:, -1:])
+    chosen = model(input_ids=ids, logits_to_keep=torch.tensor([2, 5])).logits
+    torch.testing.assert_close(chosen, out.logits[:, [2, 5]])
+    states = model(input_ids=ids, output_hidden_states=True).hidden_states
+    assert len(states) == 3
+
+
+@pytest.mark.filterwarnings("ignore")
+@OWN_CLASS
+def test_an_export_continues_padded_prompts_as_each_alone(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    model = exported(tmp_path / "out", **change)
+    short, long = [5, 6, 7], [8, 9, 10, 11, 12, 13, 14]
+    rows = torch.tensor([[63] * (len(long) - len(short)) + short, long])
+    options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 63, "eos_token_id": None}
+    together = model.generate(rows, **options)[:, len(long) :].tolist()
+    for row, prompt in zip(together, (short, long), strict=True):
+        alone = model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        assert row == alone
 
 
 @pytest.mark.filterwarnings("ignore")
