@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.device import has_flash4_tiles, name_user
+from matilda_model.second_derivative import refuse_second_derivative
 
 
 @functools.cache
@@ -152,6 +153,7 @@ class JointAttention4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         from matilda_model.triton_qkv import values
         from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_tiled
 
@@ -173,5 +175,6 @@ class FlashAttention4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         q, k, v, out, lse = ctx.saved_tensors
         return fa4_backward(q, k, v, out, dout, lse)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.loss import LossOutput
+from matilda_model.second_derivative import refuse_second_derivative
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -45,5 +46,7 @@ def liger_linear_cross_entropy(
         True,  # return z-loss
         torch.float32,  # dtype of the weight gradient's sum
     )
+    if out[0].requires_grad:  # its backward pass, too, returns what it saved
+        out[0].register_hook(lambda _: refuse_second_derivative())
     loss, zl = out[0].float(), out[1].float().detach()
     return LossOutput(loss, loss.detach() - zl, zl)

@@ -17,6 +17,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from matilda_model.device import has_hopper_triton, has_quack, has_triton
+from matilda_model.second_derivative import refuse_second_derivative
 
 _CHUNK_TOKENS = 8192
 _CPU_CHUNK_LOGITS = 1 << 22
@@ -61,6 +62,9 @@ def linear_cross_entropy(
     - `"fused_fp8"`: as fused, the head's product and its gradient for `h_ND` in 8 bits: not exact,
       see docs/RESULTS.md for losses beside bf16's; Hopper or later, bf16, sizes divisible by 16.
     - `"auto"`: fused_quack or fused on CUDA, where they run, else chunked.
+
+    `"plain"` alone can be differentiated twice and works under `torch.func`: the others raise
+    RuntimeError for `create_graph=True`.
     """
     _check_targets(h_ND, targets_N)
     if backend == "auto":
@@ -182,6 +186,7 @@ class _SweepLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_second_derivative()
         dh_ND, dw_VD, count = ctx.saved_tensors
         scale = grad_loss / count
         return (dh_ND * scale).to(dh_ND.dtype), dw_VD * scale, None, None, None, None, None

@@ -26,6 +26,7 @@ from torch import Tensor
 from matilda_model.device import name_user
 from matilda_model.flash4 import fa4_backward_tiled, fa4_forward
 from matilda_model.quack_products import TILE_N, config, quack_product, tile_width
+from matilda_model.second_derivative import refuse_second_derivative
 
 
 class FoldedEpilogues(NamedTuple):
@@ -228,6 +229,7 @@ class FoldedReLU2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_ND, _):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x_ND, scale_N, up_FD, down_DF, h_NF = ctx.saved_tensors
         dz_NF, half_dots_NC = scaled_relu2_backward(dy_ND, down_DF, h_NF, scale_N)
         along_N = half_dots_NC.sum(1) * scale_N.square() * (-2 / x_ND.shape[1])
@@ -278,6 +280,7 @@ class FoldedAttention4(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_BTD, _):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         from matilda_model.triton_qkv import values
         from matilda_model.triton_qkv_tiles import qkv_norm_rope_backward_folded
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.device import name_user
+from matilda_model.second_derivative import refuse_second_derivative
 
 
 class Epilogues(NamedTuple):
@@ -165,6 +166,7 @@ class QuackLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_NF):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x_ND, weight_FD = ctx.saved_tensors
         return quack_product(dy_NF, weight_FD), dy_NF.T @ x_ND
 
@@ -186,6 +188,7 @@ class QuackReLU2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x_ND, up_FD, down_DF, h_NF = ctx.saved_tensors
         du_NF = quack_down_relu2_backward(dy_ND, down_DF, h_NF)
         residual = dy_ND if ctx.added else None
@@ -204,6 +207,7 @@ class QuackLinearAdd(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x_NF, weight_DF = ctx.saved_tensors
         dx_NF = quack_product(dy_ND, weight_DF) if ctx.everywhere else dy_ND @ weight_DF
         return dx_NF, dy_ND.T @ x_NF, dy_ND, None

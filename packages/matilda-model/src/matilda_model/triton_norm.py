@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from matilda_model.second_derivative import refuse_second_derivative
+
 _ROWS = 1
 _COLUMNS_PER_WARP = 1024  # one warp a row up to there: its sums need no barrier
 _PROGRAMS_PER_SM = 12
@@ -109,6 +111,7 @@ class BranchingRMSNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy, dpast):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x, weight_D = ctx.saved_tensors
         rows = (d.flatten(0, -2) for d in (dy, dpast, x))
         dx_ND, dweight_D = rms_norm_backward(*rows, weight_D, ctx.eps)

@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from matilda_model.second_derivative import refuse_second_derivative
+
 _ROWS_FORWARD = 64
 _ROWS_BACKWARD = 64
 _WARPS = 4
@@ -355,6 +357,7 @@ class FusedQKVNormRope(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dq_BTHE, dk_BTKE, dv_BTKE):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         dqkv, dweight = qkv_norm_rope_backward(
             dq_BTHE, dk_BTKE, dv_BTKE, *ctx.saved_tensors, ctx.eps
         )

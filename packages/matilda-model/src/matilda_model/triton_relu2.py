@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from matilda_model.second_derivative import refuse_second_derivative
+
 _BLOCK_M, _BLOCK_N, _BLOCK_K = 128, 256, 64
 _STAGES_FORWARD, _STAGES_BACKWARD, _WARPS = 4, 3, 8
 
@@ -144,6 +146,7 @@ class FusedReLU2(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy_ND):  # type: ignore[no-untyped-def]
+        refuse_second_derivative()
         x_ND, up_FD, down_DF, h_NF = ctx.saved_tensors
         du_NF = down_relu2_backward(dy_ND, down_DF, h_NF)
         return du_NF @ up_FD, du_NF.T @ x_ND, dy_ND.T @ h_NF
