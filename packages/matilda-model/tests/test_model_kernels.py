@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import sys, torch
 sys.path.insert(0, sys.argv[1])
 import test_model_kernels as suite
 suite.multiprocessors_for_the_interpreter()
-for check in suite.CHECKS:
+for check in (*suite.CHECKS, *suite.CHECKS_THAT_END_A_GPU):
     getattr(suite, check)("cpu", torch.float32)
 """
 CHECKS = (
@@ -29,6 +30,7 @@ CHECKS = (
     "check_qkv_norm_rope",
     "check_qkv_norm_rope_from_tiles",
 )
+CHECKS_THAT_END_A_GPU = ("check_targets_outside_the_vocabulary",)  # no kernel runs after an assert
 needs_gpu = pytest.mark.skipif(
     not (torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9),
     reason="needs a Hopper or later GPU",
@@ -208,6 +210,34 @@ def check_linear_cross_entropy(device: str, dtype: torch.dtype) -> None:
     with torch.no_grad():
         value = linear_cross_entropy(h, w, targets, softcap=5.0, z_loss=1e-3, backend="fused")
     assert torch.equal(value.loss, out.loss)
+
+
+def check_targets_outside_the_vocabulary(device: str, dtype: torch.dtype) -> None:
+    from matilda_model import linear_cross_entropy
+    from matilda_model.triton_loss import linear_cross_entropy_op
+
+    h = torch.ones(3, 16, device=device, dtype=dtype, requires_grad=True)
+    w = torch.ones(40, 16, device=device, requires_grad=True)
+    for softcap in (None, 5.0):
+        for wrong in (40, 41, 2**40):
+            for context in (torch.enable_grad, torch.no_grad):
+                targets = torch.tensor([39, wrong, -1], device=device)
+                with context(), pytest.raises(RuntimeError, match=r"give ids of 0\.\.39"):
+                    linear_cross_entropy(h, w, targets, softcap=softcap, backend="fused")
+    targets = torch.tensor([39, 0, -(2**40)], device=device)
+    out = linear_cross_entropy(h, w, targets, backend="fused")
+    torch.testing.assert_close(out.loss.item(), math.log(40.0))
+    # what compilers ask of an operator: its fake agrees, and it changes no argument
+    torch.library.opcheck(
+        linear_cross_entropy_op,
+        (h.detach(), w.detach(), targets, 5.0, 1e-3, True, "cublas"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(h, w, targets, backend="fused").loss, out.loss)
+    targets = torch.tensor([39, 40, -1], device=device)
+    with pytest.raises(RuntimeError, match="a target exceeds the vocabulary"):
+        compiled(h, w, targets, backend="fused")
 
 
 @needs_gpu

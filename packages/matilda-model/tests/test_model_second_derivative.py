@@ -5,8 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import pkgutil
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -104,33 +103,6 @@ def test_every_gradient_of_our_own_refuses_a_second_derivative() -> None:
         gradients = len(inspect.signature(function.backward).parameters) - 1
         with pytest.raises(RuntimeError, match='choose `loss` "plain"'):
             function.backward(SimpleNamespace(), *[torch.ones(())] * gradients)
-
-
-def test_ligers_loss_refuses_a_second_derivative(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Stub(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, weight: Tensor) -> tuple[Tensor, Tensor]:
-            return weight.sum(), torch.zeros(())
-
-        @staticmethod
-        def backward(ctx: Any, *slopes: Tensor) -> Tensor:
-            return slopes[0].expand(4)
-
-    for name in ("liger_kernel", "liger_kernel.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    stub: Any = ModuleType("fused_linear_cross_entropy")
-    stub.LigerFusedLinearCrossEntropyFunction = SimpleNamespace(
-        apply=lambda h, weight, *_: Stub.apply(weight)
-    )
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", stub)
-    on_gpu: Any = SimpleNamespace(
-        device=torch.device("cuda"), dtype=torch.float32, shape=torch.Size([3])
-    )
-    weight = torch.ones(4, requires_grad=True)
-    loss = linear_cross_entropy(on_gpu, weight, torch.zeros(3).long(), backend="liger").loss
-    with pytest.raises(RuntimeError, match='choose `loss` "plain"'):
-        torch.autograd.grad(loss, weight, create_graph=True)
-    assert torch.equal(torch.autograd.grad(loss, weight)[0], torch.ones(4))
 
 
 def gradients(model: Transformer, run: Any) -> list[Tensor]:

@@ -14,12 +14,17 @@ from torch import Tensor
 from matilda_model.loss import LossOutput
 from matilda_model.second_derivative import refuse_second_derivative
 
+_IGNORED = -100  # Liger's ignore index
+
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
 def liger_linear_cross_entropy(
     h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, softcap: float | None, z_loss: float
 ) -> LossOutput:
-    """Loss by Liger. Raises ValueError without the `liger` extra or off CUDA."""
+    """Loss by Liger. Raises ValueError without the `liger` extra or off CUDA.
+
+    RuntimeError for a target outside the vocabulary, which shows when the GPU is next waited for.
+    """
     if h_ND.device.type != "cuda":
         raise ValueError(
             "`loss` back end 'liger' runs on CUDA only: use 'plain' or 'auto' on this device"
@@ -32,13 +37,19 @@ def liger_linear_cross_entropy(
         raise ValueError(
             "`loss` back end 'liger' needs the extra: pip install 'matilda-model[liger]'"
         ) from error
+    # Liger's kernel reads and writes wherever a target but its ignore index points
+    known_N = (targets_N >= 0) & (targets_N < weight_VD.shape[0]) | (targets_N == _IGNORED)
+    torch._assert_async(
+        known_N.all(),
+        f'a target is outside the vocabulary: "liger" takes ids of 0..{weight_VD.shape[0] - 1}',
+    )
     out: tuple[Any, ...] = LigerFusedLinearCrossEntropyFunction.apply(
         h_ND,
         weight_VD.to(h_ND.dtype),
         targets_N,
         None,  # bias
         None,  # class weights
-        -100,  # ignore_index: never present
+        _IGNORED,
         z_loss,
         0.0,  # label smoothing
         "mean",

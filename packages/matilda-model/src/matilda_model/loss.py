@@ -51,7 +51,8 @@ def linear_cross_entropy(
 
     `targets_N` is int64. A negative target (-1, torch's -100) is ignored by every back end but
     `"liger"`, whose targets must all be real. Raises ValueError unless each row of `h_ND` has one
-    target. Back ends:
+    target; one that exceeds the vocabulary is an error, on a GPU when it is next waited for. Back
+    ends:
 
     - `"plain"`: all logits at once, differentiated by autograd: the reference.
     - `"chunked"`: rows in chunks, gradients taken while the chunk's logits exist; float32 sums.

@@ -37,8 +37,14 @@ def linear_cross_entropy_op(
     """Summed cross-entropy, summed z-loss, their gradients for `h` (its dtype) and `w` (float32).
 
     The gradients are empty without `with_grad`. `w_VD` has the dtype of `h_ND`: bf16 for the heads
-    `"fp8"` and `"quack"`; `"cublas"` takes any.
+    `"fp8"` and `"quack"`; `"cublas"` takes any. A target that exceeds the vocabulary is a
+    RuntimeError, on a GPU when it is next waited for.
     """
+    # the kernel reads and writes at a target's place; asserted on the device, where nobody waits
+    torch._assert_async(
+        (targets_N < w_VD.shape[0]).all(),
+        f"a target exceeds the vocabulary: give ids of 0..{w_VD.shape[0] - 1}, or -1 to ignore one",
+    )
     dh_ND = torch.empty_like(h_ND) if with_grad else h_ND.new_empty(0)
     dw_VD = w_VD.new_empty(w_VD.shape if with_grad else (0,), dtype=torch.float32)
     products: _Head = _Head(h_ND, w_VD)
