@@ -88,6 +88,47 @@ def test_a_batch_of_unequal_prompts_equals_each_prompt_alone() -> None:
     assert together == alone
 
 
+def test_logits_are_made_for_the_last_place_of_each_prompt_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    net = model(logit_softcap=5.0)
+    made = []
+    logits_of = Transformer.logits
+
+    def counted(self: Transformer, h: torch.Tensor) -> torch.Tensor:
+        logits = logits_of(self, h)
+        made.append(logits.numel() // 64)
+        return logits
+
+    monkeypatch.setattr(Transformer, "logits", counted)
+    generate(net, [[1] * 30, [2] * 7, [3]], max_new_tokens=4, temperature=0)
+    assert made == [3] * 4
+
+
+def test_logits_of_chosen_places_are_those_of_the_whole() -> None:
+    net = model(logit_softcap=5.0)
+    ids, places = torch.randint(0, 64, (3, 9)), torch.tensor([8, 0, 4])
+    torch.testing.assert_close(net(ids, places_B=places), net(ids)[[0, 1, 2], places])
+    with pytest.raises(ValueError, match="`places_B` chooses logits"):
+        net(ids, ids, places_B=places)  # type: ignore[call-overload]
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own interfaces here
+def test_a_compiled_model_generates_what_the_model_does() -> None:
+    net = model()
+    prompts = [[1, 2, 3, 4, 5], [9]]
+    expected = generate(net, prompts, max_new_tokens=6, temperature=0)
+    calls = []
+
+    def backend(graph: torch.fx.GraphModule, _: object) -> object:
+        calls.append(graph)
+        return graph.forward
+
+    compiled: Any = torch.compile(net, backend=backend)
+    assert generate(compiled, prompts, max_new_tokens=6, temperature=0) == expected
+    assert calls  # the compiled model ran, not the one within
+
+
 def test_the_seed_fixes_the_sample() -> None:
     net = model()
 

@@ -225,7 +225,6 @@ def _steps(
         [prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device
     )
     lengths_B = torch.tensor([len(prompt) for prompt in prompts], device=device)
-    rows_B = torch.arange(len(prompts), device=device)
     cache = KVCache(
         model.config,
         len(prompts),
@@ -237,12 +236,11 @@ def _steps(
     # grad mode is switched around each step: it must not leak to the caller of a paused iterator
     for count in range(max_new_tokens):
         with torch.no_grad():
-            logits_BTV = model(ids_BT, cache=cache)
             if count == 0:
+                logits_BV = model(ids_BT, cache=cache, places_B=lengths_B - 1)
                 cache.keep(lengths_B)
-                logits_BV = logits_BTV[rows_B, lengths_B - 1]
             else:
-                logits_BV = logits_BTV[:, -1]
+                logits_BV = model(ids_BT, cache=cache)[:, -1]
             logits_BV = logits_BV[:, :limit]
             tokens_B = draw(logits_BV)
         ids_BT = tokens_B[:, None]

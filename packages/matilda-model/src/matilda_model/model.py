@@ -195,7 +195,12 @@ class Transformer(nn.Module):
 
     @overload
     def forward(
-        self, input_ids_BT: Tensor, targets_BT: None = None, *, cache: KVCache | None = None
+        self,
+        input_ids_BT: Tensor,
+        targets_BT: None = None,
+        *,
+        cache: KVCache | None = None,
+        places_B: Tensor | None = None,
     ) -> Tensor: ...
 
     @overload
@@ -212,6 +217,7 @@ class Transformer(nn.Module):
         targets_BT: Tensor | None = None,
         *,
         cache: KVCache | None = None,
+        places_B: Tensor | None = None,
         per_token: bool = False,
     ) -> Tensor | LossOutput:
         """Logits [B, T, V] in float32 after the soft-cap or, with targets, the mean loss.
@@ -220,14 +226,22 @@ class Transformer(nn.Module):
         t is the token after input t) and negative ones are ignored (except by the `"liger"` back
         end). `per_token` gives each target's cross-entropy instead, [B, T] in float32 nats, for
         evaluation: without gradient or z-loss. With a `cache` the ids continue it; see `KVCache`.
+        With `places_B` (int64 [B]) there are logits of that place of each row alone, [B, V]: of a
+        long prompt all of them take far more memory than the one that is drawn from.
 
-        Raises ValueError for other shapes, `per_token` without targets or a cache with them, and
-        sequences longer than `max_seq_len`.
+        Raises ValueError for other shapes, `per_token` without targets, a cache or places with
+        them, and sequences longer than `max_seq_len`.
         """
         if targets_BT is None:
             if per_token:
                 raise ValueError("`per_token` gives the loss of each target: give `targets_BT`")
-            return self.logits(self.hidden(input_ids_BT, cache=cache))
+            h_BTD = self.hidden(input_ids_BT, cache=cache)
+            if places_B is None:
+                return self.logits(h_BTD)
+            rows_B = torch.arange(h_BTD.shape[0], device=h_BTD.device)
+            return self.logits(h_BTD[rows_B, places_B])
+        if places_B is not None:
+            raise ValueError("`places_B` chooses logits: give either it or `targets_BT`")
         if cache is not None:
             raise ValueError("a `cache` is for generation: give either it or `targets_BT`")
         if targets_BT.shape != input_ids_BT.shape:
