@@ -168,6 +168,26 @@ def test_stop_ids_end_their_row_only_and_are_not_returned() -> None:
     assert rows[1] == other
 
 
+def test_stop_ids_and_top_k_are_integers_of_any_kind() -> None:
+    class Whole:  # as numpy's integers, which the test need not have
+        def __init__(self, value: int) -> None:
+            self.value = value
+
+        def __index__(self) -> int:
+            return self.value
+
+    net = model()
+    options: dict[str, Any] = {"max_new_tokens": 12, "temperature": 0}
+    first = generate(net, [1, 2], **options)
+    expected = first[: first.index(first[4])]
+    kinds: list[Any] = [torch.tensor([first[4]]), {first[4]}, [Whole(first[4])], iter([first[4]])]
+    for stops in kinds:
+        assert generate(net, [1, 2], stop_ids=stops, **options) == expected
+    two: Any = Whole(2)
+    draws = sample(torch.zeros(200, 4), top_k=two)
+    assert len(set(draws.tolist())) == 2
+
+
 def test_a_row_ends_with_the_token_that_its_condition_holds_for() -> None:
     m = model()
     prompts = [[1, 2, 3], [9]]
@@ -278,6 +298,14 @@ def test_generation_works_in_bfloat16() -> None:
         ({"max_new_tokens": 48}, "exceed the model's `max_seq_len` 48"),
         ({"temperature": -1.0}, "`temperature` must be at least 0"),
         ({"top_k": 0}, "`top_k` must be an integer of at least 1"),
+        ({"top_k": 2.0}, "`top_k` must be an integer of at least 1"),
+        ({"top_k": "2"}, "`top_k` must be an integer of at least 1"),
+        ({"stop_ids": ["a"]}, r"`stop_ids` must hold token ids, not \['a'\].*give a list"),
+        ({"stop_ids": [1.0]}, r"`stop_ids` must hold token ids, not \[1\.0\]"),
+        ({"stop_ids": "</s>"}, "`stop_ids` must hold token ids, not '</s>'"),
+        ({"stop_ids": 5}, "`stop_ids` must hold token ids, not 5"),
+        ({"stop_ids": None}, "`stop_ids` must hold token ids, not None"),
+        ({"stop_ids": torch.tensor([0.5])}, "`stop_ids` must hold token ids"),
         ({"top_p": 0.0}, r"`top_p` must be in \(0, 1\]"),
         ({"vocab_limit": 65}, "`vocab_limit` must be in 1..64"),
         ({"generator": [torch.Generator()] * 2}, "2 generators for 1 prompts"),

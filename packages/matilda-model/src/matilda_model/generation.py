@@ -208,7 +208,7 @@ def _decode(
             "give one, or one for each"
         )
     draw = partial(sample, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
-    return _steps(model, prompts, max_new_tokens, set(stop_ids), limit, draw)
+    return _steps(model, prompts, max_new_tokens, _as_stops(stop_ids), limit, draw)
 
 
 def _steps(
@@ -269,8 +269,9 @@ def sample(
     if temperature < _GREEDY:
         return logits_BV.argmax(dim=-1)
     logits_BV = logits_BV.float() / temperature
-    if top_k is not None and top_k < logits_BV.shape[-1]:
-        kept = logits_BV.topk(top_k, dim=-1)  # these alone, also where others have equal logits
+    if top_k is not None and index(top_k) < logits_BV.shape[-1]:
+        # these alone, also where others have equal logits
+        kept = logits_BV.topk(index(top_k), dim=-1)
         logits_BV = torch.full_like(logits_BV, -torch.inf).scatter(-1, kept.indices, kept.values)
     probs_BV = logits_BV.softmax(dim=-1)
     if top_p is not None and top_p < 1.0:
@@ -288,7 +289,21 @@ def sample(
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` must be at least 0, not {temperature!r}")
-    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+    try:
+        fits = top_k is None or index(top_k) >= 1
+    except TypeError:
+        fits = False
+    if not fits:
         raise ValueError(f"`top_k` must be an integer of at least 1, or None, not {top_k!r}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"`top_p` must be in (0, 1] or None, not {top_p!r}")
+
+
+def _as_stops(stop_ids: Any) -> set[int]:
+    """Plain numbers: a tensor's elements would be equal to no id, and a row would never stop."""
+    try:
+        return {index(token) for token in stop_ids}
+    except TypeError as error:
+        raise ValueError(
+            f"`stop_ids` must hold token ids, not {stop_ids!r} ({error}): give a list of integers"
+        ) from error
