@@ -27,9 +27,14 @@ class LayerCache:
     def attend(
         self, q_BTHE: Tensor, k_BTKE: Tensor, v_BTKE: Tensor, window: int | None = None
     ) -> Tensor:
-        """Store the new keys and values, then attend to everything up to each new token."""
-        q_BHTE, k_BKTE, v_BKTE = (x.transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-        return self._attend(q_BHTE, k_BKTE, v_BKTE, window).transpose(1, 2)
+        """Store the new keys and values, then attend to everything up to each new token.
+
+        In the cache's dtype; the result is in that of `q_BTHE`.
+        """
+        # under autocast what a projection gives has not the dtype that the cache was made for
+        kind = self.k_BKSE.dtype
+        q_BHTE, k_BKTE, v_BKTE = (x.to(kind).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        return self._attend(q_BHTE, k_BKTE, v_BKTE, window).transpose(1, 2).to(q_BTHE.dtype)
 
     def _attend(self, q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, window: int | None) -> Tensor:
         gqa = q_BHTE.shape[1] != k_BKTE.shape[1]
