@@ -72,6 +72,34 @@ def test_a_saved_model_loads_with_equal_bits(tie: bool, tmp_path: Path) -> None:
         assert torch.equal(a, b), name
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tie_embeddings": False, "mlp": "relu2"},
+        {"residual_scalars": True, "value_embeddings": True, "rope_theta": 500.0},
+    ],
+    ids=["untied", "options"],
+)
+def test_loading_draws_nothing_and_fills_every_tensor(
+    change: dict[str, object], tmp_path: Path
+) -> None:
+    model = made(**change)
+    save_pretrained(model, tmp_path / "model")
+    run = as_run(model, tmp_path / "run")
+    for path in (tmp_path / "model", run):
+        before = torch.get_rng_state()
+        loaded = load_pretrained(path)
+        assert torch.equal(torch.get_rng_state(), before)
+        for kind in ("named_parameters", "named_buffers"):
+            ours, theirs = dict(getattr(model, kind)()), dict(getattr(loaded, kind)())
+            assert ours.keys() == theirs.keys()
+            for name, tensor in ours.items():
+                assert torch.equal(theirs[name], tensor), name
+                assert theirs[name].requires_grad == tensor.requires_grad
+        ids = torch.randint(0, 64, (2, 9))
+        assert torch.equal(loaded(ids), model(ids))
+
+
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     model = made()
     compiled = torch.compile(model, backend="eager")

@@ -124,20 +124,24 @@ def _build(
             "another version of matilda-model"
         )
     try:
-        model = Transformer(ModelConfig(**section))
+        # without initial values, which would be drawn from the caller's generator for nothing
+        with torch.device("meta"):
+            model = Transformer(ModelConfig(**section))
     except ValueError as error:
         raise ValueError(f"the config of {str(where)!r} is wrong: {error}") from error
     expected = dict(model.named_parameters())
     different = sorted(set(expected) ^ set(tensors))
     if different:
         raise ValueError(f"{str(where)!r}: config and weights disagree on {different[0]!r}")
+    for name, parameter in expected.items():
+        if parameter.shape != tensors[name].shape:
+            raise ValueError(
+                f"{str(where)!r}: {name!r} has shape {tuple(tensors[name].shape)!r}, the "
+                f"config asks for {tuple(parameter.shape)!r}"
+            )
+    model.to_empty(device="cpu")
     with torch.no_grad():
-        for name, parameter in expected.items():
-            if parameter.shape != tensors[name].shape:
-                raise ValueError(
-                    f"{str(where)!r}: {name!r} has shape {tuple(tensors[name].shape)!r}, the "
-                    f"config asks for {tuple(parameter.shape)!r}"
-                )
+        for name, parameter in model.named_parameters():
             parameter.copy_(tensors[name])
     model.compute_dtype = compute_dtype
     return model.to(device).eval()
