@@ -1,7 +1,8 @@
 """Code blocks of the Markdown files, and the commands in them.
 
 A fence marked `sh` or `python` is code that runs as it stands. What it needs beyond this machine is
-said in a comment before it: `<!-- needs: gpu -->`, `network`, `time` (many minutes) or `cluster`.
+said in a comment before it: `<!-- needs: gpu -->`, `network`, `time` (many minutes), `cluster`, or
+`files` (a run or a data set that whoever made the page had).
 Fences without a language are text.
 """
 
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-NEEDS = {"gpu", "network", "time", "cluster"}
+NEEDS = {"gpu", "network", "time", "cluster", "files"}
 FENCE = re.compile(
     r"^(?:<!-- needs: (?P<needs>[a-z, ]+) -->\n+)?```(?P<language>\w*)\n(?P<text>.*?)^```",
     re.S | re.M,

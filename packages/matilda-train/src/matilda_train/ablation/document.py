@@ -82,6 +82,7 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
         "",
         "Made by",
         "",
+        "<!-- needs: files -->",
         "```sh",
         command,
         "```",

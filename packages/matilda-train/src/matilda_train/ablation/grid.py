@@ -145,7 +145,7 @@ def _markdown(result: StudyResult, *, command: str) -> str:
         *markdown_table(table, left=(0, 4)),
     ]
     lines += ["", *(f"- {line}" for line in _advice(result))]
-    lines += ["", "Made by", "", "```sh", command, "```", ""]
+    lines += ["", "Made by", "", "<!-- needs: files -->", "```sh", command, "```", ""]
     return "\n".join([*lines, f"with {describe_provenance(result.provenance)}."])
 
 

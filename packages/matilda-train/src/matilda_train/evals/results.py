@@ -110,7 +110,7 @@ def write_page(
         lines += ["", *describe(comparison, markdown=True)]
     lines += ["", *(f"- {note}" for note in footnotes())] if comparisons else []
     made_with = {key: [results.get(key)] for key in MADE_WITH} | {"dates": [results["date"]]}
-    lines += ["", "Made by", "", "```sh", command, "```", ""]
+    lines += ["", "Made by", "", "<!-- needs: files -->", "```sh", command, "```", ""]
     lines.append(f"with {describe_provenance(made_with)}.")
     replace_section(page, f"evaluation: {name}", "\n".join(lines), title="Results")
 
