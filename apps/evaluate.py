@@ -25,7 +25,7 @@ tasks of lm-evaluation-harness, which loads their data from the Hugging Face hub
 For `--contamination`:
   uv run matilda-data overlap --evals data/evals/* --data-dir data/corpus --json overlap.json
 
-A run's scores are kept in it, as `evals/step-XXXXXXXX.json` and as a row of `metrics.jsonl`, unless
+A run's scores are kept in it, as `evals/step-00004000.json` and as a row of `metrics.jsonl`, unless
 `--limit` is given. Exit codes: 0 done, 2 bad input, 4 no usable checkpoint, or the hub failed.
 """
 

@@ -170,20 +170,26 @@ dist.destroy_process_group()
 """
 
 
-def test_save_that_another_rank_failed_can_be_abandoned(tmp_path: Path) -> None:
-    script = tmp_path / "other_rank.py"
-    script.write_text(OTHER_RANK)
+def torchrun(program: str, size: int, root: Path, *arguments: str) -> str:
+    """What `size` ranks of a program print that is given `root/c`; they must all end well."""
+    script = root / "program.py"
+    script.write_text(program)
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", str(script), str(tmp_path / "c")),
+            *(f"--nproc-per-node={size}", str(script), str(root / "c"), *arguments),
         ],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
     )
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, done.stderr[:5000] + done.stderr[-3000:]
+    return done.stdout
+
+
+def test_save_that_another_rank_failed_can_be_abandoned(tmp_path: Path) -> None:
+    torchrun(OTHER_RANK, 2, tmp_path)
     assert [info.step for info in Checkpointer(tmp_path / "c", read_only=True).list()] == [2]
 
 
@@ -282,20 +288,7 @@ dist.destroy_process_group()
 
 
 def world(size: int, root: Path, mode: str, load: str, save: str) -> str:
-    script = root / "reshard.py"
-    script.write_text(RESHARD)
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *(f"--nproc-per-node={size}", str(script), str(root / "c"), mode, load, save),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout.split()[-1]
+    return torchrun(RESHARD, size, root, mode, load, save).split()[-1]
 
 
 @pytest.mark.skipif(not FULL, reason="starts 4 processes at a time; run with MATILDA_SLOW=1")
