@@ -11,7 +11,9 @@ several lengths. All read the same windows of the same shards in the same order 
 the same held-out windows by one function. The clock runs while training, with everything that the
 system's loop does, and stands still while it is evaluated; what comes before, compiling above all,
 is counted apart. Peers use their recipe for this size, at the sequence length of the others:
-`time_to_loss_peers.py` says what that is. "hero" is `apps/train.py`'s loop with
+`time_to_loss_peers.py` says what that is, and what `nanogpt@131072` is: its batch of half a million
+tokens makes few steps of a few minutes, and a smaller one is fairer to it. The target is the lowest
+loss of any run of nanoGPT that was as long as its longest. "hero" is `apps/train.py`'s loop with
 `configs/base_152m_v2.json`, any other name that with `configs/NAME.json`, both with the overrides
 of `--set`.
 
@@ -26,6 +28,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import gc
+import hashlib
 import json
 import math
 import os
@@ -41,12 +44,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from time_to_loss_table import Curve, describe
+from time_to_loss_table import Curve, describe, on_other_windows
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"hero": "base_152m_v2"}
 STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
+FINGERPRINT = 64  # windows of training whose hash tells the order of all
+MOMENTUM_STEPS = ("optim.momentum_warmup_steps", "optim.momentum_cooldown_steps")
 
 
 def main() -> int:
@@ -57,9 +62,8 @@ def main() -> int:
     parser.add_argument(
         "--systems",
         nargs="+",
-        default=["nanogpt", "nanochat", "hero"],
         metavar="NAME[:MINUTES]",
-        help="who trains, and for how long",
+        help="who trains, and for how long (nanogpt nanogpt@131072 nanochat hero)",
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="of training (%(default)s)")
     parser.add_argument(
@@ -81,7 +85,10 @@ def main() -> int:
             args.out = args.out or Path(folder) / "out"
             args.data_dir = args.data_dir or quick_data(Path(folder))
             args.minutes, args.evaluate_every = 0.05, 0.5
-            args.systems = ["hero", *(["nanogpt", "nanochat"] if args.peer_dir else [])]
+            args.systems = args.systems or [
+                "hero", *(["nanogpt", "nanogpt@256", "nanochat"] if args.peer_dir else [])
+            ]  # fmt: skip
+        args.systems = args.systems or ["nanogpt", "nanogpt@131072", "nanochat", "hero"]
         if args.out is None or (args.data_dir is None and not args.table):
             parser.error("give --data-dir and --out, or --quick, or --out and --table")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -107,6 +114,8 @@ def run_all(args: argparse.Namespace) -> list[str]:
     """Run what is missing, each in a process and on a GPU of its own; the names that failed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the children as well
     waiting = [wanted for system in args.systems if (wanted := missing(system, args))]
+    for wanted in waiting:
+        check(wanted.partition(":")[0], args)
     free = devices(args.gpus)
     alone = len(free) == 1 or len(waiting) == 1
     running: dict[str, tuple[str | None, subprocess.Popen[bytes]]] = {}
@@ -133,6 +142,25 @@ def run_all(args: argparse.Namespace) -> list[str]:
                 process.kill()
                 process.wait()
     return failed
+
+
+def check(name: str, args: argparse.Namespace) -> None:
+    """Exit naming what a system lacks, before another one trains for minutes."""
+    from time_to_loss_peers import FOLDERS, PEERS, Shape, parse_peer
+
+    try:
+        peer, recipe = parse_peer(name)
+        config = our_config("hero" if peer in PEERS else name, args)
+        held_out_tokens(args.data_dir, config)
+        if peer not in PEERS:
+            if config.train.micro_batch_size != "auto":
+                config.grad_accum_steps(1)
+            return
+        PEERS[peer].batch(Shape(config.model.vocab_size, config.seq_len, args.quick), recipe)
+        if args.peer_dir is None or not (args.peer_dir / FOLDERS[peer]).is_dir():
+            raise ValueError(f"`--peer-dir` has no checkout {FOLDERS[peer]!r}, for {name}.")
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 def missing(system: str, args: argparse.Namespace) -> str:
@@ -201,17 +229,20 @@ def cuda() -> bool:
 
 def child(args: argparse.Namespace) -> int:
     """Train one system and write its curve."""
+    import torch
+    from time_to_loss_peers import PEERS
+
     from matilda_train.provenance import collect_provenance
 
     name, _, minutes = args.child.partition(":")
     seconds = 60 * float(minutes)
-    run = run_peer if name in ("nanogpt", "nanochat") else run_ours
-    result = {"system": name, "minutes": float(minutes)} | run(name, seconds, args)
-    import torch
-
     found = collect_provenance(torch.device("cuda" if cuda() else "cpu"))
     kept = ("git_sha", "device", "cuda", "python")
-    result["environment"] = {key: found[key] for key in kept} | {"torch": torch.__version__}
+    environment = {key: found[key] for key in kept} | {"torch": torch.__version__}
+    run = run_peer if name.partition("@")[0] in PEERS else run_ours
+    result = {"system": name, "minutes": float(minutes)} | run(name, seconds, args)
+    result["environment"] = environment
+    result["board"] = board()
     result["systems_at_once"] = args.gpus
     given_folders = (args.data_dir, args.out, args.peer_dir, args.work)
     folders = {str(p): p.name for p in given_folders if p is not None}
@@ -221,6 +252,16 @@ def child(args: argparse.Namespace) -> int:
     path.with_suffix(".tmp").write_text(json.dumps(result, indent=1) + "\n")
     path.with_suffix(".tmp").rename(path)
     return 0
+
+
+def board() -> str | None:
+    """The beginning of the GPU's own number: boards of one kind differ by some percent."""
+    import torch
+
+    if not cuda():
+        return None
+    number = getattr(torch.cuda.get_device_properties(0), "uuid", None)
+    return str(number)[:8] if number is not None else None
 
 
 def our_config(name: str, args: argparse.Namespace, **fields: Any) -> Any:
@@ -241,6 +282,7 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     """`matilda_train.train` twice: a few steps for their speed, then the run itself."""
     from matilda_train import SilentDisplay, TerminalDisplay, train
     from matilda_train.config_load import config_to_dict
+    from matilda_train.duration import Duration
     from matilda_train.metrics_log import read_rows
 
     work = (args.work or args.out / "runs") / args.child.replace(":", "-")
@@ -249,22 +291,29 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     tokens = held_out_tokens(args.data_dir, base)
     common: dict[str, Any] = {"eval.tokens": tokens, "eval.sample_tokens": 0}
     common |= {"ckpt.every_steps": 1_000_000, "train.spike_warmup_steps": 100}
-    trial = {"train.total_steps": 12, "optim.warmup_steps": 1, "log.every_steps": 1}
+    trial: dict[str, Any] = dict.fromkeys(MOMENTUM_STEPS, 0)
+    trial |= dict.fromkeys(("train.batch_ramp", "train.seq_len_ramp"), ())
+    trial |= {"train.total_steps": 12, "optim.warmup_steps": 1, "log.every_steps": 1}
     trial |= {"eval.every_steps": 1_000_000}
     config = our_config(name, args, **common, **trial)
+    windows = windows_read(our_config(name, args, **common), args)
     train(config, run_dir=work / "trial", data_dir=args.data_dir, display=SilentDisplay())
     rows = read_rows(work / "trial" / "metrics.jsonl")
     cold, _ = our_clock(rows, config.plan.tokens)
     cold -= sum(row["eval_seconds"] for row in rows if row["step"] == 0)
     step_seconds = statistics.median([row["step_ms"] for row in rows if "step_ms" in row][2:]) / 1e3
+    shutil.rmtree(work / "trial" / "checkpoints", ignore_errors=True)
     release_memory()
-    steps = max(20, int(STEADY * seconds / step_seconds))
+    tokens_in_time = int(STEADY * seconds * config.train.tokens_per_step / step_seconds)
+    steps = max(20, base.plan.step_at(Duration(tokens_in_time, "tokens")))
     fields = {
         "train.total_steps": steps,
         "optim.warmup_steps": min(base.optim.warmup_steps, max(1, steps // 20)),
         "eval.every": f"{args.evaluate_every} s",
         "log.every_steps": 5,
     }
+    for field in MOMENTUM_STEPS:  # as the config has them, where the run is long enough
+        fields[field] = min(getattr(base.optim, field.partition(".")[2]), steps // 2)
     config = our_config(name, args, **common, **fields)
     with TerminalDisplay() as display:
         train(config, run_dir=work / "run", data_dir=args.data_dir, display=display)
@@ -283,6 +332,7 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
         "warm_start_seconds": start,
         "curve": curve,
         "data_id": data_identity(args.data_dir),
+        "windows": windows,
     }
 
 
@@ -337,16 +387,39 @@ def held_out_tokens(data_dir: Path, config: Any) -> int:
     return int(whole * config.seq_len)
 
 
+def windows_read(config: Any, args: argparse.Namespace) -> dict[str, str]:
+    """SHA-256 of all held-out windows and of the first ones of training.
+
+    Exits where a result in `--out` had others, before minutes go into what cannot be compared.
+    """
+    from matilda_train.data_source import open_streams
+
+    stream, held_out = open_streams(config, args.data_dir)
+    counts = {"held_out": config.eval.tokens // config.seq_len, "training": FINGERPRINT}
+    found = {
+        split: hashlib.sha256(source.windows(0, counts[split]).astype("<u2").tobytes()).hexdigest()
+        for split, source in (("held_out", held_out), ("training", stream))
+    }
+    for path in sorted(args.out.glob("*.json")):
+        if differing := on_other_windows([json.loads(path.read_text()), {"windows": found}]):
+            raise SystemExit(
+                f"error: {args.child} would be {' and '.join(differing)} other windows than "
+                f"{path}; give all the same sequence length, `data.seed` and `data.mix`, or "
+                "choose another --out"
+            )
+    return found
+
+
 def data_identity(data_dir: Path) -> str:
     from matilda_data import open_dataset
 
     return str(open_dataset(data_dir, split="train").data_id)
 
 
-def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
+def run_peer(system: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
     """A peer's model, optimizer and schedule in its loop, on our windows."""
     import torch
-    from time_to_loss_peers import FOLDERS, PEERS, Shape
+    from time_to_loss_peers import FOLDERS, PEERS, Shape, parse_peer
 
     from matilda_train.batches import BatchReader
     from matilda_train.build import token_byte_lengths
@@ -354,27 +427,37 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     from matilda_train.distributed import Ranks
     from matilda_train.evaluation import evaluate
 
-    if args.peer_dir is None or not (args.peer_dir / FOLDERS[name]).is_dir():
-        raise SystemExit(f"error: --peer-dir has no checkout {FOLDERS[name]!r}")
-    began = time.monotonic()
+    name, recipe = parse_peer(system)
+    commit = commit_of(args.peer_dir / FOLDERS[name])
     tokens = held_out_tokens(args.data_dir, our_config("hero", args))
     config = our_config("hero", args, **{"eval.tokens": tokens})
+    windows = windows_read(config, args)
+    began = time.monotonic()
     device = torch.device("cuda" if cuda() else "cpu")
     torch.manual_seed(1337)
     torch.set_float32_matmul_precision("high")
     torch.set_num_threads(1 if args.quick else torch.get_num_threads())
     shape = Shape(vocab_size=config.model.vocab_size, seq_len=config.seq_len, quick=args.quick)
-    peer = PEERS[name](args.peer_dir, shape, device)
+    peer = PEERS[name](args.peer_dir, shape, device, recipe)
     stream, held_out = open_streams(config, args.data_dir)
-    sequences = peer.tokens_per_step // config.seq_len
-    reader = BatchReader(stream.windows, batch_size=sequences, pin_memory=device.type == "cuda")
+    reader = BatchReader(
+        stream.windows, batch_size=peer.sequences, pin_memory=device.type == "cuda"
+    )
     lengths = token_byte_lengths(config)
 
     def step(number: int) -> None:
-        batch = reader.read(number * sequences)
+        batch = reader.read(number * peer.sequences)
         peer.step(number, batch.micro_batches(peer.micro_batch, device))
+
+    def wait() -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
+
+    def timed_step(number: int) -> float:
+        start = time.perf_counter()
+        step(number)
+        wait()
+        return time.perf_counter() - start
 
     def look(clock: float, number: int) -> dict[str, float]:
         found = evaluate(
@@ -389,7 +472,7 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
         )
         assert found is not None
         print(
-            f"{name}: step {number:,} of {steps:,}, {clock / 60:.1f} of {seconds / 60:g} min, "
+            f"{system}: step {number:,} of {steps:,}, {clock / 60:.1f} of {seconds / 60:g} min, "
             f"held-out loss {found.val_loss_nats:.4f} nats",
             file=sys.stderr,
             flush=True,
@@ -398,22 +481,31 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
 
     initial = {key: value.clone() for key, value in peer.model.state_dict().items()}
     peer.start(1000)
-    step(0)
+    timed_step(0)
     start_seconds = time.monotonic() - began
-    durations = [timed(step, number) for number in range(1, 9)]
+    durations = [timed_step(number) for number in range(1, 9)]
     steps = max(20, int(STEADY * seconds / statistics.median(durations[2:])))
     peer.model.load_state_dict(initial)
+    del initial
     peer.start(steps)
     curve, clock, due = [look(0.0, 0)], 0.0, args.evaluate_every
+    began = time.perf_counter()
     for number in range(steps):
-        clock += timed(step, number)
-        if clock >= due or number == steps - 1:
+        step(number)
+        if (number + 1) % peer.steps_between_waits == 0 or number == steps - 1:
+            wait()
+        passed = clock + time.perf_counter() - began
+        if passed >= due or number == steps - 1:
+            wait()
+            clock += time.perf_counter() - began
             curve.append(look(clock, number + 1))
             due += args.evaluate_every * math.ceil((clock - due + 1e-9) / args.evaluate_every)
+            wait()
+            began = time.perf_counter()
     reader.close()
     return {
         "recipe": peer.recipe,
-        "commit": commit_of(args.peer_dir / FOLDERS[name]),
+        "commit": commit,
         "n_params": sum(p.numel() for p in peer.model.parameters()),
         "seq_len": config.seq_len,
         "tokens_per_step": peer.tokens_per_step,
@@ -421,22 +513,21 @@ def run_peer(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
         "start_seconds": start_seconds,
         "curve": curve,
         "data_id": stream.data_id,
+        "windows": windows,
     }
-
-
-def timed(step: Any, number: int) -> float:
-    began = time.perf_counter()
-    step(number)
-    return time.perf_counter() - began
 
 
 def commit_of(folder: Path) -> str | None:
     """The checkout's commit: of git, or from a file COMMIT beside an archive's files."""
     if (folder / "COMMIT").is_file():
         return (folder / "COMMIT").read_text().strip()
-    done = subprocess.run(
-        ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, check=False
-    )
+    if not (folder / ".git").exists():  # or git would name the repository around it
+        return None
+    command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
     return done.stdout.strip() or None
 
 

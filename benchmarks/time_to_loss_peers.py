@@ -4,25 +4,31 @@ Model and optimizer are imported from the peers' checkouts; learning rates, deca
 the steps come from the functions in their training scripts, compiled from the source as it stands
 there. What is written here is what their loops do with them, and the recipe's constants, which are
 those scripts' defaults.
+
+Their batches of half a million tokens are for runs of many thousand steps, and a few minutes make a
+few hundred: `NAME@TOKENS` trains with a batch of so many tokens, `NAME@TOKENSxFACTOR` with its rates
+times a factor as well.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
+import gc
 import math
+import re
 import sys
 from abc import ABC, abstractmethod
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PEERS", "Peer", "functions_of"]
+__all__ = ["FOLDERS", "PEERS", "Peer", "Recipe", "Shape", "functions_of", "parse_peer"]
 
 
 @dataclass(frozen=True)
@@ -34,14 +40,66 @@ class Shape:
     quick: bool
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What of a peer's recipe is not its script's."""
+
+    tokens_per_step: int | None = None
+    """Tokens of a batch; None: the script's."""
+    rate: float = 1.0
+    """Factor on every learning rate."""
+
+
+def parse_peer(system: str) -> tuple[str, Recipe]:
+    """A peer's name and recipe from `NAME`, `NAME@TOKENS` or `NAME@TOKENSxFACTOR`.
+
+    Raises `ValueError` where what follows the `@` is neither.
+    """
+    name, at, text = system.partition("@")
+    found = re.fullmatch(r"(\d+)(?:x(\d+(?:\.\d+)?))?", text)
+    if at and (found is None or int(found[1]) == 0 or float(found[2] or 1) == 0):
+        raise ValueError(f"{system!r} is no system; give {name}@TOKENS or {name}@TOKENSxFACTOR.")
+    return name, Recipe(int(found[1]), float(found[2] or 1)) if found else Recipe()
+
+
 class Peer(ABC):
     """One system: built for `steps` steps, then stepped with micro-batches of windows."""
 
+    own_batch: ClassVar[int]
+    """Tokens of its script's batch."""
+    own_micro_batch: ClassVar[int]
+    """Sequences of a micro-batch, at most."""
+    steps_between_waits: ClassVar[int] = 1
+    """Its loop waits for the device once in so many steps."""
     recipe: str
     tokens_per_step: int
+    sequences: int
+    """Of a batch."""
     micro_batch: int
     """Sequences of a micro-batch."""
     model: nn.Module
+
+    @abstractmethod
+    def __init__(
+        self, peer_dir: Path, shape: Shape, device: torch.device, recipe: Recipe
+    ) -> None: ...
+
+    @classmethod
+    def batch(cls, shape: Shape, recipe: Recipe) -> tuple[int, int, float]:
+        """Sequences of a batch and of a micro-batch, and the batch over the script's.
+
+        Raises `ValueError` where the recipe's tokens do not divide into micro-batches.
+        """
+        own = 4 if shape.quick else cls.own_batch // shape.seq_len
+        tokens = recipe.tokens_per_step or own * shape.seq_len
+        sequences, rest = divmod(tokens, shape.seq_len)
+        micro_batch = max(1, min(4 if shape.quick else cls.own_micro_batch, sequences))
+        if rest or not sequences or sequences % micro_batch:
+            raise ValueError(
+                f"A batch of {tokens:,} tokens does not divide into micro-batches of {micro_batch} "
+                f"sequences of {shape.seq_len}; give a multiple after the `@`."
+            )
+        return sequences, micro_batch, sequences / own
 
     @abstractmethod
     def start(self, steps: int) -> None:
@@ -74,7 +132,11 @@ class _Evaluated(nn.Module):
 class NanoGPT(Peer):
     """karpathy/nanoGPT: `config/train_gpt2.py`, GPT-2 124M, with the sequences of the others."""
 
-    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device) -> None:
+    own_batch = 491_520  # 12 × 40 sequences of 1024
+    own_micro_batch = 16
+    steps_between_waits = 10  # its `log_interval`
+
+    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device, recipe: Recipe) -> None:
         folder = peer_dir / "nanoGPT"
         with _import_path(folder):
             import model as nanogpt  # type: ignore[import-not-found]
@@ -88,21 +150,22 @@ class NanoGPT(Peer):
         self._device = device
         self._compiled = torch.compile(self.model) if device.type == "cuda" else self.model
         self._functions = (folder / "train.py", ("get_lr",))
-        sequences = 4 if shape.quick else 491_520 // shape.seq_len  # 12 × 40 of 1024 there
-        self.tokens_per_step = sequences * shape.seq_len
-        self.micro_batch = 4 if shape.quick else 16
+        self.sequences, self.micro_batch, _ = self.batch(shape, recipe)
+        self.tokens_per_step = self.sequences * shape.seq_len
+        self._rate = 6e-4 * recipe.rate
         self.recipe = (
-            "config/train_gpt2.py: 12 layers × 768, GPT-2's learned positions, GELU, AdamW 6e-4, "
-            "decay 0.1, clip 1.0, cosine to 6e-5 over the run, warm-up 5 % of it"
+            "config/train_gpt2.py: 12 layers × 768, GPT-2's learned positions, GELU, AdamW "
+            f"{self._rate:g}, decay 0.1, clip 1.0, cosine to a tenth over the run, warm-up 5 % of "
+            f"it; compiled, bfloat16 by autocast, torch's attention; T={shape.seq_len} (1024 there)"
         )
 
     def start(self, steps: int) -> None:
         self._optimizer = self.model.configure_optimizers(  # type: ignore[operator]
-            1e-1, 6e-4, (0.9, 0.95), self._device.type
+            1e-1, self._rate, (0.9, 0.95), self._device.type
         )
         constants = {
-            "learning_rate": 6e-4,
-            "min_lr": 6e-5,
+            "learning_rate": self._rate,
+            "min_lr": self._rate / 10,
             "warmup_iters": min(2000, steps // 20),
             "lr_decay_iters": steps,
         }
@@ -144,7 +207,10 @@ class NanoGPT(Peer):
 class NanoChat(Peer):
     """karpathy/nanochat: `scripts/base_train.py --depth=12 --window-pattern=L`."""
 
-    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device) -> None:
+    own_batch = 524_288
+    own_micro_batch = 32
+
+    def __init__(self, peer_dir: Path, shape: Shape, device: torch.device, recipe: Recipe) -> None:
         folder = peer_dir / "nanochat"
         with _import_path(folder):
             from nanochat.gpt import GPT, GPTConfig  # type: ignore[import-not-found]
@@ -165,27 +231,34 @@ class NanoChat(Peer):
         on_gpu = device.type == "cuda"
         self._compiled = torch.compile(self.model, dynamic=False) if on_gpu else self.model
         self._script = folder / "scripts" / "base_train.py"
-        sequences = 4 if shape.quick else 524_288 // shape.seq_len
-        self.tokens_per_step = sequences * shape.seq_len
-        self.micro_batch = 4 if shape.quick else 32
+        self.sequences, self.micro_batch, ratio = self.batch(shape, recipe)
+        self.tokens_per_step = self.sequences * shape.seq_len
+        # Its batch and depth 12 are the reference of its scaling laws, which say this of others.
+        self._rate = recipe.rate * math.sqrt(ratio)
+        self._weight_decay = 0.28 * math.sqrt(ratio)
+        factor = "" if self._rate == 1 else f" times {self._rate:g}"
         self.recipe = (
             "scripts/base_train.py --depth=12 --window-pattern=L (as it advises without "
-            "FlashAttention 3): its Muon and AdamW rates, decay 0.28, 40 steps of warm-up, the "
-            "last 65 % falling to 5 %, momentum and decay scheduled"
+            f"FlashAttention 3): its Muon and AdamW rates{factor}, decay {self._weight_decay:g}, "
+            "40 steps of warm-up, the last 65 % falling to 5 %, momentum and decay scheduled"
         )
 
     def start(self, steps: int) -> None:
-        # Its batch of 524,288 and depth 12 are the reference of its scaling laws: factors are 1.
+        rates = {"unembedding_lr": 0.008, "embedding_lr": 0.3, "scalar_lr": 0.5, "matrix_lr": 0.02}
         self._optimizer = self.model.setup_optimizer(  # type: ignore[operator]
-            unembedding_lr=0.008, embedding_lr=0.3, scalar_lr=0.5, matrix_lr=0.02, weight_decay=0.28
+            **{name: rate * self._rate for name, rate in rates.items()},
+            weight_decay=self._weight_decay,
         )
         constants = {
             "args": Namespace(warmup_steps=40, warmdown_ratio=0.65, final_lr_frac=0.05),
             "num_iterations": steps,
-            "weight_decay_scaled": 0.28,
+            "weight_decay_scaled": self._weight_decay,
         }
         names = ("get_lr_multiplier", "get_muon_momentum", "get_weight_decay")
         self._schedule = functions_of(self._script, names, constants)
+        gc.collect()
+        gc.freeze()
+        gc.disable()  # as its loop does, for half a second now and then
 
     def step(self, number: int, micro_batches: Iterator[tuple[Tensor, Tensor]]) -> None:
         accumulation = self.tokens_per_step // (self.micro_batch * self._seq_len())
@@ -209,7 +282,7 @@ class NanoChat(Peer):
         return int(self.model.config.sequence_len)  # type: ignore[union-attr, arg-type]
 
 
-PEERS: dict[str, Callable[[Path, Shape, torch.device], Peer]] = {
+PEERS: dict[str, type[Peer]] = {
     "nanogpt": NanoGPT,
     "nanochat": NanoChat,
 }

@@ -1,4 +1,4 @@
-"""The table of `time_to_loss.py`: who met nanoGPT's last loss, and when."""
+"""The table of `time_to_loss.py`: who met nanoGPT's lowest last loss, and when."""
 
 from __future__ import annotations
 
@@ -27,28 +27,45 @@ def seconds_to(curve: Curve, target: float) -> float | None:
 
 
 def describe(results: Sequence[dict[str, Any]]) -> str:
-    """The table as Markdown, with the target: nanoGPT's last loss, of its longest run."""
-    references = [r for r in results if r["system"] == REFERENCE]
+    """The table as Markdown, with the target: the lowest last loss of nanoGPT's longest runs."""
+    references = [r for r in results if is_reference(r)]
     if not references:
         return "No run of nanoGPT yet, whose loss is the target.\n" + "\n".join(
             f"{r['system']}, {r['minutes']:g} min: {r['curve'][-1]['val_loss_nats']:.4f} nats"
             for r in results
         )
-    reference = max(references, key=lambda r: float(r["minutes"]))
-    target, minutes = reference["curve"][-1]["val_loss_nats"], reference["minutes"]
+    longest = max(float(r["minutes"]) for r in references)
+    reference = min(
+        (r for r in references if r["minutes"] == longest),
+        key=lambda r: float(r["curve"][-1]["val_loss_nats"]),
+    )
+    last = reference["curve"][-1]
+    target, minutes = last["val_loss_nats"], last["seconds"] / 60
     lines = [
-        f"Target: the held-out loss that nanoGPT has after {minutes:g} minutes of training, "
-        f"{target:.4f} nats a token, T={reference['seq_len']}.",
+        f"Target: the held-out loss that nanoGPT ({reference['system']}) has after {minutes:.2f} "
+        f"minutes of training, {target:.4f} nats a token, T={reference['seq_len']}.",
         "",
         "| system, minutes | parameters | tokens/s | tokens | last loss | minutes to the target | "
         "of nanoGPT's | with its start |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for result in sorted(results, key=lambda r: (r["system"] != REFERENCE, r["system"])):
+    for result in sorted(results, key=lambda r: (not is_reference(r), r["system"], -r["minutes"])):
         lines.append(_row(result, reference, target))
     environments = {json.dumps(r["environment"], sort_keys=True) for r in results}
     lines += ["", *_notes(results, environments)]
     return "\n".join(lines)
+
+
+def is_reference(result: dict[str, Any]) -> bool:
+    """Whether it is nanoGPT's, with its own batch or another."""
+    return str(result["system"]).partition("@")[0] == REFERENCE
+
+
+def on_other_windows(results: Sequence[dict[str, Any]]) -> list[str]:
+    """`measured on`, `trained on`: what not all of the results were on the same windows."""
+    known = [result["windows"] for result in results if "windows" in result]
+    verbs = {"held_out": "measured on", "training": "trained on"}
+    return [verb for split, verb in verbs.items() if len({w[split] for w in known}) > 1]
 
 
 def _row(result: dict[str, Any], reference: dict[str, Any], target: float) -> str:
@@ -74,9 +91,11 @@ def beside(result: dict[str, Any]) -> str:
 def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterator[str]:
     yield (
         "The clock stands still while a system is evaluated, every system on the same held-out "
-        "windows. Its start (loading, compiling, the first step, cold) is counted in the last "
-        "column alone. A run's learning rate falls to its end, so a loss is met late in it: "
-        "shorter runs show how little time is enough. One run each: no noise is measured."
+        "windows. nanoGPT's own batch is for hundreds of thousands of steps: the lowest of its "
+        "runs of that length is the target; `@` gives the tokens of another batch, `x` a factor "
+        "on its rate. A system's start (loading, compiling, the first step, cold) is counted in "
+        "the last column alone. A run's learning rate falls to its end, so a loss is met late in "
+        "it: shorter runs show how little time is enough. One run each: no noise is measured."
     )
     for result in results:
         commit = f", commit {result['commit'][:12]}" if result.get("commit") else ""
@@ -87,6 +106,11 @@ def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterato
         )
     if len({json.loads(text)["device"] for text in environments}) > 1:
         yield "- NOT COMPARABLE: these runs are from several kinds of devices."
+    for how in on_other_windows(results):
+        yield f"- NOT COMPARABLE: these runs were not all {how} the same windows."
+    boards = {result["board"] for result in results if result.get("board")}
+    if len(boards) > 1:
+        yield f"- From {len(boards)} boards, of which one may be some percent faster than another."
     for text in sorted(environments):
         found = json.loads(text)
         yield (

@@ -83,6 +83,138 @@ def test_schedules_are_taken_from_the_script_without_running_it(
         peers.functions_of(script, ("get_lr", "get_momentum"), constants)
 
 
+NANOGPT_MODEL = """
+from dataclasses import dataclass
+import torch
+@dataclass
+class GPTConfig:
+    block_size: int
+    vocab_size: int
+    dropout: float
+    bias: bool
+    n_layer: int
+    n_head: int
+    n_embd: int
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.logits = config, torch.nn.Embedding(config.vocab_size, config.vocab_size)
+    def configure_optimizers(self, weight_decay, lr, betas, device_type):
+        return torch.optim.SGD(self.parameters(), lr=lr)
+    def forward(self, ids, targets):
+        logits = self.logits(ids)
+        return logits, torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+"""
+NANOGPT_TRAIN = """
+def get_lr(it):
+    return min_lr if it == lr_decay_iters else learning_rate
+"""
+
+
+def test_a_peer_with_another_batch_takes_the_same_step_in_more_micro_batches(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    peers = importlib.import_module("time_to_loss_peers")
+    (tmp_path / "nanoGPT").mkdir()
+    (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT_MODEL)
+    (tmp_path / "nanoGPT" / "train.py").write_text(NANOGPT_TRAIN)
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    name, recipe = peers.parse_peer("nanogpt@128x2.5")
+    shape, cpu = peers.Shape(8, 16, quick=True), torch.device("cpu")
+    peer = peers.PEERS[name](tmp_path, shape, cpu, recipe)
+    assert (peer.tokens_per_step, peer.sequences, peer.micro_batch) == (128, 8, 4)
+    ids, targets = torch.randint(8, (2, 8, 16), generator=torch.Generator().manual_seed(0))
+    before = peer.model.logits.weight.detach().clone().requires_grad_()
+    peer.start(10)
+    peer.step(0, iter(zip(ids.split(4), targets.split(4), strict=True)))
+    nn.functional.cross_entropy(before[ids].flatten(0, 1), targets.flatten()).backward()
+    step = 2.5 * 6e-4 * before.grad  # shorter than 1.0: nothing is clipped
+    assert torch.allclose(peer.model.logits.weight, before - step, atol=1e-7)
+    peer.step(10, iter(zip(ids.split(4), targets.split(4), strict=True)))
+    assert peer._optimizer.param_groups[0]["lr"] == pytest.approx(2.5 * 6e-5)
+
+    assert peers.parse_peer("nanochat") == ("nanochat", peers.Recipe())
+    for wrong in ("nanogpt@", "nanogpt@128k", "nanogpt@0", "nanogpt@128x", "nanogpt@128x0"):
+        with pytest.raises(ValueError, match="is no system; give nanogpt@TOKENS"):
+            peers.parse_peer(wrong)
+    whole = peers.Shape(50304, 2048, quick=False)
+    own, smaller = peers.Recipe(), peers.Recipe(131_072)
+    assert peers.PEERS["nanogpt"].batch(whole, own)[:2] == (240, 16)
+    assert peers.PEERS["nanogpt"].batch(whole, smaller)[:2] == (64, 16)
+    assert peers.PEERS["nanochat"].batch(whole, own) == (256, 32, 1)
+    assert peers.PEERS["nanochat"].batch(whole, smaller) == (64, 32, 0.25)
+    for tokens in (1000, 36 * 2048):
+        with pytest.raises(ValueError, match="does not divide into micro-batches"):
+            peers.PEERS["nanogpt"].batch(whole, peers.Recipe(tokens))
+
+
+def test_the_target_is_the_best_of_nanogpts_longest_runs_on_the_same_windows(
+    benchmark: Any,
+) -> None:
+    def result(system: str, minutes: float, last: float, windows: str = "a") -> dict[str, Any]:
+        curve = [{"seconds": 0.0, "tokens": 0, "val_loss_nats": 9.0}]
+        curve += [{"seconds": 59.0 * minutes, "tokens": 10**6, "val_loss_nats": last}]
+        known = {"held_out": windows, "training": "b"}
+        environment = {"device": "H", "torch": "2", "cuda": "13", "python": "3", "git_sha": "c"}
+        return {
+            "system": system, "minutes": minutes, "curve": curve, "windows": known,
+            "environment": environment, "seq_len": 8, "n_params": 10**6, "recipe": "as told",
+            "tokens_per_step": 64, "steps": 9, "start_seconds": 1.0, "command": "it",
+            "data_id": "d", "board": system,
+        }  # fmt: skip
+
+    runs = [result("nanogpt", 8, 4.5), result("nanogpt@64", 8, 4.0), result("nanogpt@64", 2, 3.9)]
+    text = benchmark.describe([*runs, result("hero", 4, 4.0)])
+    assert "nanoGPT (nanogpt@64) has after 7.87 minutes of training, 4.0000 nats" in text
+    assert "| hero, 4 | 1.0M | 4,237 | 1.0M | 4.0000 | 3.93 | 50 % |" in text
+    assert "| nanogpt, 8 | 1.0M | 2,119 | 1.0M | 4.5000 | – | – | – |" in text
+    assert "From 3 boards" in text
+    assert "NOT COMPARABLE" not in text
+    text = benchmark.describe([*runs, result("hero", 4, 4.0, windows="others")])
+    assert "NOT COMPARABLE: these runs were not all measured on the same windows" in text
+
+
+def test_a_config_with_schedules_of_its_own_is_trained_and_other_windows_are_refused(
+    benchmark: Any, tmp_path: Path
+) -> None:
+    data = benchmark.quick_data(tmp_path)
+    given = {"data_dir": data, "out": tmp_path / "out", "work": None, "evaluate_every": 100.0}
+    ramps = ['train.batch_ramp=["3 steps: 256"]', 'train.seq_len_ramp=["0 steps: 16"]']
+    momentum = ["optim.momentum_warmup_steps=300", "optim.momentum_cooldown_steps=20"]
+    args = Namespace(**given, quick=True, set=[*momentum, *ramps], child="hero:0.01")
+    args.out.mkdir()
+    found = benchmark.run_ours("hero", 0.5, args)
+    optim = found["config"]["optim"]
+    assert optim["momentum_warmup_steps"] == min(300, found["steps"] // 2)
+    assert optim["momentum_cooldown_steps"] == min(20, found["steps"] // 2)
+    assert found["curve"][-1]["step"] == found["steps"]
+    assert found["curve"][-1]["tokens"] == 3 * 128 + (found["steps"] - 3) * 256
+    (args.out / "hero-0.01.json").write_text(json.dumps(found))
+    args.set, args.child = ["data.seed=5"], "hero:0.02"
+    with pytest.raises(SystemExit, match=r"hero:0\.02 would be trained on other windows than"):
+        benchmark.run_ours("hero", 0.5, args)
+    args.set = ["train.seq_len=16"]
+    with pytest.raises(SystemExit, match="would be measured on and trained on other windows"):
+        benchmark.run_ours("hero", 0.5, args)
+
+
+def test_what_a_system_lacks_is_said_before_another_trains(benchmark: Any, tmp_path: Path) -> None:
+    given = {"data_dir": benchmark.quick_data(tmp_path), "quick": True, "peer_dir": tmp_path}
+    args = Namespace(**given, set=[])
+    benchmark.check("hero", args)
+    for name, lack in {
+        "frontier": "frontier.json",
+        "nanogpt": "no checkout 'nanoGPT'",
+        "nanogpt@100": "does not divide into micro-batches",
+    }.items():
+        with pytest.raises(SystemExit, match=lack):
+            benchmark.check(name, args)
+    args.set = ["optim.rate=1"]
+    with pytest.raises(SystemExit, match=r"optim\.rate"):
+        benchmark.check("hero", args)
+
+
 def test_a_peer_is_evaluated_by_the_function_that_evaluates_us(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -136,6 +268,7 @@ from argparse import Namespace
 from pathlib import Path
 import time_to_loss
 time_to_loss.__file__, time_to_loss.cuda = sys.argv[1], lambda: True
+time_to_loss.check = lambda name, args: None  # there are neither data nor checkouts
 args = Namespace(out=Path(sys.argv[2]), systems=sys.argv[3:] or ["hero:1"], data_dir=Path("data"))
 args = Namespace(**vars(args), quick=False, gpus=max(1, len(sys.argv[3:])))
 args = Namespace(**vars(args), evaluate_every=1, peer_dir=None, work=None, set=[])
@@ -199,7 +332,7 @@ def test_the_quick_form_trains_every_system_there_is(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     results = json.loads((tmp_path / "all.json").read_text())
     assert {r["system"] for r in results} == {"hero"} | (
-        {"nanogpt", "nanochat"} if peers else set()
+        {"nanogpt", "nanogpt@256", "nanochat"} if peers else set()
     )
     for result in results:
         first, last = result["curve"][0], result["curve"][-1]
