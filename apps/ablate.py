@@ -13,7 +13,10 @@ import os
 import shlex
 import sys
 import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matilda_train.app import (
     EXIT_ENVIRONMENT,
@@ -24,6 +27,10 @@ from matilda_train.app import (
     show,
 )
 from matilda_train.arguments import TeachingParser
+from matilda_train.run_dir import write_output
+
+if TYPE_CHECKING:
+    from matilda_train.ablation import Progress, Study, StudyDisplay, StudyResult
 
 EXAMPLES = """examples:
   uv run apps/ablate.py --config configs/quickstart.json --out runs/try --variants mha,adamw \\
@@ -114,6 +121,24 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class KeepingDisplay:
+    """A display beside which `keep()` is called whenever another run has ended."""
+
+    def __init__(self, display: StudyDisplay, keep: Callable[[], None]) -> None:
+        self._display = display
+        self._keep = keep
+        self._ended: int | None = None
+
+    def show(self, progress: Progress) -> None:
+        self._display.show(progress)
+        ended, self._ended = self._ended, len(progress.done)
+        if ended is not None and ended < len(progress.done):
+            self._keep()
+
+    def note(self, text: str) -> None:
+        self._display.note(text)
+
+
 def main() -> int:
     args = parse_arguments()
     from torch.cuda import device_count
@@ -132,11 +157,25 @@ def main() -> int:
     earlier = ablation.read_earlier(args.earlier, rows, config) if args.earlier else None
     if args.stop_after is not None and not args.stop_after >= 0:
         raise ValueError(f"`--stop-after` is {args.stop_after:g}, but must be 0 or more.")
+    as_files = [] if args.json in (None, "-") else [Path(args.json)]
+
+    def keep(study: Study) -> StudyResult:
+        """What there is, as JSON: whoever is killed later has had it."""
+        result = ablation.rank_grid(study) if args.grid else ablation.read_study(study)
+        for file in (study.out / "ablation.json", *as_files):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_output(file, json.dumps(result.to_dict(), indent=1) + "\n")
+        return result
+
     STOP.begin()
     deadline = None if args.stop_after is None else time.monotonic() + args.stop_after
     with ablation.StudyTerminal() as display:
 
         def run(study: ablation.Study) -> ablation.Ending:
+            def keep_what_ended() -> None:
+                with suppress(OSError, ValueError):  # no room, or no baseline yet: at the end then
+                    keep(study)
+
             return ablation.run_study(
                 study,
                 data_dir=args.data_dir,
@@ -146,7 +185,7 @@ def main() -> int:
                 keep_checkpoints=not args.discard_checkpoints,
                 stop=lambda: bool(STOP),
                 stop_after=None if deadline is None else deadline - time.monotonic(),
-                display=display,
+                display=KeepingDisplay(display, keep_what_ended),
             )
 
         rounds = args.halving if args.grid else 1
@@ -155,14 +194,12 @@ def main() -> int:
         )
     code = {"complete": 0, "stopped": EXIT_PREEMPTED, "failed": EXIT_ENVIRONMENT}[ending]
     try:
-        result = ablation.rank_grid(study) if args.grid else ablation.read_study(study)
+        result = keep(study)
     except ValueError as nothing_yet:
         print(nothing_yet, file=sys.stderr)
         return code
     described = ablation.describe_grid if args.grid else ablation.describe_study
-    as_json = json.dumps(result.to_dict(), indent=1) + "\n"
-    study.out.joinpath("ablation.json").write_text(as_json, encoding="utf-8")
-    show(described(result), result.to_dict(), args.json)
+    show(described(result), result.to_dict(), None if as_files else args.json)
     if args.write:
         write = ablation.write_grid if args.grid else ablation.write_document
         given = [word for word in sys.argv[1:] if word != "--report"]  # what made the runs

@@ -6,8 +6,8 @@ there. What is written here is what their loops do with them, and the recipe's c
 those scripts' defaults.
 
 Their batches of half a million tokens are for runs of many thousand steps, and a few minutes make a
-few hundred: `NAME@TOKENS` trains with a batch of so many tokens, `NAME@TOKENSxFACTOR` with its rates
-times a factor as well.
+few hundred: `NAME@TOKENS` trains with a batch of so many tokens, `NAME@TOKENSxFACTOR` with its
+rates times a factor as well.
 """
 
 from __future__ import annotations

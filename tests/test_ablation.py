@@ -52,7 +52,15 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
         return server.run_program(ROOT / "apps/ablate.py", given, tmp_path, **fault)
 
     disturbed = tmp_path / "disturbed"
-    assert study(disturbed, "--in-process", at_step=14).returncode == -signal.SIGKILL
+    killed = study(disturbed, "--in-process", "--json", "kept.json", at_step=14)
+    assert killed.returncode == -signal.SIGKILL
+    kept = json.loads((tmp_path / "kept.json").read_text())  # of what had ended by then
+    assert [(row["name"], len(row["runs"])) for row in kept["rows"]] == [
+        ("baseline", 1),
+        ("no_qk_norm", 0),
+        ("again", 0),
+    ]
+    assert json.loads((disturbed / "ablation.json").read_text()) == kept
     first = disturbed / "runs" / "baseline" / "seed-0" / "metrics.jsonl"
     finished = first.read_bytes(), first.stat().st_mtime_ns
     stopped = study(disturbed, "--in-process", at_step=20, signal="SIGTERM")
@@ -118,7 +126,7 @@ def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
     def grid(*more: str, **fault: Any) -> subprocess.CompletedProcess[str]:
         given = [
             *("--config", str(tiny_config), "--data-dir", str(corpus), "--out", "rates"),
-            *("--seeds", "1", "--set", *SHORT, "train.max_consecutive_skips=1"),
+            *("--seeds", "1", "--set", *SHORT, "train.max_consecutive_skips=1", "optim.lr=0.05"),
             *("--grid", "optim.lr=0.001,0.02,0.03", "--in-process", *more),
         ]
         return server.run_program(ROOT / "apps/ablate.py", given, tmp_path, **fault)
@@ -137,6 +145,9 @@ def test_a_diverged_run_is_a_result_and_a_grid_ranks_its_points(
     assert again.returncode == 0, again.stderr
     assert json.loads(again.stdout)["rows"] == ranked["rows"]
     assert not (tmp_path / "elsewhere" / "runs").exists()
+    wrong = grid("--earlier", "rates.json", "--out", "wrong", "--set", "optim.weight_decay=0.3")
+    assert wrong.returncode == 2
+    assert "are of another config" in wrong.stderr
     halved = grid("--halving", "2", "--earlier", "rates.json")
     assert halved.returncode == 2
     assert "holds the runs of one round" in halved.stderr

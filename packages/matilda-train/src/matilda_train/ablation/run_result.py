@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from matilda_train.ablation.variants import Row
+from matilda_train.ablation.variants import Row, change
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_from_dict
 from matilda_train.metrics_log import read_rows
@@ -97,16 +97,19 @@ def read_earlier(file: Path, rows: Sequence[Row], base: RunConfig) -> EarlierRun
             f"{str(file)!r} holds no results of a study ({type(error).__name__}: {error}); give "
             "what `--json` wrote, or DIR/ablation.json."
         ) from None
-    if config != base:
-        raise ValueError(
-            f"The runs in {str(file)!r} are of another config or other `--set`; give the same, or "
-            "leave them out."
-        )
-    for row in rows:
-        if row.name in theirs and theirs[row.name]["fields"] != row.fields:
+    known = [row for row in rows if row.name in theirs]
+    for row in known:
+        if theirs[row.name]["fields"] != row.fields:
             raise ValueError(
                 f"Row {row.name!r} sets {json.dumps(theirs[row.name]['fields'])} in {str(file)!r} "
                 f"and {json.dumps(row.fields)} here; give one of them another name."
             )
+    # A grid's JSON has the config of its best point, in which the fields of any other make that.
+    differs = any(change(config, row.name, row.fields) != row.config for row in known)
+    if differs or (not known and config != base):
+        raise ValueError(
+            f"The runs in {str(file)!r} are of another config or other `--set`; give the same, or "
+            "leave them out."
+        )
     names = {row.name for row in rows}
     return EarlierRuns({key: run for key, run in runs.items() if key[0] in names}, provenance)
