@@ -21,7 +21,8 @@
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
-# STOP_AFTER  seconds after which studies save and stop; 75 then says: run it again
+# STOP_AFTER  seconds after which studies save and stop, and before which `minutes` begins what would
+#             end by then; 75 then says: run it again
 # QUICK=1     toy models on a CPU, to try the stages
 #
 # A stage that was stopped or killed goes on when it is asked for again.
@@ -116,11 +117,11 @@ family() { # a process and all that came of it: torchrun's workers are in sessio
     done
 }
 
-train() { # name, config: to its end, once killed when two fifths of it are done
+train() { # name, config, more of --set: to its end, once killed when two fifths of it are done
     local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=4120 sizes
     sizes=(train.total_steps=4120 train.tokens_per_step=131072
-        "train.micro_batch_size=$((gpus > 1 ? 64 / gpus : 64))" "optim.lr=${LR:-0.004}"
-        optim.warmup_steps=200 eval.every_steps=412 eval.tokens=1048576 ckpt.every_steps=100)
+        "train.micro_batch_size=$((gpus > 1 ? 64 / gpus : 64))"
+        optim.warmup_steps=200 eval.every_steps=412 eval.tokens=1048576 ckpt.every_steps=100 "${@:3}")
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
@@ -147,7 +148,7 @@ train() { # name, config: to its end, once killed when two fifths of it are done
     app report "$run" --svg "$pages/images/$1-loss.svg" || echo "the run is whole, but has no report" >&2
 }
 
-hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)"; }
+hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)" "optim.lr=${LR:-0.004}"; }
 
 frontier() {
     if [ -z "$quick" ] && [ ! -e configs/frontier_152m.json ]; then
@@ -182,16 +183,17 @@ minutes() {
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
         --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --write "$pages/RESULTS.md")
     local batch=(train.tokens_per_step=131072 train.micro_batch_size=64)
-    local failed=0
-    # The target first, and nanochat, which is no part of it, last: what is cut off is run again.
-    "$python" benchmarks/time_to_loss.py "${common[@]}" --systems nanogpt:8 nanogpt@131072:8 \
-        hero:4 hero:3 --set "${batch[@]}" "optim.lr=${LR:-0.004}" || failed=1
-    if [ -e configs/frontier_152m.json ]; then
-        "$python" benchmarks/time_to_loss.py "${common[@]}" \
-            --systems frontier_152m:2.7 frontier_152m:2.2 --set "${batch[@]}" || failed=1
-    fi
-    "$python" benchmarks/time_to_loss.py "${common[@]}" --systems nanochat:8 || failed=1
-    return "$failed"
+    local code=0 frontier=()
+    systems() { # what fails or has no time keeps nothing else from it
+        local stop=()
+        if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$((STOP_AFTER - SECONDS))"); fi
+        "$python" benchmarks/time_to_loss.py "${common[@]}" "${stop[@]}" --systems "$@" || code=$?
+    }
+    if [ -e configs/frontier_152m.json ]; then frontier=(frontier_152m:2.7 frontier_152m:2.2); fi
+    # The target first, and nanochat, which is no part of it, last.
+    systems nanogpt:8 nanogpt@131072:8 hero:4 hero:3 --set "${batch[@]}" "optim.lr=${LR:-0.004}"
+    systems "${frontier[@]}" nanochat:8 --set "${batch[@]}"
+    return "$code"
 }
 
 if [ $# -eq 0 ]; then

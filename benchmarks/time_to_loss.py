@@ -46,10 +46,13 @@ from typing import Any
 
 from time_to_loss_table import Curve, describe, on_other_windows
 
+from matilda_train.stop_signals import EXIT_PREEMPTED
+
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {"hero": "base_152m_v2"}
 STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
+BESIDES_SECONDS = 150  # of a system on a GPU: loading, compiling, the trial, its evaluations
 FINGERPRINT = 64  # windows of training whose hash tells the order of all
 MOMENTUM_STEPS = ("optim.momentum_warmup_steps", "optim.momentum_cooldown_steps")
 
@@ -74,6 +77,13 @@ def main() -> int:
     parser.add_argument(
         "--gpus", type=int, default=1, metavar="N", help="systems at once, a GPU each (%(default)s)"
     )
+    parser.add_argument(
+        "--stop-after",
+        type=float,
+        default=math.inf,
+        metavar="S",
+        help="begin no system that would not end within S seconds; 75 then says: run it again",
+    )
     parser.add_argument("--quick", action="store_true", help="toy shapes; under a minute")
     parser.add_argument("--json", type=Path, help="also write all results here")
     parser.add_argument("--table", action="store_true", help="only print what is there")
@@ -94,7 +104,7 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.child:
             return child(args)
-        failed = [] if args.table else run_all(args)
+        failed, left = ([], []) if args.table else run_all(args)
         results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
         text = describe(results)
         print(text)
@@ -107,11 +117,15 @@ def main() -> int:
             replace_section(args.write, "time to loss", f"{title}\n\n{text}", title="Results")
         for name in failed:
             print(f"time_to_loss.py: {name} failed", file=sys.stderr)
-        return 1 if failed else 0
+        for name in left:
+            print(f"time_to_loss.py: no time for {name}, run it again", file=sys.stderr)
+        return 1 if failed else EXIT_PREEMPTED if left else 0
 
 
-def run_all(args: argparse.Namespace) -> list[str]:
-    """Run what is missing, each in a process and on a GPU of its own; the names that failed."""
+def run_all(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """Run what is missing, each in a process and on a GPU of its own; the names that failed, and
+    those that would not have ended in time."""
+    began = time.monotonic()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # which ends the children as well
     waiting = [wanted for system in args.systems if (wanted := missing(system, args))]
     for wanted in waiting:
@@ -119,12 +133,18 @@ def run_all(args: argparse.Namespace) -> list[str]:
     free = devices(args.gpus)
     alone = len(free) == 1 or len(waiting) == 1
     running: dict[str, tuple[str | None, subprocess.Popen[bytes]]] = {}
-    failed = []
-    with tempfile.TemporaryDirectory() as caches:
+    failed, left = [], []
+    # A dead child's compilers may still write: that is no reason to print no table.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as caches:
         try:
             while waiting or running:
                 while waiting and free:
-                    wanted, device = waiting.pop(0), free.pop(0)
+                    wanted = waiting.pop(0)
+                    seconds = 60 * float(wanted.partition(":")[2]) + BESIDES_SECONDS
+                    if time.monotonic() - began + seconds > args.stop_after:
+                        left.append(wanted)
+                        continue
+                    device = free.pop(0)
                     process = begin(wanted, args, device, Path(caches), alone=alone)
                     running[wanted] = device, process
                 for wanted, (device, process) in list(running.items()):
@@ -141,7 +161,7 @@ def run_all(args: argparse.Namespace) -> list[str]:
             for _, process in running.values():
                 process.kill()
                 process.wait()
-    return failed
+    return failed, left
 
 
 def check(name: str, args: argparse.Namespace) -> None:

@@ -263,7 +263,7 @@ with open(f"{out}/hero-1.json", "w") as file:
     file.write("{}")
 """
 PARENT = """
-import sys
+import os, sys
 from argparse import Namespace
 from pathlib import Path
 import time_to_loss
@@ -272,6 +272,7 @@ time_to_loss.check = lambda name, args: None  # there are neither data nor check
 args = Namespace(out=Path(sys.argv[2]), systems=sys.argv[3:] or ["hero:1"], data_dir=Path("data"))
 args = Namespace(**vars(args), quick=False, gpus=max(1, len(sys.argv[3:])))
 args = Namespace(**vars(args), evaluate_every=1, peer_dir=None, work=None, set=[])
+args.stop_after = float(os.environ.get("STOP_AFTER", "inf"))
 print(time_to_loss.run_all(args))
 """
 MEETING = """
@@ -296,9 +297,15 @@ def test_systems_meet_each_on_a_gpu_of_its_own_and_one_that_fails_is_named(tmp_p
         [*command, "nanogpt:8", "hero:4"],
         cwd=ROOT / "benchmarks", env=environment, capture_output=True, text=True, timeout=100,
     )  # fmt: skip
-    assert done.stdout == "['nanogpt:8']\n", done.stderr
+    assert done.stdout == "(['nanogpt:8'], [])\n", done.stderr
     assert {(tmp_path / f"on-{n}").read_text() for n in (0, 1)} == {"nanogpt:8", "hero:4"}
     assert (tmp_path / "hero-4.json").exists()
+    late = subprocess.run(
+        [*command, "nanogpt:8", "hero:3"],
+        cwd=ROOT / "benchmarks", env=environment | {"STOP_AFTER": "300"}, capture_output=True,
+        text=True, timeout=100,
+    )  # fmt: skip
+    assert late.stdout == "([], ['nanogpt:8', 'hero:3'])\n", late.stderr
 
 
 def test_a_system_that_was_cut_off_is_run_again_and_never_beside_its_orphan(tmp_path: Path) -> None:
@@ -318,7 +325,7 @@ def test_a_system_that_was_cut_off_is_run_again_and_never_beside_its_orphan(tmp_
     again = subprocess.run(command, **run, check=False)
     while "still trains" in again.stderr:  # the orphan is still about to end
         again = subprocess.run(command, **run, check=False)
-    assert again.stdout == "[]\n", again.stderr
+    assert again.stdout == "([], [])\n", again.stderr
     assert "hero:1 was begun and cut off: it is run anew" in again.stderr
     assert [path.name for path in tmp_path.glob("hero*")] == ["hero-1.json"]
 
