@@ -53,6 +53,7 @@ CONFIGS = {"hero": "base_152m_v2"}
 STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
 BESIDES_SECONDS = 150  # of a system on a GPU: loading, compiling, the trial, its evaluations
+KERNEL_PACKAGES = ("triton", "flash-attn-4", "quack-kernels", "liger-kernel", "kernels")
 FINGERPRINT = 64  # windows of training whose hash tells the order of all
 MOMENTUM_STEPS = ("optim.momentum_warmup_steps", "optim.momentum_cooldown_steps")
 
@@ -252,13 +253,15 @@ def child(args: argparse.Namespace) -> int:
     import torch
     from time_to_loss_peers import PEERS
 
-    from matilda_train.provenance import collect_provenance
+    from matilda_train.provenance import collect_provenance, package_version
 
     name, _, minutes = args.child.partition(":")
     seconds = 60 * float(minutes)
     found = collect_provenance(torch.device("cuda" if cuda() else "cpu"))
     kept = ("git_sha", "device", "cuda", "python")
     environment = {key: found[key] for key in kept} | {"torch": torch.__version__}
+    versions = {package: package_version(package) for package in KERNEL_PACKAGES}
+    environment["kernels"] = {key: value for key, value in versions.items() if value is not None}
     run = run_peer if name.partition("@")[0] in PEERS else run_ours
     result = {"system": name, "minutes": float(minutes)} | run(name, seconds, args)
     result["environment"] = environment

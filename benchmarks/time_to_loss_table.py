@@ -113,8 +113,9 @@ def _notes(results: Sequence[dict[str, Any]], environments: set[str]) -> Iterato
         yield f"- From {len(boards)} boards, of which one may be some percent faster than another."
     for text in sorted(environments):
         found = json.loads(text)
+        kernels = "".join(f", {name} {has}" for name, has in found.get("kernels", {}).items())
         yield (
-            f"- {found['device']}, torch {found['torch']}, CUDA {found['cuda']}, Python "
+            f"- {found['device']}, torch {found['torch']}{kernels}, CUDA {found['cuda']}, Python "
             f"{found['python']}, our commit {(found['git_sha'] or 'unknown')[:12]}; data set "
             f"{', '.join(sorted({r['data_id'][:12] for r in results}))}."
         )

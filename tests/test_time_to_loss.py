@@ -156,7 +156,14 @@ def test_the_target_is_the_best_of_nanogpts_longest_runs_on_the_same_windows(
         curve = [{"seconds": 0.0, "tokens": 0, "val_loss_nats": 9.0}]
         curve += [{"seconds": 59.0 * minutes, "tokens": 10**6, "val_loss_nats": last}]
         known = {"held_out": windows, "training": "b"}
-        environment = {"device": "H", "torch": "2", "cuda": "13", "python": "3", "git_sha": "c"}
+        environment: dict[str, Any] = {
+            "device": "H",
+            "torch": "2",
+            "cuda": "13",
+            "python": "3",
+            "git_sha": "c",
+        }
+        environment["kernels"] = {"flash-attn-4": "4.0"}
         return {
             "system": system, "minutes": minutes, "curve": curve, "windows": known,
             "environment": environment, "seq_len": 8, "n_params": 10**6, "recipe": "as told",
@@ -170,6 +177,7 @@ def test_the_target_is_the_best_of_nanogpts_longest_runs_on_the_same_windows(
     assert "| hero, 4 | 1.0M | 4,237 | 1.0M | 4.0000 | 3.93 | 50 % |" in text
     assert "| nanogpt, 8 | 1.0M | 2,119 | 1.0M | 4.5000 | – | – | – |" in text
     assert "From 3 boards" in text
+    assert "- H, torch 2, flash-attn-4 4.0, CUDA 13" in text
     assert "NOT COMPARABLE" not in text
     text = benchmark.describe([*runs, result("hero", 4, 4.0, windows="others")])
     assert "NOT COMPARABLE: these runs were not all measured on the same windows" in text
