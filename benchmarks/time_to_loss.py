@@ -54,7 +54,7 @@ STEADY = 0.98  # of the speed of the first steps: a GPU slows down as it warms
 EVALUATED = 256  # held-out windows
 BESIDES_SECONDS = 150  # of a system on a GPU: loading, compiling, the trial, its evaluations
 KERNEL_PACKAGES = ("triton", "flash-attn-4", "quack-kernels", "liger-kernel", "kernels")
-FINGERPRINT = 64  # windows of training whose hash tells the order of all
+FINGERPRINT = range(0, 102_400, 1_600)  # windows of training whose hash tells the order of all
 MOMENTUM_STEPS = ("optim.momentum_warmup_steps", "optim.momentum_cooldown_steps")
 
 
@@ -411,17 +411,20 @@ def held_out_tokens(data_dir: Path, config: Any) -> int:
 
 
 def windows_read(config: Any, args: argparse.Namespace) -> dict[str, str]:
-    """SHA-256 of all held-out windows and of the first ones of training.
+    """SHA-256 of all held-out windows and of one in 1,600 of training.
 
     Exits where a result in `--out` had others, before minutes go into what cannot be compared.
     """
     from matilda_train.data_source import open_streams
 
     stream, held_out = open_streams(config, args.data_dir)
-    counts = {"held_out": config.eval.tokens // config.seq_len, "training": FINGERPRINT}
+    read = {
+        "held_out": [held_out.windows(0, config.eval.tokens // config.seq_len)],
+        "training": [stream.windows(number, 1) for number in FINGERPRINT],
+    }
     found = {
-        split: hashlib.sha256(source.windows(0, counts[split]).astype("<u2").tobytes()).hexdigest()
-        for split, source in (("held_out", held_out), ("training", stream))
+        split: hashlib.sha256(b"".join(w.astype("<u2").tobytes() for w in windows)).hexdigest()
+        for split, windows in read.items()
     }
     for path in sorted(args.out.glob("*.json")):
         if differing := on_other_windows([json.loads(path.read_text()), {"windows": found}]):
