@@ -181,8 +181,9 @@ minutes() {
         return
     fi
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
-        --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --write "$pages/RESULTS.md")
-    local batch=(train.tokens_per_step=131072 train.micro_batch_size=64)
+        --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 10
+        --write "$pages/RESULTS.md")
+    local batch=(train.tokens_per_step=131072 train.micro_batch_size=64 log.autopsies=0)
     local code=0 frontier=()
     systems() { # what fails or has no time keeps nothing else from it
         local stop=()
@@ -191,7 +192,7 @@ minutes() {
     }
     if [ -e configs/frontier_152m.json ]; then frontier=(frontier_152m:2.7 frontier_152m:2.2); fi
     # The target first, and nanochat, which is no part of it, last.
-    systems nanogpt:8 nanogpt@131072:8 hero:4 hero:3 --set "${batch[@]}" "optim.lr=${LR:-0.004}"
+    systems nanogpt@131072:8 nanogpt:8 hero:3 hero:4 --set "${batch[@]}" "optim.lr=${LR:-0.004}"
     systems "${frontier[@]}" nanochat:8 --set "${batch[@]}"
     return "$code"
 }

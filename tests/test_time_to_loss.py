@@ -64,7 +64,8 @@ def test_the_clock_counts_what_lies_between_steps_but_no_evaluation(benchmark: A
         step(10, 53.5),  # half a second of something else
         evaluation(12, 56.0, 0.5),
     ]
-    start, curve = benchmark.our_clock(rows, lambda step: 100 * step)
+    training = importlib.import_module("time_to_loss_training")
+    start, curve = training.our_clock(rows, lambda step: 100 * step)
     assert start == 40.0
     assert [(p["seconds"], p["tokens"]) for p in curve] == [(0, 0), (8.0, 800), (12.5, 1200)]
 
@@ -172,14 +173,15 @@ def test_the_target_is_the_best_of_nanogpts_longest_runs_on_the_same_windows(
         }  # fmt: skip
 
     runs = [result("nanogpt", 8, 4.5), result("nanogpt@64", 8, 4.0), result("nanogpt@64", 2, 3.9)]
-    text = benchmark.describe([*runs, result("hero", 4, 4.0)])
+    table = importlib.import_module("time_to_loss_table")
+    text = table.describe([*runs, result("hero", 4, 4.0)])
     assert "nanoGPT (nanogpt@64) has after 7.87 minutes of training, 4.0000 nats" in text
     assert "| hero, 4 | 1.0M | 4,237 | 1.0M | 4.0000 | 3.93 | 50 % |" in text
     assert "| nanogpt, 8 | 1.0M | 2,119 | 1.0M | 4.5000 | – | – | – |" in text
     assert "From 3 boards" in text
     assert "- H, torch 2, flash-attn-4 4.0, CUDA 13" in text
     assert "NOT COMPARABLE" not in text
-    text = benchmark.describe([*runs, result("hero", 4, 4.0, windows="others")])
+    text = table.describe([*runs, result("hero", 4, 4.0, windows="others")])
     assert "NOT COMPARABLE: these runs were not all measured on the same windows" in text
 
 
@@ -192,7 +194,8 @@ def test_a_config_with_schedules_of_its_own_is_trained_and_other_windows_are_ref
     momentum = ["optim.momentum_warmup_steps=300", "optim.momentum_cooldown_steps=20"]
     args = Namespace(**given, quick=True, set=[*momentum, *ramps], child="hero:0.01")
     args.out.mkdir()
-    found = benchmark.run_ours("hero", 0.5, args)
+    training = importlib.import_module("time_to_loss_training")
+    found = training.run_ours("hero", 0.5, args)
     optim = found["config"]["optim"]
     assert optim["momentum_warmup_steps"] == min(300, found["steps"] // 2)
     assert optim["momentum_cooldown_steps"] == min(20, found["steps"] // 2)
@@ -201,10 +204,10 @@ def test_a_config_with_schedules_of_its_own_is_trained_and_other_windows_are_ref
     (args.out / "hero-0.01.json").write_text(json.dumps(found))
     args.set, args.child = ["data.seed=5"], "hero:0.02"
     with pytest.raises(SystemExit, match=r"hero:0\.02 would be trained on other windows than"):
-        benchmark.run_ours("hero", 0.5, args)
+        training.run_ours("hero", 0.5, args)
     args.set = ["train.seq_len=16"]
     with pytest.raises(SystemExit, match="would be measured on and trained on other windows"):
-        benchmark.run_ours("hero", 0.5, args)
+        training.run_ours("hero", 0.5, args)
 
 
 def test_what_a_system_lacks_is_said_before_another_trains(benchmark: Any, tmp_path: Path) -> None:
