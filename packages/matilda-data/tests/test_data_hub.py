@@ -98,3 +98,27 @@ def test_failing_hub_and_kills_never_change_the_data_set(
     assert "failed" in messages["revision"]
     assert "training tokens asked for; lower `target_tokens`" in messages["tokens"]
     assert results["refused left"] is False
+
+
+@pytest.mark.skipif(importlib.util.find_spec("datasets") is None, reason="needs the `hub` extra")
+@pytest.mark.timeout(120)
+def test_a_hub_that_the_environment_forbids_is_not_waited_for(tmp_path: Path) -> None:
+    program = (
+        "from matilda_data import HubSource, Retry, prepare_hub\n"
+        "prepare_hub([HubSource(name='a', dataset='org/mix')], 'out', target_tokens=1000,"
+        " retry=Retry(first_wait=0.01))"
+    )
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert "DataError: looking up 'org/mix' on the hub failed" in last or "BelievedError" in last
+    assert "`HF_HUB_OFFLINE`" in last
+    assert not (tmp_path / "out").exists()

@@ -101,6 +101,7 @@ class HubFiles:
             final=(
                 hub_errors.RepositoryNotFoundError,
                 hub_errors.RevisionNotFoundError,
+                hub_errors.OfflineModeIsEnabled,
                 datasets.exceptions.DatasetNotFoundError,
                 _NoSuchPartError,
             ),
