@@ -328,6 +328,7 @@ def test_a_compiled_model_is_one_graph_and_gives_the_same_loss() -> None:
         ({"d_model": 66}, "`d_model` 66 is not a multiple"),
         ({"head_dim": 7}, "head dimension 7 is odd"),
         ({"mlp": "gelu"}, "`mlp` must be one of swiglu, relu2, not 'gelu'"),
+        ({"mlp": "relu"}, "not 'relu'; did you mean 'relu2'?"),
         ({"attention": "fast"}, "`attention` must be one of"),
         ({"loss": "x"}, "`loss` must be one of"),
         ({"vocab_size": 0}, "`vocab_size` must be a positive integer, not 0"),
