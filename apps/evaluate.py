@@ -123,15 +123,21 @@ def main() -> int:
         lines += ["", *describe(comparison)]
     if comparisons:
         lines += ["", *footnotes()]
-    if subject.run_dir is not None and args.limit is None:
-        path, missing = record_in_run(results, subject.run_dir)
-        lines += ["", f"Kept in {path}" + (f"; {missing}" if missing else "")]
-    if args.write is not None:
-        command = "uv run apps/evaluate.py " + shlex.join(sys.argv[1:])
-        name = args.name or subject.name
-        write_page(results, comparisons, args.write, name=name, command=command)
-        lines += ["", f"Written: {args.write}"]
+    trouble: OSError | ValueError | None = None  # told after the scores, which took their time
+    try:
+        if subject.run_dir is not None and args.limit is None:
+            path, missing = record_in_run(results, subject.run_dir)
+            lines += ["", f"Kept in {path}" + (f"; {missing}" if missing else "")]
+        if args.write is not None:
+            command = "uv run apps/evaluate.py " + shlex.join(sys.argv[1:])
+            name = args.name or subject.name
+            write_page(results, comparisons, args.write, name=name, command=command)
+            lines += ["", f"Written: {args.write}"]
+    except (OSError, ValueError) as error:
+        trouble = error
     show("\n".join(lines), results, args.json)
+    if trouble is not None:
+        raise trouble
     return 0
 
 

@@ -238,6 +238,16 @@ def test_a_hub_out_of_reach_is_a_failure_of_the_environment(
     assert last.startswith("error: The data of sciq cannot be loaded (Couldn't reach the hub)")
 
 
+def test_scores_that_cannot_be_kept_are_told_all_the_same(
+    evaluate: App, run_dir: Path, task_dir: Path
+) -> None:
+    (run_dir / "evals").write_text("in the way")
+    done = evaluate("--run", run_dir, "--tasks", "sciq", "--task-dir", task_dir, "--json")
+    assert done.returncode == 4
+    assert "evals" in done.stderr.splitlines()[-1]
+    assert len(json.loads(done.stdout)["tasks"]["sciq"]["correct"]) == 20
+
+
 def test_mistakes_are_named_before_anything_is_scored(
     evaluate: App, run_dir: Path, task_dir: Path, tmp_path: Path
 ) -> None:
