@@ -153,6 +153,8 @@ def test_folder_that_is_no_run_directory(server: TrainServer, world: Path, corpu
         ("prepare_text.py --input {tmp}/empty --out-dir {tmp}/out", "empty"),
         ("prepare_text.py --input {tmp}/bad.jsonl --out-dir {tmp}/out", "bad.jsonl"),
         ("generate.py --run {tmp}/empty", "not a run directory"),
+        ("generate.py --run {twin}/checkpoints/step-00000012", "lies in the run '{twin}'"),
+        ("report.py {twin}x", "did you mean '{twin}'?"),
         ("report.py {twin} --out {tmp}/empty", "must be a file"),
         ("serve.py --run {twin} --port 99999", "choose another `--port`"),
         ("replay.py --run {twin} --step 5 --data-dir {tmp}/bad.jsonl", "bad.jsonl"),
@@ -204,7 +206,7 @@ def test_app_says_one_sentence_and_exits_2(
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(lines) == 1, done.stderr
     assert "Traceback" not in done.stderr
-    assert fix in lines[0]
+    assert fix.format(tmp=tmp_path, twin=twin) in lines[0]
     assert not list(tmp_path.glob("out/*.bin"))
     assert not (tmp_path / "out" / "manifest.json").exists()
     assert not (tmp_path / "out" / "plan.json").exists()

@@ -80,6 +80,7 @@ def test_compensated_rows_have_the_parameters_of_the_baseline(name: str, row: st
     ("row", "says"),
     [
         ("no_qknorm", "Did you mean 'no_qk_norm'?"),
+        ("mah", "Did you mean 'mha'?"),
         ("relu2", "'relu2' equals the baseline of this config (`model.mlp` = \"relu2\")"),
         ("mine:model.qk_norm=true", "equals the baseline"),
         ("mine:eval.sample_tokens=5", "equals the baseline"),
@@ -210,6 +211,9 @@ def test_a_grid_is_every_combination() -> None:
         grid_rows(config, ["optim.lr=0.1,0.1"])
     with pytest.raises(ValueError, match="must be positive"):
         grid_rows(config, ["optim.lr=-1"])
+    for axis in ("optim.lr", "optim.lr="):
+        with pytest.raises(ValueError, match=f"takes section.field=VALUE,VALUE…, but got '{axis}'"):
+            grid_rows(config, [axis])
 
 
 def end(job: Job, losses: list[float], *, diverged: bool = False) -> None:

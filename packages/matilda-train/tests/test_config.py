@@ -66,7 +66,7 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
         ("optim.lr=-1", "`optim.lr` is -1.0, but must be positive."),
         ("train.total_steps=1.5", "`train.total_steps` is 1.5, but must be of type int."),
         ("train.total_steps=true", "must be of type int"),
-        ("train.compile=1", "must be of type bool"),
+        ("train.compile=True", "`train.compile` is 'True', but must be true or false."),
         ("optim.betas=0.9", "must be a list of 2 values"),
         ("optim.schedule=cosin", "Did you mean 'cosine'?"),
         ("train.tokens_per_step=1000", "a multiple of the sequence length (1024)"),
@@ -78,7 +78,15 @@ def test_overrides_take_json_values_and_plain_words(config_file: Path) -> None:
         ("train.micro_batch_size=automatic", "must be 'auto' or of type int."),
         ("train.micro_batch_size=0", "1 or more, or 'auto'"),
         ("optim.decay_fraction=1", "1000 steps of decay and 10 of `optim.warmup_steps` do not fit"),
-        ("lr=1", "`--set` takes section.field=value"),
+        (
+            "lr=1",
+            "takes section.field=value without spaces, but got 'lr=1'. Did you mean `optim.lr`?",
+        ),
+        ("every_steps=5", "`eval.every_steps` or `ckpt.every_steps` or `log.every_steps`?"),
+        (
+            "model.mlp=swglu",
+            "`mlp` must be one of swiglu, relu2, not 'swglu'; did you mean 'swiglu'?",
+        ),
         ("optim.lr", "`--set` takes section.field=value"),
         ("model=3", "`--set` takes section.field=value"),
     ],
@@ -139,6 +147,32 @@ def test_malformed_file_is_refused(tmp_path: Path, text: str) -> None:
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError):
         load_config(path)
+
+
+@pytest.mark.parametrize(
+    ("text", "advice"),
+    [
+        ('{// shape\n"model": {}}', "JSON has no comments, so remove this one."),
+        ('{"model": {} # shape\n}', "JSON has no comments, so remove this one."),
+        ('{"train": {"seed": 3,}\n}', "remove the comma before `}`."),
+        ('{"optim": {"betas": [0.9, 0.95,\n]}}', "remove the comma before `]`."),
+        ("{'model': {}}", "write it in double quotes."),
+        ("\n", "the file is empty."),
+    ],
+)
+def test_what_json_has_not_is_named(tmp_path: Path, text: str, advice: str) -> None:
+    path = tmp_path / "bad.json"
+    path.write_text(text)
+    with pytest.raises(ValueError) as raised:
+        load_config(path)
+    assert str(raised.value).endswith(f"; {advice}")
+    assert "is not valid JSON: " in str(raised.value)
+
+
+def test_a_byte_order_mark_is_no_mistake(config_file: Path) -> None:
+    config = load_config(config_file)
+    config_file.write_bytes(b"\xef\xbb\xbf" + config_file.read_bytes())
+    assert load_config(config_file) == config
 
 
 def test_micro_batch_that_does_not_divide_the_batch_is_refused(config_file: Path) -> None:

@@ -74,9 +74,12 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
         problem = "is a folder, not a file" if path.is_dir() else "does not exist"
         raise ValueError(f"Config file {str(path)!r} {problem}.{_nearby_config(path)}")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_each_once)
+        text = path.read_text(encoding="utf-8-sig")  # some editors begin a file with a mark
+        raw = json.loads(text, object_pairs_hook=_each_once)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"Config file {str(path)!r} is not valid JSON: {error}.") from None
+        raise ValueError(
+            f"Config file {str(path)!r} is not valid JSON: {error}{_slip(error)}."
+        ) from None
     if not isinstance(raw, dict):
         raise ValueError(f"Config file {str(path)!r} must hold one JSON object of sections.")
     for override in overrides:
@@ -151,6 +154,20 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
+def _slip(error: Exception) -> str:
+    """What was probably typed there that JSON has not; empty if nobody can tell."""
+    if not isinstance(error, json.JSONDecodeError):
+        return ""
+    before, rest = error.doc[: error.pos].rstrip(), error.doc[error.pos :].lstrip(", \t\r\n")
+    if not error.doc.strip():
+        return "; the file is empty"
+    if rest.startswith(("//", "/*", "#")):
+        return "; JSON has no comments, so remove this one"
+    if rest[:1] in ("}", "]") and (before.endswith(",") or error.doc[error.pos] == ","):
+        return f"; remove the comma before `{rest[0]}`"
+    return "; write it in double quotes" if rest.startswith("'") else ""
+
+
 def _nearby_config(path: Path) -> str:
     for folder in (path.parent, path if path.is_dir() else Path("configs")):
         names = [p.name for p in folder.glob("*.json")]
@@ -167,7 +184,15 @@ def apply_override(raw: dict[str, Any], override: str) -> None:
     name, separator, text = override.partition("=")
     parts = name.split(".")
     if not separator or len(parts) != 2 or not all(parts):
-        raise ValueError(f"`--set` takes section.field=value, but got {override!r}.")
+        fields = [
+            f"`{section}.{name}`"
+            for section, cls in typing.get_type_hints(RunConfig).items()
+            if dataclasses.is_dataclass(cls) and name in {f.name for f in dataclasses.fields(cls)}
+        ]
+        hint = f" Did you mean {' or '.join(fields)}?" if fields else ""
+        raise ValueError(
+            f"`--set` takes section.field=value without spaces, but got {override!r}.{hint}"
+        )
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):  # a number of thousands of digits is the former, too
@@ -257,6 +282,8 @@ def _expected(hint: Any) -> str:
     if origin is tuple:
         count = f"{args[0].__name__} values" if args[-1] is Ellipsis else f"{len(args)} values"
         return f"a list of {count}"
+    if hint is bool:
+        return "true or false"
     return f"of type {hint.__name__}{' and finite' * (hint is float)}"
 
 

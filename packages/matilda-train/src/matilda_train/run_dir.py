@@ -16,6 +16,7 @@ run.lock                  held while a process trains here
 
 from __future__ import annotations
 
+import difflib
 import fcntl
 import json
 import os
@@ -95,8 +96,8 @@ class RunDir:
         file = Path(path) / "run.json"
         if not file.is_file():
             raise ValueError(
-                f"{str(path)!r} is not a run directory: it holds no `run.json`; train one with "
-                "`apps/train.py --run-dir`."
+                f"{str(path)!r} is not a run directory: it holds no `run.json`; "
+                f"{_run_meant(Path(path))}"
             )
         try:
             description: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -191,6 +192,18 @@ def _known_config(path: str | Path, raw: Mapping[str, Any]) -> RunConfig:
             f"{str(Path(path) / 'run.json')!r} is of another version of matilda-train: "
             f"{str(error).partition('. ')[0]}; use the code that its `git_sha` names."
         ) from None
+
+
+def _run_meant(path: Path) -> str:
+    """What to give instead of `path`, which holds no run."""
+    for folder in path.parents[:2]:
+        if (folder / "run.json").is_file():
+            return f"it lies in the run {str(folder)!r}, so give that."
+    runs = {file.parent.name: file.parent for file in path.parent.glob("*/run.json")}
+    close = difflib.get_close_matches(path.name, runs, n=1)
+    if close:
+        return f"did you mean {str(runs[close[0]])!r}?"
+    return "train one with `apps/train.py --run-dir`."
 
 
 def _other_values(

@@ -38,6 +38,8 @@ def grid_rows(config: RunConfig, axes: Sequence[str]) -> list[Row]:
     parsed: list[tuple[str, list[Any]]] = []
     for axis in axes:
         field, _, text = axis.partition("=")
+        if not text:
+            raise ValueError(f"`--grid` takes section.field=VALUE,VALUE…, but got {axis!r}.")
         values = []
         for value in text.split(","):
             sections: dict[str, Any] = {}
