@@ -2,8 +2,8 @@
 # launchers/keep.sh FOLDER KEPT COMMAND…
 #
 # Run a command that works in FOLDER, on this machine's disk, while KEPT, such as a mounted bucket,
-# has a copy: fetched first where FOLDER is empty, sent every SECONDS_BETWEEN (60) and once more at the end,
-# whose exit code is the command's. TERM, INT and USR1 are passed on.
+# has a copy: fetched first where FOLDER is empty (or was being fetched), sent every SECONDS_BETWEEN (60) and
+# once more at the end, whose exit code is the command's. TERM, INT and USR1 are passed on.
 #
 # A run cannot work in a mounted bucket itself: its checkpoints are renamed as whole folders, which
 # such mounts do not do faithfully. What was sent by halves is noticed when it is read, and the
@@ -14,11 +14,18 @@ if [ $# -lt 3 ]; then
     sed -n '2,/^set /s/^# \{0,1\}//p' "${BASH_SOURCE[0]}" >&2
     exit 2
 fi
-folder=$1 kept=$2
+if ! command -v rsync >/dev/null; then
+    echo "error: keep.sh needs rsync, which is not on PATH; install it, or nothing would be kept" >&2
+    exit 2
+fi
+folder=${1%/} kept=$2
 shift 2
 mkdir -p "$folder" "$kept"
-if [ -z "$(ls -A "$folder")" ]; then
+# A folder that was fetched by halves must not be taken for the whole: what it lacks is deleted there.
+if [ -z "$(ls -A "$folder")" ] || [ -e "$folder.fetching" ]; then
+    : >"$folder.fetching"
     rsync -rt "$kept/" "$folder/"
+    rm "$folder.fetching"
 fi
 
 send() { # deletes last, so that KEPT never has fewer checkpoints than before

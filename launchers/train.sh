@@ -6,7 +6,7 @@
 # and ends with 2; a signal is passed on, the workers save (torchrun kills what has not ended 30 s
 # later), and this ends with 75: run it again.
 #
-# GPUS      processes on this machine (default: the GPUs that nvidia-smi lists)
+# GPUS      processes on this machine (default: the GPUs of CUDA_VISIBLE_DEVICES, else of nvidia-smi)
 # NNODES    machines; start this on each, with HEAD=HOST:PORT of one of them
 # RESTARTS  how often torchrun starts all workers again after one died (3)
 # PYTHON    interpreter (default: the environment that `uv sync --all-packages` makes)
@@ -15,7 +15,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 python=${PYTHON:-.venv/bin/python}
 nodes=${NNODES:-1}
-gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
+list_gpus() {
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        tr , '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep '^[0-9GM]' # numbers, or names of GPUs and MIG parts
+    else
+        nvidia-smi --list-gpus 2>/dev/null
+    fi
+}
+gpus=${GPUS:-$({ list_gpus || true; } | wc -l)}
 if [ "$nodes" -le 1 ] && [ "$gpus" -le 1 ]; then
     exec "$python" apps/train.py "$@"
 fi

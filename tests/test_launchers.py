@@ -36,7 +36,7 @@ def end(number, frame):
     os._exit(code)
 for number in (signal.SIGTERM, signal.SIGUSR1):
     signal.signal(number, end)
-names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+names = ("LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SRUN_CPUS_PER_TASK")
 told = {{name: os.environ[name] for name in names if name in os.environ}}
 note.write(json.dumps({{"arguments": sys.argv[1:], "told": told}}) + "\\n")
 note.flush()
@@ -88,6 +88,7 @@ def cluster(tmp_path: Path) -> dict[str, str]:
         "SLURM_JOB_ID": "4711",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_NTASKS": "2",
+        "SLURM_CPUS_PER_TASK": "8",
         "END_WITH": "0",
     }
 
@@ -158,6 +159,7 @@ def test_slurm_ends_with_the_code_of_the_run(cluster: dict[str, str], code: int)
             "WORLD_SIZE": "2",
             "MASTER_ADDR": "first",
             "MASTER_PORT": str(20000 + 4711),
+            "SRUN_CPUS_PER_TASK": "8",
         }
     assert not (Path(cluster["PYTHON"]).parent / "said-to-scontrol").exists()
 
@@ -193,6 +195,25 @@ def test_one_gpu_becomes_the_app_itself(cluster: dict[str, str]) -> None:
     called, signalled = notes(cluster, "task-alone")
     assert called["arguments"] == ["apps/train.py", "--config", "a b.json"]
     assert signalled == {"signal": "SIGTERM"}
+
+
+@pytest.mark.parametrize(
+    ("visible", "started"), [("0,2,5", "3"), ("GPU-8932,MIG-1f2e", "2"), ("3", None), ("", None)]
+)
+def test_as_many_processes_as_gpus_that_may_be_seen(
+    visible: str, started: str | None, cluster: dict[str, str]
+) -> None:
+    program(Path(cluster["PYTHON"]).parent, "nvidia-smi", "#!/bin/sh\nseq 8\n")
+    run = launch("train.sh", cluster | {"CUDA_VISIBLE_DEVICES": visible})
+    run.communicate(timeout=60)
+    assert run.returncode == 0
+    (called,) = notes(cluster, "task-alone")
+    arguments = called["arguments"]
+    assert isinstance(arguments, list)
+    if started is None:
+        assert arguments == ["apps/train.py"]
+    else:
+        assert arguments[arguments.index("--nproc-per-node") + 1] == started
 
 
 def test_a_torchrun_that_was_signalled_ends_with_75(cluster: dict[str, str]) -> None:
@@ -353,6 +374,42 @@ def test_a_kept_folder_is_sent_while_it_grows_and_fetched_on_the_next_machine(
         assert keeper.wait(timeout=60) == 75
         assert (kept / "last").read_text() == "SIGTERM"
         assert not list(kept.rglob(".tmp-*"))
+
+
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync on PATH")
+def test_a_folder_that_was_fetched_by_halves_takes_nothing_from_the_copy(tmp_path: Path) -> None:
+    folder, kept, bin_ = tmp_path / "machine", tmp_path / "bucket", tmp_path / "bin"
+    bin_.mkdir()
+    kept.mkdir()
+    for name in ("first", "second"):
+        (kept / name).write_text(name)
+    # The machine is taken away in the middle of the first fetch.
+    half = f"#!/bin/sh\ncp {kept}/first {folder}/\nkill -9 $PPID\n"
+    program(bin_, "rsync", half.replace("{", "{{").replace("}", "}}"))
+    command = ["bash", str(LAUNCHERS / "keep.sh"), f"{folder}/", str(kept), "true"]
+    path = os.environ["PATH"]
+    done = subprocess.run(command, env=os.environ | {"PATH": f"{bin_}:{path}"}, check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert [file.name for file in folder.iterdir()] == ["first"]
+    subprocess.run(command, check=True)
+    for place in (folder, kept):
+        assert sorted(file.name for file in place.iterdir()) == ["first", "second"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["bin", "bucket", "machine"]
+
+
+def test_without_rsync_nothing_begins_that_would_not_be_kept(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "run.json").write_text("{}")
+    command = [shutil.which("bash") or "bash", str(LAUNCHERS / "keep.sh")]
+    arguments = [str(tmp_path / "folder"), str(tmp_path / "kept"), "touch", str(tmp_path / "begun")]
+    (tmp_path / "bin").mkdir()
+    for name in ("mkdir", "ls", "touch", "sleep"):
+        (tmp_path / "bin" / name).symlink_to(shutil.which(name) or name)
+    environment = os.environ | {"PATH": str(tmp_path / "bin")}
+    done = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: keep.sh needs rsync")
+    assert not (tmp_path / "begun").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["folder"], ["folder", "kept"]])
