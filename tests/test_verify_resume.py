@@ -26,6 +26,8 @@ from matilda_train.run_comparison import compare
 from matilda_train.state_digest import digest
 from matilda_train.verify_resume import verify_resume
 
+ROOT = Path(__file__).resolve().parent.parent
+
 
 @pytest.fixture
 def nursery(server: TrainServer, tmp_path: Path) -> Nursery:
@@ -71,6 +73,26 @@ def test_kills_in_every_phase_leave_no_difference(
     found = prove(12).differences
     assert len(found) == report.resume_points
     assert all("is not the saved one" in difference for difference in found)
+
+
+def test_a_proof_prepares_the_corpus_of_the_config_anew_for_some_lives(
+    server: TrainServer, tmp_path: Path
+) -> None:
+    config = tmp_path / "own.json"
+    sections = json.loads((ROOT / "configs/verify_resume.json").read_text())
+    sections["data"]["dir"] = str(tmp_path / "data")
+    sections["train"]["total_steps"] = 6
+    config.write_text(json.dumps(sections))
+    proof = tmp_path / "proof"
+    nursery = Prompt(server, tmp_path / "output.log")
+    report = verify_resume(config, work_dir=proof, data_dir=None, kills=1, seed=4, nursery=nursery)
+    assert report.differences == []
+    assert report.runs == 1
+    victim, twin = (
+        json.loads((proof / run / "run.json").read_text()) for run in ("victim-000", "twin")
+    )
+    assert victim["config"]["data"]["dir"] == str(proof / "victim-000-data")
+    assert victim["data_id"] == twin["data_id"]
 
 
 class Interrupting(ServedNursery):

@@ -238,7 +238,9 @@ class Proof:
         self._note_interruption(run)
         request = {**self._request, "run_dir": str(self._work_dir / run)}
         if data is not None:
-            request["data_dir"] = str(data)
+            # In the config too: a folder that is only named is never filled with the corpus.
+            own = f"data.dir={json.dumps(str(data))}"
+            request |= {"data_dir": str(data), "set": [*request["set"], own]}
         if self._machine is not None:
             if any(self._logs_of(run)):
                 self._leave_machine()
