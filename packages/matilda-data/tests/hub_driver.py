@@ -26,6 +26,7 @@ import huggingface_hub.errors  # noqa: F401  (imported before the forks)
 import pyarrow.parquet  # noqa: F401
 import tqdm  # noqa: F401
 
+import matilda_data.engine as engine_module
 import matilda_data.inputs as inputs_module
 from matilda_data import DataError, HubSource, Progress, Retry, open_dataset, prepare_hub, verify
 
@@ -52,6 +53,7 @@ def sources(revision: str = "main") -> list[HubSource]:
 
 def prepare(out: Path, workers: int, **options: Any) -> str:
     inputs_module.UNIT_BYTES = 20_000
+    engine_module.TEXT_WORTH_KEEPING = 1  # it must never be taken for other inputs
     manifest = prepare_hub(
         sources(),
         out,

@@ -78,6 +78,39 @@ def test_damaged_partition_is_done_again_when_merged(corpus: Path, tmp_path: Pat
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
+@pytest.mark.usefixtures("small_units")
+def test_unfinished_work_is_not_given_up_for_other_text(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prepare(corpus, tmp_path / "whole")
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "other.txt").write_text("another text")
+    out = tmp_path / "out"
+    prepare(corpus, out, partition=(0, 2), command="prepare corpus")
+    before = contents(out)
+    monkeypatch.setattr(engine_module, "TEXT_WORTH_KEEPING", 1)
+    said = (
+        r"out' holds [\d,]+ tokens of an unfinished preparation of other inputs; finish that with "
+        r"its own command \(`prepare corpus`\), choose another output directory, or delete it"
+    )
+    for _ in range(2):
+        with pytest.raises(DataError, match=said):
+            prepare(other, out, command="prepare other")
+        assert contents(out) == before
+    prepare(corpus, out)
+    assert contents(out) == contents(tmp_path / "whole")
+    # What shares some of the text goes on with it, and other options are no slip of the hand.
+    for options in ({"exclude": ["z.jsonl"]}, {"invalid_utf8": "replace"}):
+        again = tmp_path / next(iter(options))
+        prepare(corpus, again, partition=(0, 2))
+        assert prepare(corpus, again, **options).shards
+    little = tmp_path / "little"
+    prepare(corpus, little, partition=(0, 2))
+    monkeypatch.undo()
+    assert len(prepare(other, little).shards) == 1
+
+
 def test_token_quota_cuts_at_a_document_and_ignores_what_follows(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,7 +50,7 @@ from matilda_data.tokenizer import Tokenizer
 from matilda_data.verify import verify_unless_stamped
 from matilda_data.worker import EncodeSettings, run_units
 
-__all__ = ["WORK_DIR", "Engine", "PlannedSource", "Runner", "prepared"]
+__all__ = ["OPTIONS_OF_PARTS", "WORK_DIR", "Engine", "PlannedSource", "Runner", "prepared"]
 
 logger = logging.getLogger("matilda_data")
 
@@ -60,8 +60,17 @@ BYTES_PER_WORKER = 16 << 20
 # Below this much input a worker, tiktoken is done before fastokens is loaded; the ids are the same.
 BYTES_FOR_FASTOKENS = 5 << 20
 
+# What was made of less text than this is made again within seconds, whatever command it was.
+TEXT_WORTH_KEEPING = 100_000_000
+# Of a preparation, what all its parts depend on beside their text.
+OPTIONS_OF_PARTS = ("pipeline", "tokenizer_sha256", "text_policy")
+
 Runner = Callable[[Sequence[tuple[str, Unit]], EncodeSettings, int], Iterator[PartRecord]]
 """Encodes (key, unit) pairs, yielding records as parts become durable, in any order."""
+
+
+class OtherTextError(DataError):
+    """The directory holds unfinished work on other text."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +111,32 @@ class Engine:
     def parts(self) -> Path:
         """Where parts lie."""
         return self.work / "parts"
+
+    def refuse_other_text(
+        self, sources: Sequence[PlannedSource], earlier: Mapping[str, Any] | None
+    ) -> None:
+        """Raise `OtherTextError` if what lies here is of other text, for it would be deleted.
+
+        `earlier` is the mark that the work here was begun with. Under other options no part could
+        be of use, and the user has just chosen them.
+        """
+        known = self.journal.records
+        if (
+            earlier is None
+            or sum(record.text_bytes for record in known.values()) < TEXT_WORTH_KEEPING
+            or any(key in known for source in sources for key, _ in source.units)
+        ):
+            return
+        before, now = earlier.get("preparation", {}), read_incomplete(self.directory) or {}
+        if any(before.get(name) != now["preparation"][name] for name in OPTIONS_OF_PARTS):
+            return
+        tokens = sum(record.tokens for record in known.values())
+        command = f" (`{earlier['command']}`)" if earlier.get("command") else ""
+        raise OtherTextError(
+            f"{str(self.directory)!r} holds {tokens:,} tokens of an unfinished preparation of "
+            f"other inputs; finish that with its own command{command}, choose another output "
+            "directory, or delete it"
+        )
 
     def expect(self, sources: Sequence[PlannedSource]) -> None:
         """Count the units of `sources`, and what the journal already has of them, for progress."""
@@ -291,9 +326,11 @@ def prepared(
     preparation: Mapping[str, Any],
     evaluation: EvaluationSet | None,
     command: str | None,
-    prepare: Callable[[Journal], Manifest],
+    prepare: Callable[[Journal, Mapping[str, Any] | None], Manifest],
 ) -> Manifest:
     """The data set of `preparation` in `directory`: the one there if undamaged, else `prepare`'s.
+
+    `prepare` is given the journal and the mark of an earlier preparation that has not ended.
 
     Raises:
         DataError: as `prepare`, `locked` and `finished_manifest`.
@@ -307,10 +344,16 @@ def prepared(
                 tidy(directory)
                 return manifest
             logger.warning("%s (which is done now)", damage)
+        earlier = read_incomplete(directory)
         write_incomplete(directory, command or "", preparation)
         if evaluation is not None:
             store_evaluation_set(evaluation, directory / WORK_DIR)
-        return prepare(journal)
+        try:
+            return prepare(journal, earlier)
+        except OtherTextError:
+            assert earlier is not None
+            write_incomplete(directory, earlier.get("command", ""), earlier["preparation"])
+            raise
 
 
 def _damage(directory: Path, manifest: Manifest) -> str:

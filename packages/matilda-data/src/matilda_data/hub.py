@@ -8,7 +8,7 @@ point, the next call goes on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -92,7 +92,7 @@ def prepare_hub(
     )
     directory = Path(out_dir)
 
-    def prepare(journal: Journal) -> Manifest:
+    def prepare(journal: Journal, earlier: Mapping[str, Any] | None) -> Manifest:
         goal = target_tokens and -(-target_tokens // (partition or (0, 1))[1])
         meter = Meter(progress, goal)
         for other in merge:
@@ -102,7 +102,7 @@ def prepare_hub(
             engine = replace(settings.engine(directory, journal, meter), provide=hub.provide)
             for other in merge:
                 take_over(Path(other), engine, preparation)
-            return _run(engine, hub, sources, target_tokens, preparation, partition)
+            return _run(engine, hub, sources, target_tokens, preparation, partition, earlier)
         finally:
             hub.close()
 
@@ -116,6 +116,7 @@ def _run(
     target_tokens: int | None,
     preparation: dict[str, Any],
     partition: tuple[int, int] | None,
+    earlier: Mapping[str, Any] | None,
 ) -> Manifest:
     index, count = partition or (0, 1)
     weight = sum(source.weight for source in sources) * count
@@ -161,6 +162,8 @@ def _run(
             units = hub.plan(source, files[source.name][0], file)
             plan.units += units
             fresh.append(replace(plan, units=units))
+        if partition is None and sum(taken.values()) == len(fresh):  # the first files
+            engine.refuse_other_text(fresh, earlier)
         if not fresh and partition is not None:
             return Manifest(tokenizer={}, sources=(), shards=(), preparation=preparation)
         if not fresh:

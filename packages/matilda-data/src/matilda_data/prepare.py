@@ -14,7 +14,7 @@ from typing import Any
 
 from matilda_data.contamination import build_evaluation_set
 from matilda_data.documents import ReadOptions
-from matilda_data.engine import WORK_DIR, Engine, PlannedSource, prepared
+from matilda_data.engine import OPTIONS_OF_PARTS, WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
 from matilda_data.inputs import find_files, plan_units
 from matilda_data.journal import Journal
@@ -198,7 +198,8 @@ def prepare_text(
 
     Raises:
         DataError: nothing to read, an unreadable or malformed input, an unknown tokenizer, a bad
-            option, an `out_dir` with another data set or with a preparation still running.
+            option, an `out_dir` with another data set, with much unfinished work on other inputs,
+            or with a preparation still running.
     """
     check_partition(partition)
     evaluation = build_evaluation_set(decontaminate) if decontaminate else None
@@ -236,11 +237,13 @@ def prepare_text(
     )
     directory = Path(out_dir)
 
-    def prepare(journal: Journal) -> Manifest:
+    def prepare(journal: Journal, earlier: Mapping[str, Any] | None) -> Manifest:
         engine = settings.engine(directory, journal, Meter(progress))
         for other in merge:
             take_over(Path(other), engine, preparation)
         mine = sources if partition is None else _own_share(sources, partition)
+        if partition is None:
+            engine.refuse_other_text(sources, earlier)
         engine.expect(mine)
         engine.encode(mine)
         if partition is not None:
@@ -281,7 +284,7 @@ def take_over(other: Path, engine: Engine, preparation: Mapping[str, Any]) -> No
     if not (work / "journal.jsonl").exists():
         raise DataError(f"{str(other)!r} holds no partition's work; name the partition's `out_dir`")
     theirs = (read_incomplete(other) or {}).get("preparation", preparation)
-    for name in ("pipeline", "tokenizer_sha256", "text_policy"):
+    for name in OPTIONS_OF_PARTS:
         if theirs[name] != preparation[name]:
             raise DataError(
                 f"partition {str(other)!r} was prepared with `{name}` {theirs[name]!r} and this "
