@@ -114,3 +114,50 @@ def test_a_run_that_has_not_begun(page: Page, killed: Path, tmp_path: Path) -> N
     page.open(file, scheme="light")
     assert drawn(page, file) == {}
     assert "not started" in page.evaluate("document.body.innerText")
+
+
+def write_run(folder: Path, like: Path, rows: list[dict[str, object]]) -> Path:
+    folder.mkdir(parents=True)
+    for name in ("run.json", "events.jsonl"):
+        shutil.copy(like / name, folder)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_a_constant_stays_one_when_smoothed(page: Page, killed: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [
+        {"step": step, "tokens": step, "gpu_temperature_celsius": 60.1} for step in range(1, 400)
+    ]
+    file = write_report([write_run(tmp_path / "even", killed, rows)], tmp_path / "even.html")
+    page.open(file, scheme="light")
+    smoothed = "document.getElementById('plot-temperature').data[1].y"
+    assert page.evaluate(f"[...new Set({smoothed})]") == [60.1]
+    ticks = "[...document.querySelectorAll('#plot-temperature .ytick')].map(t => t.textContent)"
+    assert all(len(tick) < 8 for tick in page.evaluate(ticks))
+
+
+def test_names_are_shown_as_they_are(page: Page, killed: Path, tmp_path: Path) -> None:
+    names = ['<b>"a" & \'b\'', "plain"]
+    runs = [write_run(tmp_path / name, killed, [{"step": 1, "loss_nats": 2.5}]) for name in names]
+    page.open(write_report(runs, tmp_path / "names.html"), scheme="light")
+    for where in ("#runs button", "#plot-account .ytick"):
+        shown = page.evaluate(f"[...document.querySelectorAll('{where}')].map(e => e.textContent)")
+        assert sorted(shown) == names, where
+    told = page.evaluate("document.getElementById('plot-loss').getAttribute('aria-label')")
+    assert told == f"Training loss, nats per token, by step: {names[0]} 2.5; plain 2.5"
+
+
+def test_more_rows_than_a_call_takes_arguments(page: Page, killed: Path, tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{"step": step, "tokens": step} for step in range(4000)]
+    runs = [write_run(tmp_path / f"{number}", killed, rows) for number in range(33)]
+    page.open(write_report(runs, tmp_path / "many.html"), scheme="light")
+    assert page.evaluate("document.querySelectorAll('#runs button').length") == 33
+    assert page.errors == []
+
+
+def test_nothing_is_cut_off_in_a_narrow_window(
+    page: Page, killed: Path, twin: Path, tmp_path: Path
+) -> None:
+    file = write_report([killed, twin], tmp_path / "narrow.html")
+    page.open(file, width=360, scheme="light")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 360

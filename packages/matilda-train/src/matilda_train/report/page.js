@@ -72,10 +72,11 @@ function titleOf(metric, curves) {
 const css = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 const colour = index => css("--run-" + index % 8);
 const known = value => value !== null && value !== undefined;
-const escapeHtml = text => text.replace(/[&<>"]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;", '"': "&quot;" })[c]);
+// For what stands between tags: plotly knows no `&quot;` and would show it.
+const escapeHtml = text => text.replace(/[&<>]/g, c => ({ "&": "&amp;", "<": "&lt;", ">": "&gt;" })[c]);
 
 // Seconds are shown in the unit that suits the longest run.
-const longest = Math.max(0, ...runs.flatMap(run => (run.steps.seconds || []).filter(known)));
+const longest = runs.flatMap(run => run.steps.seconds || []).reduce((a, b) => Math.max(a, b ?? 0), 0);
 const unit = longest > 7200 ? ["hours", 3600] : longest > 240 ? ["minutes", 60] : ["seconds", 1];
 const abscissa = table => axis === "seconds" ? table.seconds.map(x => known(x) ? x / unit[1] : null) : table[axis];
 
@@ -87,7 +88,8 @@ function ordinate(chart, field, table) {
 }
 
 // Mean of both neighbourhoods, weights falling off over a share of all points: no lag, no zoom
-// level at which the slider means something else. Gaps stay gaps.
+// level at which the slider means something else. Gaps stay gaps. Digits beyond the ninth are noise of
+// the sums, which the axis of a constant would be scaled to.
 function smoothed(values) {
   const decay = 1 - 1 / (1 + smoothing * smoothing * values.length / 15);
   const sums = values.map(() => 0), weights = values.map(() => 0);
@@ -101,7 +103,7 @@ function smoothed(values) {
       weights[i] += weight;
     }
   }
-  return values.map((value, i) => known(value) ? sums[i] / weights[i] : null);
+  return values.map((value, i) => known(value) ? Number((sums[i] / weights[i]).toPrecision(9)) : null);
 }
 
 function curvesOf(chart) {
@@ -123,16 +125,17 @@ function tracesOf(chart) {
       // One run: a colour for each curve. Several: a colour for each run, a dash for each curve.
       const ink = runs.length > 1 ? colour(r) : colour(c);
       const dash = DASHES[c % DASHES.length];
-      const label = escapeHtml([runs.length > 1 ? run.name : "", name].filter(Boolean).join(", ") || chart.title);
+      const plain = [runs.length > 1 ? run.name : "", name].filter(Boolean).join(", ") || chart.title;
+      const label = escapeHtml(plain);
       const x = abscissa(table);
       const line = { color: ink, width: 1.8, dash };
       const sparse = values.filter(known).length < 2;
       const mode = chart.points && values.length <= MOST_MARKERS ? "lines+markers" : sparse ? "markers" : "lines";
       if (chart.smooth && smoothing > 0 && !sparse) {
         traces.push({ x, y: values, mode: "lines", hoverinfo: "skip", line: { color: ink, width: 1 }, opacity: 0.38, connectgaps: true });
-        traces.push({ x, y: smoothed(values), mode, name: label, line, connectgaps: true });
+        traces.push({ x, y: smoothed(values), mode, name: label, meta: plain, line, connectgaps: true });
       } else {
-        traces.push({ x, y: values, mode, name: label, line, marker: { size: 5, color: ink }, connectgaps: true });
+        traces.push({ x, y: values, mode, name: label, meta: plain, line, marker: { size: 5, color: ink }, connectgaps: true });
       }
     });
   });
@@ -207,8 +210,8 @@ function keyOf(chart) {
 function addCard(parent, chart) {
   const card = document.createElement("article");
   card.className = "card" + (chart.wide ? " wide" : "");
-  card.innerHTML = `<div class="head"><h3>${escapeHtml(chart.title)}</h3><span class="about">${escapeHtml(chart.about || "")}${keyOf(chart)}</span></div>` +
-    `<div class="plot" id="plot-${chart.id}" data-chart="${chart.id}"></div>`;
+  card.innerHTML = `<div class="head"><h3>${escapeHtml(chart.title)}</h3><span class="about">${escapeHtml(chart.about || "")} ${keyOf(chart)}</span></div>` +
+    `<div class="plot" id="plot-${chart.id}" data-chart="${chart.id}" role="img"></div>`;
   parent.append(card);
   if (chart.curves) {
     const button = document.createElement("button");
@@ -226,7 +229,18 @@ function draw(chart) {
   const shapes = marksOf(chart, traces);
   const layout = layoutOf(chart, shapes), range = focusOf(chart, traces);
   if (range) layout.yaxis.range = range;
+  chart.node.setAttribute("aria-label", inWords(chart, traces));
   Plotly.react(chart.node, traces, layout, CONFIG);
+}
+
+// What a screen reader says of a plot: where each curve begins and ends.
+function inWords(chart, traces) {
+  const figure = value => value.toLocaleString("en", { maximumSignificantDigits: 4, style: chart.percent ? "percent" : "decimal" });
+  const curves = traces.filter(trace => trace.meta).map(trace => {
+    const y = trace.y.filter(known);
+    return y.length > 1 ? `${trace.meta} from ${figure(y[0])} to ${figure(y.at(-1))}` : `${trace.meta} ${figure(y[0])}`;
+  });
+  return `${[chart.title, chart.about].filter(Boolean).join(", ")}, by ${AXES[axis]}: ${curves.join("; ")}`;
 }
 
 // Zooming into one chart zooms all; a double click shows everything again.
@@ -256,8 +270,9 @@ function drawAccount() {
     hovertemplate: "%{x:.1%}<extra>" + escapeHtml(bucket) + "</extra>",
   }));
   const layout = layoutOf({}, []);
+  node.setAttribute("aria-label", "Share of the wall-clock time; the table below has its numbers");
   Plotly.react(node, traces, { ...layout, barmode: "stack", bargap: 0.35, hovermode: "closest",
-    margin: { l: runs.length > 1 ? 46 : 12, r: 12, t: 8, b: 28 },
+    margin: { l: runs.length > 1 ? 46 : 12, r: 24, t: 8, b: 28 },
     xaxis: { ...layout.xaxis, title: { text: "" }, tickformat: ".0%", range: [0, 1] },
     yaxis: { ...layout.yaxis, type: "category", autorange: "reversed", showticklabels: runs.length > 1, ticklabelstandoff: 6, showgrid: false, fixedrange: true } }, CONFIG);
 }
