@@ -68,6 +68,8 @@ def main() -> int:
         print(
             f"Step {server.card['step']:,} of {args.run}: {server.url} (Ctrl-C ends it)", flush=True
         )
+        if server.is_open_to_others:
+            print("There is no password: whoever can reach this machine can use it.", flush=True)
         try:
             server.serve_forever()
         except KeyboardInterrupt:

@@ -137,7 +137,7 @@ def test_a_constant_stays_one_when_smoothed(page: Page, killed: Path, tmp_path: 
 
 
 def test_names_are_shown_as_they_are(page: Page, killed: Path, tmp_path: Path) -> None:
-    names = ['<b>"a" & \'b\'', "plain"]
+    names = ["<b>\"a\" & 'b'", "plain"]
     runs = [write_run(tmp_path / name, killed, [{"step": 1, "loss_nats": 2.5}]) for name in names]
     page.open(write_report(runs, tmp_path / "names.html"), scheme="light")
     for where in ("#runs button", "#plot-account .ytick"):

@@ -187,6 +187,23 @@ def test_other_methods_paths_and_kinds_are_refused(served: CompletionServer) -> 
     assert Client(served, "POST", "/complete", b"{}", Content_Type="text/plain").status() == 400
 
 
+def test_head_is_get_without_its_content(served: CompletionServer) -> None:
+    asked = Client(served, "HEAD", "/")
+    assert asked.answer.status == 200
+    assert int(asked.answer.headers["Content-Length"]) == len(served.page)
+    assert asked.whole() == b""
+    assert Client(served, "HEAD", "/etc/passwd").status() == 404
+
+
+@pytest.mark.parametrize(("host", "open_to_others"), [("127.0.0.1", False), ("0.0.0.0", True)])
+def test_who_may_reach_it_is_known(
+    long_winded: CompletionServer, host: str, open_to_others: bool
+) -> None:
+    model, tokenizer = long_winded.model, long_winded.tokenizer
+    with CompletionServer(model, tokenizer, {}, (host, 0)) as server:
+        assert server.is_open_to_others is open_to_others
+
+
 def test_foreign_names_and_pages_are_refused(served: CompletionServer) -> None:
     def status(**headers: str) -> int:
         return Client(served, "GET", "/model", **headers).status()
@@ -288,3 +305,58 @@ def test_the_page_writes_shows_probabilities_and_stops(
         bad = [error for error in page.errors if "400" not in error]
         assert bad == []
         assert all(url.startswith((served.url, "data:")) for url in page.requests)
+
+
+def press(page: Page, key: str) -> None:
+    codes = {"Enter": 13, "Tab": 9, "ArrowLeft": 37, "ArrowRight": 39, "End": 35}
+    named = {"key": key, "code": key, "windowsVirtualKeyCode": codes[key]}
+    text = {"text": "\r"} if key == "Enter" else {}
+    page.ask("Input.dispatchKeyEvent", type="keyDown", **named, **text)
+    page.ask("Input.dispatchKeyEvent", type="keyUp", **named)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium at $CHROMIUM or on PATH")
+def test_the_page_by_keyboard_and_by_ear(served: CompletionServer, tmp_path: Path) -> None:
+    assert CHROMIUM is not None
+    focused = "document.activeElement.id || document.activeElement.textContent"
+    place = "document.getElementById('place').textContent"
+    with Page(CHROMIUM, tmp_path, offline=False) as page:
+        page.open(served.url, width=390, height=800, scheme="light")
+        page.evaluate(
+            """
+            window.said = [];
+            for (const id of ['state', 'told']) new MutationObserver(changes => {
+              const live = document.getElementById(id);
+              if (live.ariaLive !== 'off') said.push(live.textContent);
+            }).observe(document.getElementById(id), {childList: true, subtree: true});
+            document.getElementById('prompt').value = 'the heart ';
+            document.getElementById('max_tokens').value = 12;
+            document.getElementById('temperature').value = 0;
+            document.getElementById('go').focus();
+            """
+        )
+        press(page, "Enter")
+        page.wait_until("running === null && tokens.length > 2")
+        assert page.evaluate(focused) == "go"
+        count = page.evaluate("tokens.length")
+        said = page.evaluate("said.filter(Boolean)")
+        assert len(said) <= 3, said  # that it began, perhaps that it waits, and how it ended
+        assert f"{count} tokens in" in said[-1]
+        press(page, "Tab")  # Stop is disabled; all tokens are one stop of the Tab key
+        assert page.evaluate(place).startswith("Token 1:")
+        press(page, "ArrowRight")
+        assert page.evaluate(place).startswith("Token 2:")
+        press(page, "End")
+        assert page.evaluate(place).startswith(f"Token {count}:")
+        press(page, "ArrowRight")
+        press(page, "ArrowLeft")
+        assert page.evaluate(place).startswith(f"Token {count - 1}:")
+        assert f"Token {count - 1}:" in page.evaluate("said.at(-1)")
+        press(page, "Tab")
+        bars = "document.getElementById('bars')"
+        assert page.evaluate(f"{bars}.contains(document.activeElement)")
+        press(page, "Enter")
+        page.wait_until("running === null && start !== 'the heart '")
+        assert page.evaluate(focused) == "go"
+        assert page.evaluate("document.documentElement.scrollWidth") <= 390
+        assert page.errors == []

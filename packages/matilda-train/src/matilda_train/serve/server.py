@@ -122,6 +122,11 @@ class CompletionServer(ThreadingHTTPServer):
             host = "localhost"
         return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
 
+    @property
+    def is_open_to_others(self) -> bool:
+        """Whether it listens to more than this machine."""
+        return not ipaddress.ip_address(str(self.server_address[0])).is_loopback
+
     def knows(self, host: str) -> bool:
         """Whether a request may be for `host`: a foreign name that resolves here is an attack."""
         try:
@@ -152,6 +157,9 @@ class _Handler(BaseHTTPRequestHandler):
             self._send_json(HTTPStatus.OK, self.server.card)
         else:
             self._refuse(HTTPStatus.NOT_FOUND, f"There is nothing at {path!r}; the page is at `/`.")
+
+    def do_HEAD(self) -> None:
+        self.do_GET()  # `_send` leaves the content out
 
     def do_POST(self) -> None:
         if not self._is_welcome():
@@ -246,7 +254,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         self.end_headers()
-        self.wfile.write(content)
+        if self.command != "HEAD":
+            self.wfile.write(content)
 
     def _head(self, status: HTTPStatus, kind: str) -> None:
         self.send_response(status)
