@@ -37,7 +37,7 @@ def main() -> int:
     agreed = {
         True: "as in the metrics",
         False: "NOT as in the metrics",
-        None: f"not compared: metrics.jsonl lacks step {trace.step - 1} or {trace.step}",
+        None: "not compared: metrics.jsonl has no row near enough from this step on",
     }
     last = trace.first_sample + trace.samples - 1
     lines = [

@@ -157,6 +157,25 @@ def test_trace_accounts_for_every_token_and_agrees_with_the_metrics(
         trace_step(twin, 0, data_dir=corpus)
 
 
+def test_trace_agrees_between_the_steps_that_are_logged(
+    twin: Path, corpus: Path, tmp_path: Path
+) -> None:
+    sparse = tmp_path / "sparse"
+    shutil.copytree(twin, sparse)
+    metrics = sparse / "metrics.jsonl"
+    rows = [row for row in read_rows(metrics) if row["step"] in (4, 8)]
+
+    def agrees(step: int) -> bool | None:
+        metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return trace_step(sparse, step, data_dir=corpus).matches_metrics
+
+    assert [agrees(step) for step in (1, 4, 5, 6, 8)] == [True] * 5
+    assert agrees(9) is None
+    last = next(row for row in rows if row["step"] == 8 and "batch_sha256" in row)
+    last["batch_sha256"] = "0" * 64
+    assert [agrees(4), agrees(6)] == [True, False]
+
+
 def test_trace_with_other_data_is_refused(twin: Path, marked_corpus: Path) -> None:
     with pytest.raises(ValueError, match="point `--data-dir` at that one"):
         trace_step(twin, 5, data_dir=marked_corpus)

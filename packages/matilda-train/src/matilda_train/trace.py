@@ -17,6 +17,9 @@ from matilda_train.run_dir import RunDir
 
 __all__ = ["StepTrace", "batch_documents", "open_run_stream", "trace_step"]
 
+MOST_BATCHES = 1000
+"""Hashed to compare with the metrics; a decay run's first rows may be further from any other."""
+
 
 @dataclass(frozen=True)
 class StepTrace:
@@ -29,7 +32,8 @@ class StepTrace:
     batch_sha256: str
     """Of the batch alone; the metrics' hash is that of all batches so far."""
     matches_metrics: bool | None
-    """Whether the rows of this step and the one before agree with it; None without such rows."""
+    """Whether it is the batch that the metrics' hash of all batches so far was made with; None
+    where `metrics.jsonl` has no row of this step or a later one."""
     documents: list[dict[str, Any]]
     """A row for each run of tokens of one document; see `batch_documents`."""
 
@@ -53,7 +57,7 @@ def trace_step(run_dir: str | Path, step: int, *, data_dir: str | Path | None = 
         first_sample=first,
         samples=count,
         batch_sha256=digest,
-        matches_metrics=_matches(run_dir, step, digest),
+        matches_metrics=_matches(run_dir, step, digest, config, stream),
         documents=batch_documents(stream, first, count),
     )
 
@@ -99,13 +103,22 @@ def batch_documents(stream: TokenStream, first: int, count: int) -> list[dict[st
     ]
 
 
-def _matches(run_dir: Path, step: int, digest: str) -> bool | None:
+def _matches(
+    run_dir: Path, step: int, digest: str, config: RunConfig, stream: BinStream
+) -> bool | None:
+    """Chains the batches from the last logged step before this one to the next from it on."""
     hashes = {
         row["step"]: row["batch_sha256"]
         for row in read_rows(run_dir / "metrics.jsonl")
         if "batch_sha256" in row
     }
-    before = "0" * 64 if step == 1 else hashes.get(step - 1)
-    if before is None or step not in hashes:
+    before = max((logged for logged in hashes if logged < step), default=0)
+    after = min((logged for logged in hashes if logged >= step), default=None)
+    if after is None or after - before > MOST_BATCHES:
         return None
-    return bool(hashes[step] == chain_hash(before, bytes.fromhex(digest)))
+    chain = hashes.get(before, "0" * 64)
+    for each in range(before + 1, after + 1):
+        samples, count = config.plan.samples(each - 1), config.plan.batch_size(each - 1)
+        own = digest if each == step else batch_sha256(stream.windows(samples, count))
+        chain = chain_hash(chain, bytes.fromhex(own))
+    return bool(chain == hashes[after])
