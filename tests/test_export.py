@@ -38,7 +38,7 @@ def finished_run(path: Path) -> Path:
 
 
 def test_a_run_is_exported_with_tokenizer_and_card(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     transformers = pytest.importorskip("transformers", reason="needs the export extra")
     run = finished_run(tmp_path / "run")
@@ -60,6 +60,10 @@ def test_a_run_is_exported_with_tokenizer_and_card(
     assert "1,792 (7 steps)" in card
     assert "{logit_difference}" not in card
     assert "/where/the/shards/lay" not in card
+    capfd.readouterr()
+    monkeypatch.chdir(tmp_path / "out")
+    exec(card.partition("```python\n")[2].partition("```")[0], {})  # as a reader would
+    assert capfd.readouterr().out.startswith("<|endoftext|>The heart")
 
 
 def test_without_the_extra_the_message_says_how_to_add_it(

@@ -94,6 +94,7 @@ and it says false things fluently.
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+folder = "."  # where this card lies, or the name of its repository on the hub
 tokenizer = AutoTokenizer.from_pretrained(folder{trust})
 model = AutoModelForCausalLM.from_pretrained(folder{trust})
 ids = tokenizer("<|endoftext|>The heart", return_tensors="pt").input_ids
