@@ -143,10 +143,14 @@ def test_with_a_batch_ramp_the_decay_has_its_tokens(tiny_config: Path) -> None:
 @pytest.mark.parametrize(
     ("overrides", "step", "said"),
     [
-        ([], 31, "decays already"),
+        ([], 31, "decays already; choose a checkpoint from step 30 or before"),
         ([], 1, "still warms up"),
         (["optim.schedule=cosine"], 9, "no stable phase"),
-        (["optim.schedule_by=tokens"], 31, "decays already"),
+        (
+            ["optim.schedule_by=tokens"],
+            38,
+            "decays already; choose a checkpoint from step 30 or before",
+        ),
         (["optim.weight_decay_schedule=linear"], 9, "weight decay follows its whole length"),
     ],
 )

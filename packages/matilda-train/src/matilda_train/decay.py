@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -141,9 +142,10 @@ def decay_config(
             f"{optim.warmup_steps}); choose a later checkpoint."
         )
     if optim.schedule == "wsd" and _is_decaying(config, from_step):
+        first = bisect_left(range(from_step), True, key=lambda step: _is_decaying(config, step))
         raise ValueError(
             f"At step {from_step} of {total} the run decays already; choose a checkpoint from "
-            "before its decay."
+            f"step {first - 1} or before."
         )
     before = plan.tokens(from_step)
     new_total = plan.step_at(Duration(before + tokens, "tokens"))
