@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 
 from headless_chromium import Page, find_chromium
 from matilda_data import load_tokenizer
-from matilda_model import ModelConfig, Transformer
+from matilda_model import Choice, ModelConfig, Transformer
 from matilda_train import complete_text, load_run_model
 from matilda_train.serve import BusyError, CompletionRequest, CompletionServer, open_server
 from matilda_train.serve.server import MOST_BODY_BYTES
@@ -250,6 +251,43 @@ def test_requests_wait_in_line_and_may_leave_it(long_winded: CompletionServer) -
         while clients[1].next_event() != {"event": "queued", "ahead": 1}:
             pass
     assert clients[1].events()[-1]["event"] == "end"
+
+
+def test_a_model_that_fails_is_told_to_the_client(
+    long_winded: CompletionServer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    passes = 0
+
+    def fail(*_: object) -> None:
+        nonlocal passes
+        passes += 1
+        if passes in (1, 4):
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+
+    long_winded.model.register_forward_hook(fail)
+    sentence = "The model failed (CUDA out of memory.); the server's terminal says more."
+    at_once = Client(long_winded, "POST", "/complete", {"max_tokens": 9})
+    assert at_once.answer.status == 500
+    assert at_once.json() == {"error": sentence}
+    *_, last = Client(long_winded, "POST", "/complete", {"max_tokens": 9}).events()
+    assert last == {"event": "error", "message": sentence}
+    told = ""
+    while told.count("torch.OutOfMemoryError: CUDA") < 2:  # in the terminal, with the rest of it
+        told += capfd.readouterr().err
+        time.sleep(0.01)
+    assert Client(long_winded, "POST", "/complete", {"max_tokens": 2}).events()[-1]["tokens"] == 2
+
+
+def test_a_character_of_several_tokens_is_partial_until_its_last(
+    long_winded: CompletionServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spell(*_: object, **__: object) -> Iterator[Choice]:
+        yield from (Choice(byte, 1.0, ((byte, 1.0),)) for byte in b"a" + "🎉".encode() + b"b")
+
+    monkeypatch.setattr("matilda_train.serve.completion.stream_choices", spell)
+    *tokens, _ = Client(long_winded, "POST", "/complete", {"max_tokens": 6}).events()
+    assert [token["text"] for token in tokens] == ["a", "", "", "", "🎉", "b"]
+    assert [token["partial"] for token in tokens] == [False, True, True, True, False, False]
 
 
 def test_a_full_line_sends_away(long_winded: CompletionServer) -> None:

@@ -80,10 +80,10 @@ def complete(
 ) -> Iterator[dict[str, Any]]:
     """Events of one completion: a `token` each, then `end` with its reason.
 
-    A `token` has its text (empty while a character is not whole), its probability and the likeliest
-    candidates as `[text, probability]`, null standing for the end of the document. The reason is
-    `end of text`, `stop`, `length`, or `room` where the model's longest sequence is full. Raises
-    `ValueError` when the prompt leaves no room.
+    A `token` has its text (up to the last whole character; `partial` says that one is not), its
+    probability and the likeliest candidates as `[text, probability]`, null standing for the end of
+    the document. The reason is `end of text`, `stop`, `length`, or `room` where the model's longest
+    sequence is full. Raises `ValueError` when the prompt leaves no room.
     """
     ids = encode_prompt(tokenizer, request.prompt, model.config.max_seq_len)
     room = model.config.max_seq_len - len(ids)
@@ -110,6 +110,7 @@ def complete(
         yield {
             "event": "token",
             "text": new,
+            "partial": bool(decoder.getstate()[0]),
             "name": _name(tokenizer, choice.token),
             "probability": choice.probability,
             "candidates": [[_name(tokenizer, i), p] for i, p in choice.candidates],

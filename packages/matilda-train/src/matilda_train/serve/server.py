@@ -190,6 +190,14 @@ class _Handler(BaseHTTPRequestHandler):
                 if not self._streaming:
                     raise
                 self._tell({"event": "error", "message": str(error)})
+            except RuntimeError as error:  # torch's: out of memory, a kernel that failed
+                what = str(error).partition("\n")[0]
+                sentence = f"The model failed ({what}); the server's terminal says more."
+                if self._streaming:
+                    self._tell({"event": "error", "message": sentence})
+                else:
+                    self._refuse(HTTPStatus.INTERNAL_SERVER_ERROR, sentence)
+                raise
 
     def _tell_queued(self, ahead: int) -> bool:
         if self._client_left():
