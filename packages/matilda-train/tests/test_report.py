@@ -162,6 +162,19 @@ def test_files_may_be_missing_or_empty(left: list[str], tmp_path: Path) -> None:
     assert "run" in render([record, record], "")
 
 
+def test_the_first_life_of_a_decay_run_is_no_kill(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run")
+    events = (run / "events.jsonl").read_text().splitlines(keepends=True)
+    first = next(line for line in events if '"resume"' in line)
+    save = '{"event": "save", "step": 4}\n'
+    decay = '{"event": "decay", "parent": {"step": 4}}\n'
+    (run / "events.jsonl").write_text(decay + first)
+    record = read_run(run, "run")
+    assert (record.marks, record.goodput.restarts) == ([], 0)
+    (run / "events.jsonl").write_text(decay + first + save + first)
+    assert [mark["kind"] for mark in read_run(run, "run").marks] == ["kill"]
+
+
 def test_rows_of_an_older_run_have_a_time_too(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     rows = [{"step": step, "loss_nats": 1.0, "step_ms": 500.0} for step in (2, 4)]

@@ -146,7 +146,8 @@ def _marks(events: Sequence[Row], account: Goodput) -> list[dict[str, Any]]:
             if mark is not None:
                 mark["seconds"] = account.life_begins[life]
         marks += [mark] if mark is not None else []
-        before = event
+        # A decay run resumes its parent's checkpoint in its first life: nothing was killed.
+        before = event if life >= 0 else None
     return marks
 
 
