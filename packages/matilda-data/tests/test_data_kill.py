@@ -216,6 +216,7 @@ def test_workers_end_when_their_parent_is_killed(corpus: Path, tmp_path: Path) -
         ]
     process.kill()
     process.wait()
+    assert children, "it ended, or 60 s passed, before a worker was seen"
     while any(Path(f"/proc/{pid}").exists() for pid in children):
         assert time.monotonic() < deadline, "a worker outlived its parent"
         time.sleep(0.01)
