@@ -47,7 +47,6 @@ class _LateFsyncFs(MemFs):
     def __init__(self) -> None:
         super().__init__()
         self._late: list[tuple[str, str]] = []
-        self._replaying = False
         self.skips = self._postpone
 
     def _postpone(self, name: str, path: str) -> bool:
