@@ -128,6 +128,19 @@ def test_damaged_survivors_do_not_count_towards_the_two(tmp_path: Path) -> None:
         assert again.restore({}, step=2) is not None
 
 
+def test_a_survivor_changed_since_it_was_verified_is_verified_again(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=Keep(last=2)) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, {"x": torch.full((100,), step)})
+        path = tmp_path / "step-00000003" / "x.safetensors"
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+        checkpoints.save(4, {"x": torch.full((100,), 4)})
+        # 3 and 4 would be enough, were 3 what it was when it was written
+        assert [info.step for info in checkpoints.list()] == [4, 3, 2]
+
+
 def test_a_failed_save_deletes_nothing(tmp_path: Path) -> None:
     checkpoints = Checkpointer(tmp_path, keep=Keep(last=5))
     for step in range(1, 5):

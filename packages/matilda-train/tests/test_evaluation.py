@@ -38,16 +38,18 @@ class FewWindows(SyntheticStream):
 
 
 class Bigrams(nn.Module):
-    """A table of losses, and a note of the shapes that it has met."""
+    """A table of losses, and a note of the shapes and modes that it has met."""
 
     def __init__(self) -> None:
         super().__init__()
         table = torch.rand(VOCAB, VOCAB, generator=torch.Generator().manual_seed(0))
         self.register_buffer("table", table)
         self.shapes: set[torch.Size] = set()
+        self.trained: set[bool] = set()
 
     def forward(self, inputs: Tensor, targets: Tensor, *, per_token: bool) -> Tensor:
         self.shapes.add(inputs.shape)
+        self.trained.add(self.training)
         losses: Tensor = self.table[inputs, targets]  # type: ignore[index]
         return losses
 
@@ -129,3 +131,31 @@ def test_every_window_asked_for_counts_once_whatever_micro_batch_and_ranks(
         assert found.val_tokens == wanted.val_tokens
         assert found.val_loss_nats == pytest.approx(wanted.val_loss_nats, rel=1e-12)
         assert found.val_bits_per_byte == pytest.approx(wanted.val_bits_per_byte, rel=1e-12)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_model_is_judged_in_its_evaluation_mode_and_given_back_as_it_was(
+    training: bool, stopped: bool
+) -> None:
+    model = Bigrams().train(training)
+    asked: list[bool] = []
+
+    def should_stop() -> bool:
+        asked.append(True)
+        return stopped and len(asked) == 2
+
+    result = evaluate(
+        model,
+        FewWindows(3),
+        max_tokens=3 * SEQ_LEN,
+        seq_len=SEQ_LEN,
+        micro_batch_size=1,
+        token_bytes=TOKEN_BYTES,
+        device=torch.device("cpu"),
+        ranks=Ranks(rank=0, world_size=1),
+        should_stop=should_stop,
+    )
+    assert (result is None) is stopped
+    assert model.trained == {False}
+    assert model.training is training
