@@ -194,6 +194,7 @@ def test_spike_is_found_and_does_not_hide_the_next(policy: str) -> None:
     verdicts = judge_all(guard, [9.0, 3.0, 4.0])
     assert [v.spike for v in verdicts] == [policy != "off", False, policy != "off"]
     assert [v.skipped for v in verdicts] == [policy == "skip", False, policy == "skip"]
+    assert [v.consecutive for v in verdicts] == [0, 0, 0], "a spike is finite"
 
 
 def test_spike_of_the_gradient_norm_alone_is_one() -> None:
@@ -238,6 +239,9 @@ def test_statistics_survive_a_round_trip_bit_for_bit() -> None:
     copy.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
     more = [*noise(30, seed=2), 9.0, 3.0]
     assert judge_all(whole, more) == judge_all(copy, more)
+    judge_all(whole, [float("nan")])
+    copy.load_state_dict({name: value.clone() for name, value in whole.state_dict().items()})
+    assert judge_all(copy, [float("nan")])[0].consecutive == 2
 
 
 def test_objections_wait_to_be_read_and_approvals_do_not() -> None:
