@@ -156,12 +156,14 @@ def test_qk_clip_shrinks_each_heads_logits_by_exactly_its_factor(kv_heads: int) 
         keys = (x @ k.T).view(10, kv_heads, 8).repeat_interleave(4 // kv_heads, dim=1)
         return torch.einsum("the,she->hts", heads, keys)
 
-    before = logits()
+    before, keys_before = logits(), k.clone()
     tau = before.amax(dim=(1, 2)).sort().values[1].item()
     gamma = qk_clip_(q, k, before.amax(dim=(1, 2)), tau=tau)
     torch.testing.assert_close(logits(), before * gamma[:, None, None], rtol=1e-4, atol=1e-3)
     assert logits().amax() <= tau * 1.0001
     assert gamma.max() == 1.0
+    shared = gamma.view(kv_heads, -1).amin(dim=1).sqrt().repeat_interleave(8)
+    torch.testing.assert_close(k, keys_before * shared[:, None])
     with pytest.raises(ValueError, match="heads"):
         qk_clip_(q, k[:5], torch.ones(4))
     with pytest.raises(ValueError, match="`tau`"):
@@ -266,6 +268,18 @@ def test_normuon_evens_out_rows_and_keeps_the_norm() -> None:
     rows = normed.detach().norm(dim=1)
     assert rows.std() / rows.mean() < 1e-3
     assert plain.detach().norm(dim=1).std() > 10 * rows.std()
+
+
+def test_normuon_keeps_the_average_of_rows_without_an_update() -> None:
+    p = nn.Parameter(torch.zeros(32, 64))
+    optimizer = Muon([p], weight_decay=0.0, momentum=0.0, normuon_beta2=0.5)
+    p.grad = gaussian(32, 64)
+    optimizer.step()
+    before, weights = optimizer.state[p]["second_momentum"].clone(), p.detach().clone()
+    p.grad = torch.zeros(32, 64)
+    optimizer.step()
+    assert torch.equal(optimizer.state[p]["second_momentum"], before)
+    assert torch.equal(p.detach(), weights)
 
 
 def test_metrics_describe_the_update_without_changing_anything() -> None:

@@ -73,6 +73,18 @@ def test_prefetched_batch_is_forgotten_when_another_is_asked_for(jump: int) -> N
         fresh.close()
 
 
+def test_prefetched_batch_of_another_size_is_forgotten() -> None:
+    reader, fresh = make_reader(4), make_reader(4)
+    try:
+        assert len(reader.read(0, following=8).tokens) == 4
+        again = reader.read(4, 2)
+        assert len(again.tokens) == 2
+        assert again.sha256 == fresh.read(4, 2).sha256
+    finally:
+        reader.close()
+        fresh.close()
+
+
 def test_error_of_the_reading_thread_reaches_the_caller() -> None:
     def windows(first: int, count: int) -> np.ndarray:
         if first > 0:
