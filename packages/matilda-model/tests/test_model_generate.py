@@ -233,6 +233,7 @@ def test_top_k_and_top_p_restrict_the_draw() -> None:
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]])).expand(4000, -1)
     torch.manual_seed(0)
     assert set(sample(logits, top_k=2).tolist()) == {0, 1}
+    assert set(sample(logits, top_k=3).tolist()) == {0, 1, 2}
     assert set(sample(logits, top_p=0.9).tolist()) == {0, 1, 2}
     assert set(sample(logits, top_p=0.01).tolist()) == {0}
     assert set(sample(logits, top_p=5e-324).tolist()) == {0}

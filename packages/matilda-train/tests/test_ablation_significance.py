@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from matilda_train.ablation.distributions import f_tail, t_quantile, t_two_sided
-from matilda_train.ablation.significance import compare_rows, pooled_noise, steps_saved
+from matilda_train.ablation.significance import (
+    _holm,
+    _own_noise_p,
+    compare_rows,
+    pooled_noise,
+    steps_saved,
+)
 
 
 @pytest.mark.parametrize(
@@ -33,6 +39,33 @@ def test_f_tails_are_the_tables(f: float, above: int, below: int, p: float) -> N
 @given(t=st.floats(0.01, 50), df=st.integers(1, 200))
 def test_t_squared_is_f(t: float, df: int) -> None:
     assert t_two_sided(t, df) == pytest.approx(f_tail(t * t, 1, df), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("p_values", "accepted"),
+    [
+        ([0.01, 0.02, 0.04], 3),  # Bonferroni's 0.05 / 3 would stop after the first
+        ([0.01, 0.03, 0.04], 1),  # 0.03 fails at 0.05 / 2, and what follows fails with it
+        ([0.017, 0.001], 2),
+        ([0.02, 0.02, 0.02], 0),
+        ([0.05], 1),
+        ([], 0),
+    ],
+)
+def test_holm_steps_down_through_the_family(p_values: list[float], accepted: int) -> None:
+    named = {str(number): p for number, p in enumerate(p_values)}
+    assert _holm(named) == set(sorted(named, key=named.__getitem__)[:accepted])
+
+
+def test_a_row_as_noisy_as_the_others_is_suspected_as_often_as_the_level_says() -> None:
+    draw, studies = random.Random(0), 4000
+    p_values = [
+        _own_noise_p({name: [draw.gauss(0, 1) for _ in range(5)] for name in "abc"}, "a")
+        for _ in range(studies)
+    ]
+    for level in (0.05, 0.2, 0.5):
+        found, error = sum(p < level for p in p_values), math.sqrt(studies * level * (1 - level))
+        assert abs(found - studies * level) < 4 * error
 
 
 def table(rows: dict[str, list[float]]) -> dict[str, dict[int, float]]:
@@ -195,6 +228,16 @@ def test_tokens_saved_are_exact_for_losses_that_fall_with_the_logarithm(scale: f
     assert worse.fraction == pytest.approx(1 - scale)
     assert not better.bound
     assert not worse.bound
+
+
+def test_an_evaluation_before_the_first_step_is_no_point_of_a_curve() -> None:
+    slow, quick = [(0, 5.0), (100, 3.0), (200, 2.0)], [(0, 5.0), (100, 1.9), (200, 1.5)]
+    saved, needed = steps_saved(slow, quick), steps_saved(quick, slow)
+    assert saved is not None
+    assert needed is not None
+    assert (saved.fraction, saved.bound) == (0.5, True)
+    assert (needed.fraction, needed.bound) == (-1.0, True)
+    assert steps_saved(slow[:2], quick[:2]) is None
 
 
 def test_tokens_saved_beyond_the_curves_are_a_bound_and_without_curves_none() -> None:
