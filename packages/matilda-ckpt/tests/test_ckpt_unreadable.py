@@ -109,6 +109,16 @@ class Refusing(OsFs):
         raise OSError(self.code, os.strerror(self.code), path)
 
 
+def test_a_save_beside_one_that_cannot_be_read_is_newer_than_it(two_saves: Path) -> None:
+    with Checkpointer(two_saves) as checkpoints:
+        commit = two_saves / "step-00000002" / "COMMIT"
+        with refused(commit, two_saves):
+            checkpoints.save(3, {"count": {"steps": 10}})
+        restored = checkpoints.restore({})
+    assert restored is not None
+    assert restored.state["count"] == {"steps": 10}
+
+
 @pytest.mark.parametrize("code", [errno.EMFILE, errno.ENOMEM, errno.ESTALE, errno.EIO])
 def test_only_what_tells_of_the_content_is_damage(two_saves: Path, code: int) -> None:
     fs = Refusing()
