@@ -7,8 +7,10 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import matilda_data.dataset as dataset_module
@@ -16,6 +18,9 @@ import matilda_data.manifest as manifest_module
 import matilda_data.shard as shard_module
 import matilda_data.stamps as stamps_module
 from matilda_data import BinStream, DataError, open_dataset, prepare_text, verify
+from matilda_data.columns import pack_columns
+from matilda_data.documents_index import read_index
+from matilda_data.manifest import read_manifest, write_manifest
 
 SLOW = os.environ.get("MATILDA_SLOW") == "1"
 
@@ -186,6 +191,27 @@ def test_flipped_bit_anywhere_in_an_index_is_found_by_deep_verification(data_dir
             verify(data_dir, deep=True)
         path.write_bytes(pristine)
     verify(data_dir, deep=True)
+
+
+@pytest.mark.parametrize("wrong", ["a start beside its token", "a start too many"])
+def test_index_of_another_shard_is_found_by_deep_verification(data_dir: Path, wrong: str) -> None:
+    """Every hash is right: what made the data set was not."""
+    manifest = read_manifest(data_dir)
+    entry = manifest.shards[0]
+    meta, columns = read_index(data_dir, entry)
+    starts = columns["starts"].copy()
+    if wrong == "a start too many":
+        columns["starts"] = np.append(starts, starts[-1])
+    else:
+        starts[-1] += 1
+        columns["starts"] = starts
+    raw = pack_columns(meta, columns)
+    (data_dir / entry.index_file).write_bytes(raw)
+    digest = hashlib.sha256(raw).hexdigest()
+    changed = replace(entry, index_bytes=len(raw), index_sha256=digest)
+    write_manifest(data_dir, replace(manifest, shards=(changed, *manifest.shards[1:])))
+    with pytest.raises(DataError, match=f"{entry.index_file}' does not fit its shard"):
+        verify(data_dir, deep=True)
 
 
 def test_flipped_manifest_byte_is_refused(data_dir: Path) -> None:

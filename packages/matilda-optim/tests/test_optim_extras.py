@@ -360,6 +360,15 @@ def test_skip_leaves_a_whole_adamw_group_as_it_was(value: float, dtype: torch.dt
     assert not any(torch.equal(p, before) for p, before in zip(params, held, strict=True))
 
 
+def test_huge_gradients_are_finite_though_their_squares_summed_are_not() -> None:
+    p = nn.Parameter(torch.zeros(100))
+    optimizer = Muon([{"params": [p], "algorithm": "adamw"}], lr=0.1, nonfinite="skip")
+    p.grad = torch.full_like(p, 1e19)
+    assert torch.linalg.vector_norm(p.grad, dtype=torch.float32).isinf()
+    optimizer.step()
+    torch.testing.assert_close(p.detach(), torch.full((100,), -0.1))
+
+
 def test_cautious_decay_acts_only_where_the_update_shrinks_the_entry() -> None:
     p, q = nn.Parameter(gaussian(16, 32)), nn.Parameter(gaussian(16, 32))
     p.grad = gaussian(16, 32, seed=1)
