@@ -17,23 +17,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = ROOT / "docs" / "api"
 PACKAGES = ("model", "optim", "data", "ckpt", "train")
+# What is public beside the package's own names, because it imports what the others do without.
+MODULES = {"ckpt": ("dcp",), "train": ("evals",)}
 Definition = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.Assign | ast.AnnAssign
 
 
 def page(package: str) -> str:
     """The page of `matilda-{package}`."""
     module = f"matilda_{package}"
-    tree = parsed(module)
-    names = exported(tree)
-    homes = imported_from(tree)
     parts = [
         f"# matilda-{package}",
         f"Made by `make api` from the source. `from {module} import …`:",
+        *names_of(module),
     ]
-    for name in sorted(names, key=str.lower):
-        home, original = homes.get(name, (module, name))
-        parts.append("\n\n".join(described(name, definition(home, original))))
+    for inner in MODULES.get(package, ()):
+        parts += [f"`from {module}.{inner} import …`:", *names_of(f"{module}.{inner}")]
     return "\n\n".join(parts) + "\n"
+
+
+def names_of(module: str) -> Iterator[str]:
+    """A section for each public name of `module`."""
+    tree = parsed(module)
+    homes = imported_from(tree)
+    for name in sorted(exported(tree), key=str.lower):
+        home, original = homes.get(name, (module, name))
+        yield "\n\n".join(described(name, definition(home, original)))
 
 
 def parsed(module: str) -> ast.Module:
@@ -49,7 +57,7 @@ def exported(tree: ast.Module) -> list[str]:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
             names: list[str] = ast.literal_eval(node.value)
             return names
-    raise SystemExit("error: a package without `__all__`")
+    raise SystemExit("error: a public module without `__all__`")
 
 
 def imported_from(tree: ast.Module) -> dict[str, tuple[str, str]]:

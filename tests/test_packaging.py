@@ -90,13 +90,15 @@ def imports(body: list[ast.stmt], *, lazy: bool) -> Iterator[tuple[str, bool]]:
             inner = lazy or not isinstance(node, ast.ClassDef)
             for field in ("body", "orelse", "finalbody"):
                 yield from imports(getattr(node, field, []), lazy=inner)
-            for handler in getattr(node, "handlers", []):
-                yield from imports(handler.body, lazy=True)
+            for branch in (*getattr(node, "handlers", []), *getattr(node, "cases", [])):
+                yield from imports(branch.body, lazy=True)
 
 
 def test_an_undeclared_import_would_be_found() -> None:
-    tree = ast.parse("import a\nclass C:\n    import b\ndef f():\n    from c.d import e\n")
-    assert list(imports(tree.body, lazy=False)) == [("a", False), ("b", False), ("c", True)]
+    text = "import a\nclass C:\n    import b\ndef f():\n    from c.d import e\n"
+    text += "match x:\n    case 1:\n        import g\ntry:\n    x\nexcept E:\n    import h\n"
+    found = list(imports(ast.parse(text).body, lazy=False))
+    assert found == [("a", False), ("b", False), ("c", True), ("g", True), ("h", True)]
 
 
 def test_importing_a_package_loads_nothing_heavy() -> None:
@@ -116,3 +118,22 @@ def test_the_listed_public_names_are_those_of_the_source() -> None:
         [sys.executable, str(ROOT / ".ci" / "public_api.py")], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_what_the_pages_import_is_listed() -> None:
+    imported = {
+        (module, name.strip())
+        for file in ROOT.rglob("*.md")
+        if not {".venv", "api"} & set(file.relative_to(ROOT).parts)
+        for module, names in re.findall(
+            r"^from (matilda_[\w.]+) import (.+)$", file.read_text(encoding="utf-8"), re.M
+        )
+        for name in names.split(",")
+    }
+    assert {module for module, _ in imported} >= {"matilda_ckpt.dcp", "matilda_train.evals"}
+    for module, name in imported:
+        package = module.split(".")[0].replace("_", "-")
+        page = (ROOT / "docs" / "api" / f"{package}.md").read_text(encoding="utf-8")
+        begin = f"`from {module} import …`:\n"
+        listed = page.partition(begin)[2].partition("\n`from ")[0]
+        assert f"\n## `{name}`\n" in listed, f"{module}.{name} is in no list of docs/api"

@@ -54,6 +54,8 @@ from matilda_ckpt.store import Draft, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
 from matilda_ckpt.tensor_file import TensorSource, plan_tensor_file, write_tensor_file
 
+__all__ = ["DcpReader", "DcpWriter"]
+
 _LOG = logging.getLogger("matilda_ckpt")
 NAME = "dcp"
 """The state name under which sharded state is kept; its JSON file holds the layout."""
