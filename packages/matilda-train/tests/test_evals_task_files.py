@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from matilda_data import load_tokenizer
+from matilda_train.evals.contamination import Overlap, add_clean_scores
 from matilda_train.evals.encoding import DatasetCoder, encode_pairs
 from matilda_train.evals.scoring import Scores
 from matilda_train.evals.task_files import known_tasks, read_task, read_tasks
@@ -84,6 +85,18 @@ def test_some_items_can_be_left_out() -> None:
     assert (rest.name, rest.ids, rest.correct.tolist()) == ("sciq_clean", ("a", "b"), [True, False])
     assert rest.correct_norm is not None
     assert rest.correct_norm.tolist() == [False, True]
+
+
+@pytest.mark.parametrize(("found", "left"), [("", None), ("b", ("a", "c")), ("abc", None)])
+def test_scores_without_the_items_found_are_told_where_some_are_found_and_some_left(
+    found: str, left: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    task = read_task("q", write(tmp_path / "q.jsonl", *({**CHOICE, "id": name} for name in "abc")))
+    scores = TaskScores("q", tuple("abc"), np.array([True, False, True]))
+    overlap = Overlap({}, "", {task.sha256: tuple(found)}, {"q.jsonl": task.sha256}, {})
+    told = add_clean_scores([task], [scores], overlap)
+    assert told[0] is scores
+    assert [(each.name, each.ids) for each in told[1:]] == ([("q_clean", left)] if left else [])
 
 
 def test_a_task_is_found_by_its_name_the_test_split_first(tmp_path: Path) -> None:

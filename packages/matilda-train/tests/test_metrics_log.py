@@ -7,6 +7,8 @@ import queue
 import threading
 from pathlib import Path
 
+import pytest
+
 from matilda_train.metrics_log import EventLog, MetricsLog, is_evaluation, read_rows
 from matilda_train.wandb_follower import follow_rows
 
@@ -76,7 +78,11 @@ def test_numbers_that_json_cannot_hold_become_null(tmp_path: Path) -> None:
     log.write({"step": 1, "loss_nats": float("nan"), "val": {"a": float("inf"), "b": 1.0}})
     log.close()
     expected = {"step": 1, "loss_nats": None, "val": {"a": None, "b": 1.0}}
-    assert read_rows(tmp_path / "m.jsonl") == [expected]
+    EventLog(tmp_path / "e.jsonl").write("skip", loss_nats=float("-inf"))
+    # as other programs read it: `read_rows` would take NaN for null
+    assert json.loads((tmp_path / "m.jsonl").read_text(), parse_constant=pytest.fail) == expected
+    event = json.loads((tmp_path / "e.jsonl").read_text(), parse_constant=pytest.fail)
+    assert event["loss_nats"] is None
 
 
 def test_process_that_is_not_main_reads_but_writes_nothing(tmp_path: Path) -> None:
