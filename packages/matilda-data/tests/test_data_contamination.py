@@ -180,11 +180,11 @@ def test_the_overlap_command_counts_and_writes_what_it_found(
 ) -> None:
     (corpus / "a" / "bad.txt").write_text(RUN)
     path = tmp_path / "quiz_val.jsonl"
-    path.write_text(json.dumps({"id": "q", "ctx": RUN}) + "\n{}\n")
+    path.write_text(json.dumps({"id": "q", "ctx": RUN}) + 2 * "\n{}" + "\n")
     out = tmp_path / "overlap.json"
     arguments = ["overlap", "--evals", str(path), "--input", str(corpus), "--json", str(out)]
     assert main(arguments) == 0
-    assert "quiz_val.jsonl       1 of 2 items" in capsys.readouterr().out
+    assert "quiz_val.jsonl       1 of 3 items" in capsys.readouterr().out
     assert json.loads(out.read_text())["files"][0]["ids"] == ["q"]
-    assert json.loads(out.read_text())["files"][0]["items_too_short"] == 1
+    assert json.loads(out.read_text())["files"][0]["items_too_short"] == 2
     assert main(["overlap", "--evals", str(path)]) == 2

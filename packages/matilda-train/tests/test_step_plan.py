@@ -193,6 +193,13 @@ def test_weight_decay_may_follow_the_learning_rate() -> None:
         assert optimizer.param_groups[0]["weight_decay"] == 0.1 * factor
 
 
+def test_weight_decay_does_not_rise_with_the_batch() -> None:
+    optim: dict[str, object] = {"weight_decay_schedule": "lr"}
+    _, optimizer, schedules = make(optim, batch_ramp=[f"20 steps: {16 * SEQ}"])
+    assert schedules.apply(20) == 2.0
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_a_larger_batch_raises_the_learning_rate_by_its_exponent() -> None:
     ramp = (f"20 steps: {16 * SEQ}",)
     schedules = make({}, batch_ramp=list(ramp))[2]
