@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,15 @@ def test_two_uninterrupted_runs_are_bitwise_equal(
 ) -> None:
     finish(server, tiny_config, tmp_path / "run", corpus)
     assert_same_run(tmp_path / "run", twin)
+
+
+def test_every_checkpoint_names_its_run_config_and_data(twin: Path) -> None:
+    run = json.loads((twin / "run.json").read_text())
+    manifests = sorted((twin / "checkpoints").glob("step-*/MANIFEST.json"))
+    assert len(manifests) >= 2
+    for file in manifests:
+        told = json.loads(file.read_text())["provenance"]
+        assert told == {name: run[name] for name in ("run_id", "config_sha256", "data_id")}
 
 
 def test_hash_of_the_state_sees_a_different_run(
