@@ -176,6 +176,27 @@ def test_trace_agrees_between_the_steps_that_are_logged(
     assert [agrees(4), agrees(6)] == [True, False]
 
 
+def test_trace_says_where_the_metrics_tell_of_another_batch(
+    server: TrainServer, twin: Path, corpus: Path, tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "run"
+    shutil.copytree(twin, run_dir)
+    file = run_dir / "metrics.jsonl"
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    for row in rows:
+        if row["step"] == 5 and "batch_sha256" in row:
+            row["batch_sha256"] = row["batch_sha256"][::-1]
+    kept = [row for row in rows if row["step"] < 9]
+    file.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    found = {step: trace_step(run_dir, step, data_dir=corpus).matches_metrics for step in (4, 5, 6)}
+    assert found == {4: True, 5: False, 6: False}  # each hash is that of all batches so far
+    assert trace_step(run_dir, 10, data_dir=corpus).matches_metrics is None
+    app = ROOT / "apps" / "trace.py"
+    for step, code in ((4, 0), (5, 1), (10, 0)):
+        options = ["--run", str(run_dir), "--step", str(step), "--data-dir", str(corpus)]
+        assert server.run_program(app, options, tmp_path).returncode == code
+
+
 def test_trace_with_other_data_is_refused(twin: Path, marked_corpus: Path) -> None:
     with pytest.raises(ValueError, match="point `--data-dir` at that one"):
         trace_step(twin, 5, data_dir=marked_corpus)
