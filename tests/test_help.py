@@ -12,7 +12,15 @@ import pytest
 import matilda_ckpt.cli
 import matilda_data.cli
 from killable_runs import TrainServer
-from matilda_train.app import add_json_option, show
+from matilda_train.app import (
+    EXIT_BAD_INPUT,
+    EXIT_DIVERGED,
+    EXIT_ENVIRONMENT,
+    add_json_option,
+    show,
+)
+from matilda_train.stop_signals import EXIT_PREEMPTED
+from matilda_train.watchdog import EXIT_HUNG
 
 ROOT = Path(__file__).resolve().parent.parent
 APPS = sorted(path.stem for path in (ROOT / "apps").glob("[a-z]*.py"))
@@ -111,6 +119,14 @@ def test_a_result_is_text_or_json_or_both(
     assert [json.loads(file.read_text())["a"] for file in tmp_path.iterdir()] == (
         [written] if written else []
     )
+
+
+def test_exit_codes_are_those_that_the_readme_tells() -> None:
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    told = text.partition("Exit codes: ")[2].partition(".")[0]
+    codes = [EXIT_BAD_INPUT, EXIT_DIVERGED, EXIT_ENVIRONMENT, EXIT_HUNG, EXIT_PREEMPTED]
+    assert codes == [2, 3, 4, 5, 75]
+    assert re.findall(r"(?:^|; )(\d+) ", told) == ["0", *map(str, codes)]
 
 
 def test_the_parser_is_the_same_in_the_packages_that_have_it() -> None:

@@ -216,6 +216,29 @@ def test_flops_count_the_gates_of_value_embeddings() -> None:
     assert counter.get_total_flops() == flops_per_token(config, 48, causal=False) * 2 * 48
 
 
+def test_initial_weights_have_the_spread_that_the_config_says() -> None:
+    config = ModelConfig(
+        vocab_size=512,
+        d_model=128,
+        n_layers=8,
+        n_heads=4,
+        n_kv_heads=2,
+        max_seq_len=16,
+        init_std=0.03,
+        embed_init_std=0.5,
+    )
+    torch.manual_seed(0)
+    for name, parameter in Transformer(config).named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == 1).all(), name
+            continue
+        # what is added to the residual stream, twice a layer, adds up to the same
+        output = name.endswith(("attn.o.weight", "mlp.down.weight"))
+        expected = 0.5 if name == "embed.weight" else 0.03 / (4.0 if output else 1.0)
+        assert parameter.std().item() == pytest.approx(expected, rel=0.05), name
+        assert abs(parameter.mean().item()) < 0.05 * expected, name
+
+
 def test_zero_init_outputs_start_every_block_at_identity() -> None:
     model = Transformer(dataclasses.replace(TINY_HERO, zero_init_outputs=True))
     ids = torch.randint(0, 128, (1, 8))
