@@ -178,6 +178,21 @@ def test_runs_that_take_turns_train_one_at_a_time(
     assert all(one[1] < other[0] for one, other in itertools.pairwise(sorted(spans)))
 
 
+def test_two_workers_find_one_corpus_that_neither_had_to_make(
+    tiny_config: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, str(ROOT / "apps/ablate.py"), "--config", str(tiny_config)]
+    command += ["--out", "study", "--variants", "mha", "--seeds", "1", "--jobs-per-gpu", "2"]
+    command += ["--set", *SHORT, "data.corpus=python-stdlib", "data.dir=library", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "preparing python-stdlib in library" in done.stderr
+    logs = [path.read_text() for path in (tmp_path / "study" / "logs").iterdir()]
+    assert len(logs) == 2
+    assert not any("preparing" in log for log in logs)
+    assert [len(row["runs"]) for row in json.loads(done.stdout)["rows"]] == [1, 1]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_one_worker_compiles_every_row_on_a_gpu_and_measures_it(

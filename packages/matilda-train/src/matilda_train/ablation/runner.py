@@ -26,9 +26,11 @@ from typing import IO, Any, Literal, Protocol
 
 from matilda_train.ablation.plan import Job, Study, outcome_of
 from matilda_train.config import RunConfig
+from matilda_train.console import SilentDisplay
 from matilda_train.data_source import choose_data_dir, makes_corpus, open_streams
 from matilda_train.hardware import choose_device
 from matilda_train.metrics_log import read_rows
+from matilda_train.preparation import prepare_corpus
 
 __all__ = ["Ending", "Progress", "StudyDisplay", "places", "run_study"]
 
@@ -146,6 +148,8 @@ def run_study(
             _look_at_disk(study, waiting, display)
         with _held(study.out):
             if not call.stopping():
+                _make_corpora(study, waiting, data_dir, call.stopping, display)
+            if not call.stopping():
                 _look_at_ground(study, waiting[0].config, data_dir)
             if in_process:
                 call.run_here()
@@ -158,13 +162,29 @@ def run_study(
     return "complete" if len(progress.done) == len(jobs) else "stopped"
 
 
+def _make_corpora(
+    study: Study,
+    waiting: Sequence[Job],
+    data_dir: Path | None,
+    stop: Callable[[], bool],
+    display: StudyDisplay,
+) -> None:
+    """Prepare each `data.corpus` that is missing once: of workers that all would, one could."""
+    configs = {
+        choose_data_dir(data_dir, job.config, study.out): job.config
+        for job in waiting
+        if makes_corpus(data_dir, job.config)
+    }
+    for folder, config in configs.items():
+        if not folder.exists():
+            display.note(f"preparing {config.data.corpus} in {folder}")
+        prepare_corpus(config.data, folder, stop=stop, display=SilentDisplay())
+
+
 def _look_at_ground(study: Study, config: RunConfig, data_dir: Path | None) -> None:
     """`ValueError` for a device or data that no run could have, before any process is started."""
     choose_device(config.train.device)
-    folder = choose_data_dir(data_dir, config, study.out)
-    if makes_corpus(data_dir, config) and not folder.exists():
-        return
-    found = open_streams(config, folder)[0].data_id
+    found = open_streams(config, choose_data_dir(data_dir, config, study.out))[0].data_id
     known = study.earlier.provenance.get("data_id")
     if study.earlier.runs and known and found not in known:
         raise ValueError(
