@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import _environment  # noqa: F401  (first: it names what is missing)
-from matilda_train.app import add_checkpoint_options, run_app
+from matilda_train.app import add_checkpoint_options, add_json_option, run_app, show
 from matilda_train.arguments import TeachingParser
 
 EXAMPLES = """examples:
@@ -45,11 +46,18 @@ def parse_arguments() -> argparse.Namespace:
         "(default: all of --top-k)",
     )
     add("--seed", type=int, default=0, metavar="N", help="of the draw (default: %(default)s)")
+    add_json_option(parser)
     return parser.parse_args()
 
 
 def main() -> int:
     args = parse_arguments()
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"`--prompt` is not UTF-8 at character {error.start}; give it in UTF-8."
+        ) from None
     if not -(2**63) <= args.seed < 2**64:
         raise ValueError(f"`--seed` is {args.seed}, but must fit 64 bits.")
     if args.tokens < 1:
@@ -63,21 +71,22 @@ def main() -> int:
     from matilda_train import RunDir
 
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
-    from matilda_train import complete_text, load_run_model
+    from matilda_train import complete_text
+    from matilda_train.trained_model import load_trained
 
-    model, tokenizer = load_run_model(args.run, step=args.step, device=args.device)
-    print(
-        complete_text(
-            model,
-            tokenizer,
-            args.prompt,
-            max_new_tokens=args.tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed,
-        )
+    trained = load_trained(args.run, step=args.step, device=args.device)
+    draw: dict[str, Any] = {
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+    }
+    text = complete_text(
+        trained.model, trained.tokenizer, args.prompt, max_new_tokens=args.tokens, **draw
     )
+    completion = text.removeprefix(args.prompt)
+    found = {"run": str(args.run), "step": trained.step, **draw}
+    show(text, {**found, "prompt": args.prompt, "completion": completion}, args.json)
     return 0
 
 

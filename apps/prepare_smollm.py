@@ -71,6 +71,8 @@ def main() -> int:
     )
     add_preparation_options(parser, val_fraction=0.001)
     options = parser.parse_args()
+    if "=" not in options.mix and options.mix not in MIXES:
+        parser.error(f"--mix {options.mix!r} is neither {' nor '.join(MIXES)} nor NAME=WEIGHT,…")
     try:
         sources = [
             HubSource(

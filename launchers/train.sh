@@ -23,6 +23,10 @@ list_gpus() {
     fi
 }
 gpus=${GPUS:-$({ list_gpus || true; } | wc -l)}
+if [[ ! $gpus$nodes =~ ^[0-9]+$ ]]; then
+    echo "train.sh: GPUS is '$gpus' and NNODES '$nodes', but both are numbers" >&2
+    exit 2
+fi
 if [ "$nodes" -le 1 ] && [ "$gpus" -le 1 ]; then
     exec "$python" apps/train.py "$@"
 fi

@@ -118,6 +118,9 @@ def test_quickstart_trains_stops_resumes_finishes_and_generates(
     text = loaded_app(server, generate, tmp_path)
     assert text.returncode == 0, text.stderr
     assert text.stdout.startswith("def ")
+    found = json.loads(loaded_app(server, f"{generate} --json", tmp_path).stdout)
+    assert found["prompt"] + found["completion"] + "\n" == text.stdout
+    assert found["step"] == 4
 
 
 def test_prepare_text_writes_shards_that_verify_and_is_idempotent(tmp_path: Path) -> None:

@@ -237,6 +237,13 @@ def test_a_torchrun_that_failed_by_itself_keeps_its_code(cluster: dict[str, str]
     assert run.returncode == 1
 
 
+def test_a_number_of_gpus_that_is_none_is_named(cluster: dict[str, str]) -> None:
+    run = launch("train.sh", cluster | {"GPUS": "two"})
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode == 2
+    assert "GPUS is 'two'" in said
+
+
 def test_bad_input_ends_with_2_before_torchrun_starts(
     cluster: dict[str, str], tmp_path: Path
 ) -> None:
