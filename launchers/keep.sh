@@ -27,6 +27,12 @@ if [ -z "$(ls -A "$folder")" ] || [ -e "$folder.fetching" ]; then
     rsync -rt "$kept/" "$folder/"
     rm "$folder.fetching"
 fi
+newest() { find "$1/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null | sed 's/.*step-//' | sort | tail -n 1; }
+if [[ $(newest "$kept") > $(newest "$folder") ]]; then
+    echo "error: $kept has step $(newest "$kept"), but $folder none beyond '$(newest "$folder")': the run went on" \
+        "elsewhere; move $folder away to go on from the copy" >&2
+    exit 2
+fi
 
 send() { # deletes last, so that KEPT never has fewer checkpoints than before
     rsync -rt --inplace --delete-after --exclude run.lock --exclude LOCK --exclude '.tmp-*' \

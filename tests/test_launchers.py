@@ -404,6 +404,24 @@ def test_a_folder_that_was_fetched_by_halves_takes_nothing_from_the_copy(tmp_pat
     assert sorted(file.name for file in tmp_path.iterdir()) == ["bin", "bucket", "machine"]
 
 
+@pytest.mark.skipif(shutil.which("rsync") is None, reason="no rsync on PATH")
+def test_an_old_folder_does_not_overwrite_a_copy_that_is_further(tmp_path: Path) -> None:
+    folder, kept = tmp_path / "machine", tmp_path / "bucket"
+    for place, steps in ((folder, (100, 200)), (kept, (200, 300))):
+        for step in steps:
+            (place / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    command = ["bash", str(LAUNCHERS / "keep.sh"), str(folder), str(kept), "touch", f"{folder}/run"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "bucket has step 00000300, but " in done.stderr
+    assert "none beyond '00000200': the run went on elsewhere; move " in done.stderr
+    assert [file.name for file in folder.iterdir()] == ["checkpoints"]
+    (folder / "checkpoints" / "step-00000400").mkdir()
+    subprocess.run(command, check=True)
+    steps = sorted(int(step.name[5:]) for step in (kept / "checkpoints").iterdir())
+    assert steps == [100, 200, 400]
+
+
 def test_without_rsync_nothing_begins_that_would_not_be_kept(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "run.json").write_text("{}")
