@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
 import shlex
 import signal
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,26 @@ def run_preparation(
     0 when done; with one sentence, 2 for bad input and 4 for an environment that failed (disk
     full); 75 when stopped by SIGTERM, SIGINT (Ctrl-C), SIGUSR1 or SIGHUP (the terminal is gone),
     the last one not where it is ignored, as under `nohup`. After 4 and 75 the same command goes on.
+    What nobody can read any more is not said, and changes no exit code.
     """
+    code, lines, complaint = _prepare(prepare, options, following, arguments)
+    for stream, text in ((sys.stdout, lines), (sys.stderr, complaint)):
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:
+            # Python would try again, and end with a code of its own.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return code
+
+
+def _prepare(
+    prepare: Callable[..., Manifest],
+    options: argparse.Namespace,
+    following: str,
+    arguments: Mapping[str, Any],
+) -> tuple[int, str, str]:
+    """The exit code, and what to say on standard output and standard error."""
     for number in STOP_SIGNALS:
         if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler)
@@ -127,39 +146,34 @@ def run_preparation(
             **arguments,
         )
     except DataError as error:
-        print(f"error: {_by_option(str(error), options)}", file=sys.stderr)
-        return EXIT_BAD_INPUT
+        return EXIT_BAD_INPUT, "", f"error: {_by_option(str(error), options)}\n"
     except OSError as error:
-        print(f"error: {_failure(error, options.out_dir)}", file=sys.stderr)
-        return EXIT_ENVIRONMENT
+        return EXIT_ENVIRONMENT, "", f"error: {_failure(error, options.out_dir)}\n"
     except KeyboardInterrupt:
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)  # a second one changes nothing any more
-        with suppress(OSError):  # the terminal may be gone: the exit code tells
-            print("\nStopped; run the same command again to go on.", file=sys.stderr)
-        return EXIT_STOPPED
+        return EXIT_STOPPED, "", "\nStopped; run the same command again to go on.\n"
     if options.partition is not None:
         index, count = options.partition
-        print(
+        return (
+            0,
             f"Part {index} of {count} is done. When all are, join them with the same options and "
-            "--merge DIR… instead of --partition."
+            "--merge DIR… instead of --partition.\n",
+            "",
         )
-        return 0
-    for split in SPLITS:
-        print(
-            f"{split}: {manifest.total_tokens(split):,} tokens of "
-            f"{manifest.total_documents(split):,} documents"
-        )
-    print(f"Data set: {options.out_dir} (data_id {manifest.data_id})")
+    lines = "".join(
+        f"{split}: {manifest.total_tokens(split):,} tokens of "
+        f"{manifest.total_documents(split):,} documents\n"
+        for split in SPLITS
+    )
+    lines += f"Data set: {options.out_dir} (data_id {manifest.data_id})\n"
     if manifest.total_documents("val") == 0:
-        print(
+        warning = (
             f"warning: {str(options.out_dir)!r} has no held-out text, which training needs; "
-            "prepare it again with a larger `--val-fraction`, such as 0.1, into a new `--out-dir`",
-            file=sys.stderr,
+            "prepare it again with a larger `--val-fraction`, such as 0.1, into a new `--out-dir`\n"
         )
-    elif following:
-        print(f"Next: {following}")
-    return 0
+        return 0, lines, warning
+    return 0, lines + (f"Next: {following}\n" if following else ""), ""
 
 
 def _by_option(message: str, options: argparse.Namespace) -> str:
