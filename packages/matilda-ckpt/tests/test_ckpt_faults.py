@@ -186,12 +186,12 @@ def tiny_disk(tmp_path: Path) -> Path:
 
 
 def test_full_disk_is_found_before_a_byte_is_written(tiny_disk: Path) -> None:
-    checkpoints = Checkpointer(tiny_disk / "c")
-    checkpoints.save(1, {"x": torch.ones(100_000)})
-    with pytest.raises(SaveError, match=r"needs 4\.0 MB and the file system has .* MB free"):
-        checkpoints.save(2, {"x": torch.ones(1_000_000)})
-    assert [info.step for info in checkpoints.list()] == [1]
-    assert verify(checkpoints.list()[0].path).ok
+    with Checkpointer(tiny_disk / "c") as checkpoints:
+        checkpoints.save(1, {"x": torch.ones(100_000)})
+        with pytest.raises(SaveError, match=r"needs 4\.0 MB and the file system has .* MB free"):
+            checkpoints.save(2, {"x": torch.ones(1_000_000)})
+        assert [info.step for info in checkpoints.list()] == [1]
+        assert verify(checkpoints.list()[0].path).ok
 
 
 class BlindFs(OsFs):
@@ -202,15 +202,16 @@ class BlindFs(OsFs):
 
 
 def test_disk_that_fills_up_in_spite_of_the_preflight(tiny_disk: Path) -> None:
-    checkpoints = Checkpointer(tiny_disk / "c", fs=BlindFs())
-    checkpoints.save(1, {"x": torch.ones(100_000)})
-    for _ in range(3):
-        with pytest.raises(SaveError, match="No space left"):
-            checkpoints.save(2, {"x": torch.ones(1_000_000)})
-    assert [p.name for p in (tiny_disk / "c").iterdir() if p.name.startswith(".")] == []
-    restored = checkpoints.restore({})
-    assert restored is not None
-    assert restored.step == 1
+    with Checkpointer(tiny_disk / "c", fs=BlindFs()) as checkpoints:
+        checkpoints.save(1, {"x": torch.ones(100_000)})
+        for _ in range(3):
+            with pytest.raises(SaveError, match="No space left"):
+                checkpoints.save(2, {"x": torch.ones(1_000_000)})
+        left = (tiny_disk / "c").iterdir()
+        assert [path.name for path in left if path.name.startswith(".")] == []
+        restored = checkpoints.restore({})
+        assert restored is not None
+        assert restored.step == 1
 
 
 def two_steps(root: Path) -> Checkpointer:
