@@ -111,7 +111,7 @@ def _cells(result: StudyResult, row: RowResult) -> list[str]:
         "difference": f"{found.difference:+.4f}" if found else "–",
         "interval": f"± {found.half_width:.4f}" if found and found.half_width is not None else "–",
         "verdict": found.verdict if found else "",
-        "saved": f"{100 * saved.fraction:+.0f} %" if saved else "–",
+        "saved": f"{round(100 * saved.fraction) or 0:+d} %" if saved else "–",
         "params": _amount(row.n_params),
         "flops": f"{row.flops_per_token / 1e6:,.1f}",
         "speed": f"{speed:,.0f}" if speed is not None else "–",
