@@ -20,9 +20,12 @@ from matilda_train.ablation import (
     grid_rows,
     places,
     rank_grid,
+    read_study,
     resolve_rows,
     run_halving,
     run_study,
+    write_document,
+    write_grid,
 )
 from matilda_train.config import RunConfig
 from matilda_train.config_load import config_from_dict, config_to_dict, load_config
@@ -242,6 +245,33 @@ def test_a_point_that_diverged_at_a_seed_is_not_the_best(tmp_path: Path) -> None
     assert [row.name for row in ranked.rows] == ["lr=0.001", "lr=0.01", "lr=0.1"]
     assert "Best: optim.lr=0.001" in describe_grid(ranked)
     assert "1 seed diverged, the others " in describe_study(ranked)
+
+
+def test_points_and_rows_that_have_not_begun_are_named_and_not_judged(tmp_path: Path) -> None:
+    study = Study(
+        rows=grid_rows(load("ablation_48m"), ["optim.lr=0.001,0.01,0.1"]), seeds=2, out=tmp_path
+    )
+    end(study.jobs()[0], [9.0, 3.0], diverged=False)
+    ranked = rank_grid(study)
+    assert "widen" not in describe_grid(ranked)
+    write_grid(ranked, tmp_path / "page.md", name="rates", command="that made it")
+    page = (tmp_path / "page.md").read_text()
+    assert page.count("| best |") == 1
+    assert "`lr=0.01`" not in page
+    assert "Not ended when this was written: lr=0.001 seed 1, all of lr=0.01, lr=0.1." in page
+
+    rows = resolve_rows(load("ablation_48m"), ["mha", "mqa"])
+    study = Study(rows=rows, seeds=1, out=tmp_path / "study")
+    for job in study.jobs()[:2]:
+        end(job, [9.0, 3.0], diverged=False)
+    found = read_study(study)
+    assert "mqa" not in describe_study(found)
+    assert "1 run not ended yet" in describe_study(found)
+    write_document(found, tmp_path / "page.md", name="study", command="that made it")
+    page = (tmp_path / "page.md").read_text()
+    assert "| mha |" in page
+    assert "| mqa |" not in page
+    assert "Not ended when this was written: all of mqa." in page
 
 
 def test_a_second_call_stays_out_of_a_study_in_training(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from matilda_train.ablation.results import RowResult, StudyResult, stable_tokens
 from matilda_train.report.section import describe_provenance, replace_section
 from matilda_train.report.tables import markdown_table, plain_table
 
-__all__ = ["describe_study", "write_document"]
+__all__ = ["describe_study", "describe_unfinished", "write_document"]
 
 HEAD = (
     ("row", ""),
@@ -36,7 +36,8 @@ def describe_study(result: StudyResult) -> str:
     """The table and what to know about it, in lines of plain text."""
     lines = [*plain_table(_table(result), left=LEFT), "", *_noise_lines(result)]
     if result.missing:
-        lines.append(f"{len(result.missing)} runs have not ended yet; run the same command again.")
+        runs = _count(len(result.missing), "run")
+        lines.append(f"{runs} not ended yet; run the same command again.")
     return "\n".join(lines)
 
 
@@ -77,7 +78,7 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
         *(
             f"| {row.name} | {row.reason} | "
             f"{', '.join(f'`{k}={json.dumps(v)}`' for k, v in row.fields.items()) or '–'} |"
-            for row in result.rows
+            for row in _begun(result)
         ),
         "",
         "Made by",
@@ -88,15 +89,29 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
         "```",
         "",
         f"with {describe_provenance(result.provenance)}.",
+        *describe_unfinished(result),
     ]
-    if result.missing:
-        runs = ", ".join(f"{row} seed {seed}" for row, seed in result.missing)
-        lines += ["", f"Not ended when this was written: {runs}."]
     return "\n".join(lines)
 
 
+def describe_unfinished(result: StudyResult) -> list[str]:
+    """A paragraph of Markdown that names the runs that have not ended; nothing where all have."""
+    if not result.missing:
+        return []
+    begun = {row.name for row in _begun(result)}
+    whole = list(dict.fromkeys(name for name, _ in result.missing if name not in begun))
+    runs = [f"{name} seed {seed}" for name, seed in result.missing if name in begun]
+    if whole:
+        runs.append(f"all of {', '.join(whole)}")
+    return ["", f"Not ended when this was written: {', '.join(runs)}."]
+
+
 def _table(result: StudyResult) -> list[list[str]]:
-    return [[title for title, _ in HEAD], *(_cells(result, row) for row in result.rows)]
+    return [[title for title, _ in HEAD], *(_cells(result, row) for row in _begun(result))]
+
+
+def _begun(result: StudyResult) -> list[RowResult]:
+    return [row for row in result.rows if row.runs]
 
 
 def _cells(result: StudyResult, row: RowResult) -> list[str]:

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from matilda_train.ablation.document import describe_study
+from matilda_train.ablation.document import describe_study, describe_unfinished
 from matilda_train.ablation.plan import Study
 from matilda_train.ablation.results import StudyResult, read_study
 from matilda_train.ablation.run_result import EarlierRuns
@@ -127,6 +127,8 @@ def _markdown(result: StudyResult, *, command: str) -> str:
     tokens = config.plan.tokens(config.train.total_steps)
     table = [["point", "loss, nats", "above the best", "95 % interval", "verdict"]]
     for row in result.rows:
+        if not row.runs:
+            continue
         loss, found = row.mean("loss_nats"), row.comparison
         diverged = any(run.outcome == "diverged" for run in row.runs)
         width = f"± {found.half_width:.4f}" if found and found.half_width is not None else "–"
@@ -148,7 +150,8 @@ def _markdown(result: StudyResult, *, command: str) -> str:
     ]
     lines += ["", *(f"- {line}" for line in _advice(result))]
     lines += ["", "Made by", "", "<!-- needs: files -->", "```sh", command, "```", ""]
-    return "\n".join([*lines, f"with {describe_provenance(result.provenance)}."])
+    lines += [f"with {describe_provenance(result.provenance)}.", *describe_unfinished(result)]
+    return "\n".join(lines)
 
 
 def _mean_losses(result: StudyResult) -> dict[str, float]:
@@ -175,10 +178,9 @@ def _advice(result: StudyResult) -> list[str]:
         lines.append(
             "These very runs chose it, so luck is part of its lead: other seeds tell how much."
         )
+    tried = [row.fields for row in result.rows if row.runs]
     for field in best.fields:
-        values = sorted(
-            {row.fields[field] for row in result.rows if isinstance(row.fields[field], int | float)}
-        )
+        values = sorted({at[field] for at in tried if isinstance(at[field], int | float)})
         if len(values) > 1 and best.fields[field] in (values[0], values[-1]):
             lines.append(f"The best lies at the end of `{field}`: widen the grid there.")
     return lines
