@@ -61,6 +61,38 @@ def test_layers_as_wide_as_the_vocabulary_go_to_muon(tied: str) -> None:
     assert set(groups["hidden"]["param_names"]) == names
 
 
+@pytest.mark.parametrize("tied", ["true", "false"])
+@pytest.mark.parametrize("algorithm", ["muon", "adamw"])
+def test_the_embedding_may_have_a_rate_of_its_own_which_is_logged(
+    algorithm: str, tied: str
+) -> None:
+    rates = ["optim.lr=0.02", "optim.adamw_lr=0.004", "optim.schedule=constant"]
+    given = [f"optim.algorithm={algorithm}", f"model.tie_embeddings={tied}", *rates]
+    for own in ("null", "0.3"):
+        config = load_config(
+            CONFIGS / "quickstart.json",
+            [*given, f"optim.embedding_lr={own}", "optim.warmup_steps=0"],
+        )
+        with torch.device("meta"):
+            model = Transformer(config.model)
+        optimizer = build_optimizer(config.optim, model)
+        schedules = Schedules(config, optimizer)
+        schedules.apply(0)
+        rate_of = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        others = 0.004 if algorithm == "muon" else 0.02
+        for name, p in model.named_parameters():
+            expected = others
+            if name.startswith("blocks.") and p.ndim == 2:
+                expected = 0.02
+            if own != "null" and name == "embed.weight":
+                expected = 0.3
+            assert rate_of[id(p)] == expected, name
+        logged = {"lr_adamw": others, **({"lr_muon": 0.02} if algorithm == "muon" else {})}
+        if own != "null":
+            logged["lr_embedding"] = 0.3
+        assert schedules.learning_rates() == logged
+
+
 @pytest.mark.parametrize("algorithm", ["muon", "adamw"])
 def test_transformer_overfits_one_batch(algorithm: str) -> None:
     rate = "0.02" if algorithm == "muon" else "0.005"

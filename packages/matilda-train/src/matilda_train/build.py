@@ -95,6 +95,7 @@ def build_optimizer(config: OptimConfig, model: Transformer, *, distribute: str 
         lr=config.lr,
         weight_decay=config.weight_decay,
         adamw_lr=config.adamw_lr,
+        embedding_lr=config.embedding_lr,
         adamw_weight_decay=config.weight_decay
         if config.algorithm == "adamw"
         else config.adamw_weight_decay,

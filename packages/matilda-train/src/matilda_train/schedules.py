@@ -49,9 +49,14 @@ class Schedules:
         return factor
 
     def learning_rates(self) -> dict[str, float]:
-        """`lr_muon` and `lr_adamw` as last set, of the algorithms there are."""
-        groups = self._optimizer.param_groups
-        return {f"lr_{group['algorithm']}": float(group["lr"]) for group in groups}
+        """`lr_muon` and `lr_adamw` as last set, of the algorithms there are; and `lr_embedding`
+        where the embedding has a rate of its own."""
+        own = self._config.optim.embedding_lr is not None
+        rates = {}
+        for group in self._optimizer.param_groups:
+            alone = own and group["name"] == "embedding"
+            rates["lr_embedding" if alone else f"lr_{group['algorithm']}"] = float(group["lr"])
+        return rates
 
     def lr_factor(self, step: int) -> float:
         """Factor on every peak learning rate: the schedule's, times the batch ramp's."""

@@ -21,7 +21,12 @@ class OptimConfig:
     """Peak learning rate of the hidden matrices."""
 
     adamw_lr: float | None = None
-    """Peak learning rate of embeddings, norms and scalars; null means `lr`."""
+    """Peak learning rate of embeddings, an untied head, norms and scalars when `algorithm` is
+    `muon`; null means `lr`, which `adamw` takes for all of them."""
+
+    embedding_lr: float | None = None
+    """Peak learning rate of the embedding, tied or not, whatever the algorithm; null means that of
+    AdamW's other parameters."""
 
     weight_decay: float = 0.0
     """Decoupled weight decay of the hidden matrices; parameters of one dimension never decay."""
@@ -86,7 +91,7 @@ class OptimConfig:
     """Muon's momentum before its warm-up and after its cool-down."""
 
     def __post_init__(self) -> None:
-        for name in ("lr", "adamw_lr", "eps"):
+        for name in ("lr", "adamw_lr", "embedding_lr", "eps"):
             value = getattr(self, name)
             require(value is None or value > 0, f"optim.{name}", value, "positive")
         for name in (

@@ -20,7 +20,7 @@ const CHARTS = [
     curves: [["loss_nats", ""]] },
   { id: "bpb", title: "Held-out bits per byte", about: "lower is better", source: "evaluations", points: true, focus: true,
     curves: [["val_bits_per_byte", ""]] },
-  { id: "lr", title: "Learning rate", curves: [["lr_muon", "Muon"], ["lr_adamw", "AdamW"], ["lr", "all"]] },
+  { id: "lr", title: "Learning rate", curves: [["lr_muon", "Muon"], ["lr_adamw", "AdamW"], ["lr_embedding", "embedding"], ["lr", "all"]] },
   { id: "grad", title: "Gradient norm", about: "before clipping", smooth: true, log: true, curves: [["grad_norm", ""]] },
   { id: "z", title: "Distance from the usual", about: "z-scores", smooth: true,
     curves: [["loss_z", "loss"], ["grad_norm_z", "gradient norm"]] },
