@@ -40,7 +40,7 @@ EXAMPLES = """examples:
   uv run apps/ablate.py --config configs/ablation_48m.json --data-dir data/mix --out runs/study \\
       --variants no_qk_norm adamw:optim.lr=0.002 cap50:model.logit_softcap=50 --gpus 2
   uv run apps/ablate.py --config configs/base_152m_v2.json --data-dir data/mix --out runs/rates \\
-      --grid optim.lr=0.005,0.01,0.02 optim.weight_decay=0.01,0.1 --halving 2 \\
+      --grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0.01,0.1 --halving 2 \\
       --set train.total_steps=200 optim.warmup_steps=20
 
 The baseline is always a row. Seed k of every row has the same seed of the weights and the same

@@ -85,11 +85,11 @@ rates() {
         return
     fi
     local turns=(--seeds 1 --jobs-per-gpu 3 --take-turns)
-    study hero-rates base_152m_v2 --grid optim.lr=0.002,0.004,0.006 optim.weight_decay=0.01,0.1 \
+    study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set train.total_steps=160 train.tokens_per_step=131072 \
         train.micro_batch_size=32 optim.warmup_steps=20 eval.every_steps=160 eval.tokens=524288 \
         eval.sample_tokens=0
-    study rates ablation_48m --grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0.01,0.1 \
+    study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20 \
         optim.lr=0.008 optim.weight_decay=0.01 # of no row: what the config says may change
 }

@@ -200,7 +200,7 @@ def test_identity_covers_the_recipe_and_nothing_else(config_file: Path) -> None:
         },
     )
     assert config_differences(config_to_dict(plain), recipe) == (
-        {"optim.lr": "0.02 → 0.5"},
+        {"optim.lr": "0.004 → 0.5"},
         {},
         {},
     )
