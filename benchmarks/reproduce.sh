@@ -100,13 +100,20 @@ ablate() {
             --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
         return
     fi
-    local rows=no_qk_norm,mha,mqa,adamw common
-    common=(--set log.autopsies=0 --seeds 3 --jobs-per-gpu 3 --take-turns)
-    study study ablation_48m --variants "$rows" "${common[@]}" # whole before the others begin
-    rows+=,swiglu,softcap_off,softcap_15,z_loss_off,cosine,untied
-    rows+=,depth_12,zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
-    rows+=,document_mask,logit_scale
-    study study ablation_48m --variants "$rows" decay_60:optim.decay_fraction=0.6 "${common[@]}"
+    local adamw=optim.algorithm=adamw,optim.weight_decay=0.1 # at other rates than its row's too
+    local rows=(no_qk_norm,mha,mqa,adamw)
+    local more=(swiglu,softcap_off,z_loss_off,cosine,untied,depth_12
+        "adamw_0.002:$adamw,optim.lr=0.002"
+        "adamw_own:$adamw,optim.lr=0.001,optim.embedding_lr=0.003")
+    local options=(zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
+        document_mask,logit_scale,softcap_15 decay_60:optim.decay_fraction=0.6)
+    one_change() {
+        study study ablation_48m --variants "$@" --seeds 3 --jobs-per-gpu 3 --take-turns \
+            --set log.autopsies=0
+    }
+    one_change "${rows[@]}" # each whole before the next begins
+    one_change "${rows[@]}" "${more[@]}"
+    one_change "${rows[@]}" "${more[@]}" "${options[@]}"
 }
 
 family() { # a process and all that came of it: torchrun's workers are in sessions of their own

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from pathlib import Path
 
 from matilda_train.ablation.forest import draw_forest
@@ -182,6 +183,11 @@ def _reading_lines(result: StudyResult) -> list[str]:
         "tokens/s is the median of a run's logged steps where no other trained on its device; – "
         "where others did.",
     ]
+    if (spread := _speed_spread(result)) > 0.05:
+        lines.append(
+            f"tokens/s differs by up to {100 * spread:.0f} % between the seeds of one row (what "
+            "shares the machine, clocks): a smaller difference between rows says nothing."
+        )
     if len(result.provenance["device"]) > 1:
         lines.append("Runs are from several kinds of devices: tokens/s does not compare rows.")
     if stable_tokens(result.config):
@@ -198,6 +204,15 @@ def _reading_lines(result: StudyResult) -> list[str]:
             "tokens saved needs a phase of constant learning rate; this schedule has none."
         )
     return lines
+
+
+def _speed_spread(result: StudyResult) -> float:
+    """Largest range of tokens/s between the seeds of a row, as a fraction of the row's mean."""
+    speeds = [
+        [run.tokens_per_second for run in row.runs if run.tokens_per_second is not None]
+        for row in result.rows
+    ]
+    return max(((max(s) - min(s)) / statistics.fmean(s) for s in speeds if s), default=0.0)
 
 
 def _amount(number: int) -> str:
