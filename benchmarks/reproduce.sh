@@ -101,12 +101,12 @@ ablate() {
         return
     fi
     local adamw=optim.algorithm=adamw,optim.weight_decay=0.1 # at other rates than its row's too
-    local rows=(no_qk_norm,mha,mqa,adamw)
-    local more=(swiglu,softcap_off,z_loss_off,cosine,untied,depth_12
+    local rows=(no_qk_norm mha mqa adamw)
+    local more=(swiglu softcap_off z_loss_off cosine untied depth_12
         "adamw_0.002:$adamw,optim.lr=0.002"
         "adamw_own:$adamw,optim.lr=0.001,optim.embedding_lr=0.003")
-    local options=(zero_init_outputs,residual_scalars,value_embeddings,window,head_dim_128
-        document_mask,logit_scale,softcap_15 decay_60:optim.decay_fraction=0.6)
+    local options=(zero_init_outputs residual_scalars value_embeddings window head_dim_128
+        document_mask logit_scale softcap_15 decay_60:optim.decay_fraction=0.6)
     one_change() {
         study study ablation_48m --variants "$@" --seeds 3 --jobs-per-gpu 3 --take-turns \
             --set log.autopsies=0
