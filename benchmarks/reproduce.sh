@@ -17,7 +17,8 @@
 # RUNS        where data, runs and figures go (runs/results)
 # PAGES       folder of the pages that get the tables (docs); PAGES/measured gets the results as
 #             JSON, and from there a study goes on where the machine that began it is gone
-# LR          the hero's rate, from `rates` (0.004)
+# LR          the hero's rate, from `rates` (what its config says)
+# BATCH       tokens of a step of `hero`, `frontier` and `minutes`: 65536, 131072 or 262144 (131072)
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
@@ -35,6 +36,9 @@ peers=${PEERS:-../peers}
 runs=${RUNS:-runs/results}
 pages=${PAGES:-docs}
 quick=${QUICK:-}
+batch=${BATCH:-131072}
+rate=() # of the hero, where it is not its config's
+if [ -n "${LR:-}" ]; then rate=("optim.lr=$LR"); fi
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
 data_dir=$runs/data
 measured=$pages/measured
@@ -85,10 +89,13 @@ rates() {
         return
     fi
     local turns=(--seeds 1 --jobs-per-gpu 3 --take-turns)
+    local hero=("${turns[@]}" --set train.micro_batch_size=32 eval.tokens=524288 eval.sample_tokens=0)
     study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
-        "${turns[@]}" --set train.total_steps=160 train.tokens_per_step=131072 \
-        train.micro_batch_size=32 optim.warmup_steps=20 eval.every_steps=160 eval.tokens=524288 \
-        eval.sample_tokens=0
+        "${hero[@]}" train.total_steps=160 train.tokens_per_step=131072 optim.warmup_steps=20 \
+        eval.every_steps=160
+    study hero-half-batch base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.1 \
+        "${hero[@]}" train.total_steps=320 train.tokens_per_step=65536 optim.warmup_steps=40 \
+        eval.every_steps=320
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20 \
         optim.lr=0.008 optim.weight_decay=0.01 # of no row: what the config says may change
@@ -125,10 +132,12 @@ family() { # a process and all that came of it: torchrun's workers are in sessio
 }
 
 train() { # name, config, more of --set: to its end, once killed when two fifths of it are done
-    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=4120 sizes
-    sizes=(train.total_steps=4120 train.tokens_per_step=131072
-        "train.micro_batch_size=$((gpus > 1 ? 64 / gpus : 64))"
-        optim.warmup_steps=200 eval.every_steps=412 eval.tokens=1048576 ckpt.every_steps=100 "${@:3}")
+    local run=$runs/$1 metrics=$runs/$1/metrics.jsonl steps=$((4120 * 131072 / batch)) sizes
+    local each=$((batch / 2048 / (gpus > 1 ? gpus : 1)))
+    sizes=("train.total_steps=$steps" "train.tokens_per_step=$batch"
+        "train.micro_batch_size=$((each > 64 ? 64 : each))"
+        "optim.warmup_steps=$((steps / 20))" "eval.every_steps=$((steps / 10))" eval.tokens=1048576
+        ckpt.every_steps=100 "${@:3}")
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
@@ -155,7 +164,7 @@ train() { # name, config, more of --set: to its end, once killed when two fifths
     app report "$run" --svg "$pages/images/$1-loss.svg" || echo "the run is whole, but has no report" >&2
 }
 
-hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)" "optim.lr=${LR:-0.004}"; }
+hero() { train hero "$([ -n "$quick" ] && echo quickstart || echo base_152m_v2)" "${rate[@]}"; }
 
 frontier() {
     if [ -z "$quick" ] && [ ! -e configs/frontier_152m.json ]; then
@@ -190,7 +199,8 @@ minutes() {
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
         --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 10
         --write "$pages/RESULTS.md")
-    local batch=(train.tokens_per_step=131072 train.micro_batch_size=64 log.autopsies=0)
+    local ours=("train.tokens_per_step=$batch" "train.micro_batch_size=$((batch > 131072 ? 64 : batch / 2048))"
+        log.autopsies=0)
     local code=0 frontier=()
     systems() { # what fails or has no time keeps nothing else from it
         local stop=()
@@ -199,8 +209,8 @@ minutes() {
     }
     if [ -e configs/frontier_152m.json ]; then frontier=(frontier_152m:2.7 frontier_152m:2.2); fi
     # The target first, and nanochat, which is no part of it, last.
-    systems nanogpt@131072:8 nanogpt:8 hero:3 hero:4 --set "${batch[@]}" "optim.lr=${LR:-0.004}"
-    systems "${frontier[@]}" nanochat:8 --set "${batch[@]}"
+    systems nanogpt@131072:8 nanogpt:8 hero:3 hero:4 --set "${ours[@]}" "${rate[@]}"
+    systems "${frontier[@]}" nanochat:8 --set "${ours[@]}"
     return "$code"
 }
 
