@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -272,6 +273,26 @@ def test_points_and_rows_that_have_not_begun_are_named_and_not_judged(tmp_path: 
     assert "| mha |" in page
     assert "| mqa |" not in page
     assert "Not ended when this was written: all of mqa." in page
+
+
+def test_what_else_the_machine_does_is_not_a_rows_speed(tmp_path: Path) -> None:
+    study = Study(rows=resolve_rows(load("ablation_48m"), ["mha"]), seeds=3, out=tmp_path / "study")
+    for job in study.jobs():
+        own = 1000.0 if job.row == "baseline" else 900.0
+        disturbed = 40 if job.seed == 2 else 35
+        speeds = [own * (0.7 if at < disturbed else 1.0 - 0.01 * job.seed) for at in range(41)]
+        end(job, [9.0, 3.0])
+        with (job.run_dir / "metrics.jsonl").open("a") as file:
+            for at, speed in enumerate(speeds):
+                row = {"step": at + 1, "batch_sha256": str(at), "tokens_per_second": speed}
+                file.write(json.dumps(row) + "\n")
+    found = read_study(study)
+    assert [run.tokens_per_second for run in found.rows[1].runs] == [900.0, 891.0, 630.0]
+    write_document(found, tmp_path / "page.md", name="study", command="that made it")
+    page = (tmp_path / "page.md").read_text()
+    assert re.search(r"^\| baseline .* \| 1,000 \| – \|$", page, re.MULTILINE)
+    assert re.search(r"^\| mha .* \| 900 \| – \|$", page, re.MULTILINE)
+    assert "The two fastest seeds of a row differ by up to 1.0 % in tokens/s" in page
 
 
 def test_a_second_call_stays_out_of_a_study_in_training(tmp_path: Path) -> None:

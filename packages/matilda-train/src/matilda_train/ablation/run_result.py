@@ -34,7 +34,8 @@ class RunResult:
     batches: dict[int, str]
     """Hash of all batches so far, by tokens."""
     tokens_per_second: float | None
-    """Median of the logged steps; None where other runs shared the device."""
+    """Median of the fastest tenth of the logged steps, for what else the machine does, as runs that
+    compile in the meantime, only slows; None where other runs shared the device."""
     peak_memory_gib: float | None
 
 
@@ -55,9 +56,14 @@ def read_run(
         bits_per_byte=evaluations[-1]["val_bits_per_byte"] if finished else None,
         curve=[(config.plan.tokens(row["step"]), row["val_loss_nats"]) for row in evaluations],
         batches={config.plan.tokens(row["step"]): row["batch_sha256"] for row in steps},
-        tokens_per_second=statistics.median(speeds) if speeds and alone else None,
+        tokens_per_second=_undisturbed(speeds) if speeds and alone else None,
         peak_memory_gib=max(memory, default=None),
     )
+
+
+def _undisturbed(speeds: list[float]) -> float:
+    fastest = sorted(speeds, reverse=True)
+    return statistics.median(fastest[: -(-len(fastest) // 10)])
 
 
 @dataclass(frozen=True)
