@@ -181,8 +181,8 @@ def _reading_lines(result: StudyResult) -> list[str]:
         "Differences are of the held-out loss at the end, row minus baseline, paired: a seed "
         "gives every row the same windows in the same order, by hash.",
         "tokens/s: the fastest seed's, whose fastest tenth of logged steps has this median, "
-        "because what else the machine does, as other runs that compile, only slows; – where others "
-        "trained on the device.",
+        "because what else the machine does, as other runs that compile, only slows; – where "
+        "others trained on the device.",
     ]
     if (gap := _speed_gap(result)) is not None:
         lines.append(

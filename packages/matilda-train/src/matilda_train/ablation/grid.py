@@ -1,8 +1,8 @@
 """Calibration: every combination of a few values of a few fields, and which is best.
 
 `--grid optim.lr=0.002,0.004,0.008 optim.weight_decay=0,0.1` is six rows of a study. With halving,
-all of them train for a fraction of the steps, the better half for twice as many, and so on; each round
-is a study of its own, its schedule as long as its runs.
+all of them train for a fraction of the steps, the better half for twice as many, and so on; each
+round is a study of its own, its schedule as long as its runs.
 """
 
 from __future__ import annotations
