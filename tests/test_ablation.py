@@ -178,15 +178,22 @@ def test_runs_that_take_turns_train_one_at_a_time(
     assert all(one[1] < other[0] for one, other in itertools.pairwise(sorted(spans)))
 
 
-def test_two_workers_find_one_corpus_that_neither_had_to_make(
+def test_two_workers_find_one_corpus_that_neither_had_to_make_and_share_out_the_cores(
     tiny_config: Path, tmp_path: Path
 ) -> None:
+    free = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}
+    count = [sys.executable, "-c", "import torch; print(torch.get_num_threads())"]
+    threads = int(subprocess.run(count, capture_output=True, check=True, env=free).stdout)
     command = [sys.executable, str(ROOT / "apps/ablate.py"), "--config", str(tiny_config)]
     command += ["--out", "study", "--variants", "mha", "--seeds", "1", "--jobs-per-gpu", "2"]
-    command += ["--set", *SHORT, "data.corpus=python-stdlib", "data.dir=library", "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    command += ["--set", *SHORT, "data.corpus=python-stdlib", "data.dir=library"]
+    command += ["train.threads=null", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=free)
     assert done.returncode == 0, done.stderr
     assert "preparing python-stdlib in library" in done.stderr
+    files = list((tmp_path / "study" / "runs").glob("*/*/run.json"))
+    taken = [json.loads(file.read_text())["torch_threads"] for file in files]
+    assert taken == [max(1, threads // 2)] * 2
     logs = [path.read_text() for path in (tmp_path / "study" / "logs").iterdir()]
     assert len(logs) == 2
     assert not any("preparing" in log for log in logs)

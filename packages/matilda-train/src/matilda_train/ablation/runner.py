@@ -24,6 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
 
+import torch
+
 from matilda_train.ablation.plan import Job, Study, outcome_of
 from matilda_train.config import RunConfig
 from matilda_train.console import SilentDisplay
@@ -246,15 +248,24 @@ class _Call:
 
             train_job(self.request(job, None), self.stopping, report)
 
+    def threads_each(self, workers: int) -> int | None:
+        """Threads of each of the workers that share a CPU, which would else spin on one another's
+        cores; None where they do not, or where `OMP_NUM_THREADS` says it."""
+        device = choose_device(self.study.rows[0].config.train.device)
+        if device.type != "cpu" or not self.shared or "OMP_NUM_THREADS" in os.environ:
+            return None
+        return max(1, torch.get_num_threads() // workers)
+
     def run_workers(self, where: Sequence[str | None]) -> None:
         """At once, in a worker for each place."""
         logs = self.study.out / "logs"
         logs.mkdir(exist_ok=True)
         selector = selectors.DefaultSelector()
         workers: list[_Worker] = []
+        threads = self.threads_each(len(where))
 
         def hire(number: int) -> None:
-            worker = _Worker(number, where[number], logs / f"worker-{number}.log")
+            worker = _Worker(number, where[number], logs / f"worker-{number}.log", threads)
             workers.append(worker)
             selector.register(worker.reports, selectors.EVENT_READ, worker)
 
@@ -366,7 +377,7 @@ class _Call:
 class _Worker:
     """A worker process and the run it is at."""
 
-    def __init__(self, number: int, device: str | None, log: Path) -> None:
+    def __init__(self, number: int, device: str | None, log: Path, threads: int | None) -> None:
         self.number = number
         self.device = device
         self.job: Job | None = None
@@ -375,6 +386,8 @@ class _Worker:
         environment = dict(os.environ)
         if device is not None:
             environment["CUDA_VISIBLE_DEVICES"] = device
+        if threads is not None:
+            environment["OMP_NUM_THREADS"] = str(threads)
         with log.open("ab") as file:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "matilda_train.ablation.worker"],
