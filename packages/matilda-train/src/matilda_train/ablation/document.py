@@ -78,7 +78,7 @@ def markdown(result: StudyResult, *, command: str, plot: str) -> str:
         *(
             f"| {row.name} | {row.reason} | "
             f"{', '.join(f'`{k}={json.dumps(v)}`' for k, v in row.fields.items()) or '–'} |"
-            for row in _begun(result)
+            for row in result.begun
         ),
         "",
         "Made by",
@@ -98,7 +98,7 @@ def describe_unfinished(result: StudyResult) -> list[str]:
     """A paragraph of Markdown that names the runs that have not ended; nothing where all have."""
     if not result.missing:
         return []
-    begun = {row.name for row in _begun(result)}
+    begun = {row.name for row in result.begun}
     whole = list(dict.fromkeys(name for name, _ in result.missing if name not in begun))
     runs = [f"{name} seed {seed}" for name, seed in result.missing if name in begun]
     if whole:
@@ -107,11 +107,7 @@ def describe_unfinished(result: StudyResult) -> list[str]:
 
 
 def _table(result: StudyResult) -> list[list[str]]:
-    return [[title for title, _ in HEAD], *(_cells(result, row) for row in _begun(result))]
-
-
-def _begun(result: StudyResult) -> list[RowResult]:
-    return [row for row in result.rows if row.runs]
+    return [[title for title, _ in HEAD], *(_cells(result, row) for row in result.begun)]
 
 
 def _cells(result: StudyResult, row: RowResult) -> list[str]:

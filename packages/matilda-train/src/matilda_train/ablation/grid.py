@@ -126,9 +126,7 @@ def _markdown(result: StudyResult, *, command: str) -> str:
     config = result.config
     tokens = config.plan.tokens(config.train.total_steps)
     table = [["point", "loss, nats", "above the best", "95 % interval", "verdict"]]
-    for row in result.rows:
-        if not row.runs:
-            continue
+    for row in result.begun:
         loss, found = row.mean("loss_nats"), row.comparison
         diverged = any(run.outcome == "diverged" for run in row.runs)
         width = f"± {found.half_width:.4f}" if found and found.half_width is not None else "–"
@@ -178,9 +176,9 @@ def _advice(result: StudyResult) -> list[str]:
         lines.append(
             "These very runs chose it, so luck is part of its lead: other seeds tell how much."
         )
-    tried = [row.fields for row in result.rows if row.runs]
     for field in best.fields:
-        values = sorted({at[field] for at in tried if isinstance(at[field], int | float)})
+        tried = (row.fields[field] for row in result.begun)
+        values = sorted({value for value in tried if isinstance(value, int | float)})
         if len(values) > 1 and best.fields[field] in (values[0], values[-1]):
             lines.append(f"The best lies at the end of `{field}`: widen the grid there.")
     return lines

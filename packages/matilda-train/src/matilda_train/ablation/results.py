@@ -72,6 +72,11 @@ class StudyResult:
     missing: list[tuple[str, int]]
     """Runs, as (row, seed), that have not ended."""
 
+    @property
+    def begun(self) -> list[RowResult]:
+        """The rows of which a run has ended."""
+        return [row for row in self.rows if row.runs]
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON."""
         return {
