@@ -18,7 +18,7 @@
 # PAGES       folder of the pages that get the tables (docs); PAGES/measured gets the results as
 #             JSON, and from there a study goes on where the machine that began it is gone
 # LR          the hero's rate, from `rates` (what its config says)
-# BATCH       tokens of a step of `hero`, `frontier` and `minutes`: 65536, 131072 or 262144 (131072)
+# BATCH       tokens of a step of `hero`, `frontier` and `minutes`: 32768 to 262144 (65536)
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
@@ -36,7 +36,7 @@ peers=${PEERS:-../peers}
 runs=${RUNS:-runs/results}
 pages=${PAGES:-docs}
 quick=${QUICK:-}
-batch=${BATCH:-131072}
+batch=${BATCH:-65536}
 rate=() # of the hero, where it is not its config's
 if [ -n "${LR:-}" ]; then rate=("optim.lr=$LR"); fi
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
@@ -93,9 +93,12 @@ rates() {
     study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${hero[@]}" train.total_steps=160 train.tokens_per_step=131072 optim.warmup_steps=20 \
         eval.every_steps=160
-    study hero-half-batch base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.1 \
-        "${hero[@]}" train.total_steps=320 train.tokens_per_step=65536 optim.warmup_steps=40 \
-        eval.every_steps=320
+    study hero-half-batch base_152m_v2 --grid optim.lr=0.001,0.002,0.004,0.008 \
+        optim.weight_decay=0.1 "${hero[@]}" train.total_steps=320 train.tokens_per_step=65536 \
+        optim.warmup_steps=40 eval.every_steps=320
+    study hero-quarter-batch base_152m_v2 --grid optim.lr=0.002,0.004 optim.weight_decay=0.1 \
+        "${hero[@]}" train.total_steps=640 train.tokens_per_step=32768 train.micro_batch_size=16 \
+        optim.warmup_steps=80 eval.every_steps=640
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20 \
         optim.lr=0.008 optim.weight_decay=0.01 # of no row: what the config says may change
@@ -110,6 +113,7 @@ ablate() {
     local adamw=optim.algorithm=adamw,optim.weight_decay=0.1 # at other rates than its row's too
     local rows=(no_qk_norm mha mqa adamw)
     local more=(swiglu softcap_off z_loss_off cosine untied depth_12
+        "cosine_0.004:optim.schedule=cosine,optim.lr=0.004" # on average the baseline's rate
         "adamw_0.002:$adamw,optim.lr=0.002"
         "adamw_own:$adamw,optim.lr=0.001,optim.embedding_lr=0.003")
     local options=(zero_init_outputs residual_scalars value_embeddings window head_dim_128
@@ -137,7 +141,7 @@ train() { # name, config, more of --set: to its end, once killed when two fifths
     sizes=("train.total_steps=$steps" "train.tokens_per_step=$batch"
         "train.micro_batch_size=$((each > 64 ? 64 : each))"
         "optim.warmup_steps=$((steps / 20))" "eval.every_steps=$((steps / 10))" eval.tokens=1048576
-        ckpt.every_steps=100 "${@:3}")
+        "ckpt.every_steps=$((steps / 40))" "${@:3}")
     if [ -n "$quick" ]; then
         steps=20
         sizes=(train.total_steps=20 optim.warmup_steps=2 eval.every_steps=10 eval.tokens=4096
@@ -197,20 +201,23 @@ minutes() {
         return
     fi
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
-        --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 10
+        --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 15
         --write "$pages/RESULTS.md")
-    local ours=("train.tokens_per_step=$batch" "train.micro_batch_size=$((batch > 131072 ? 64 : batch / 2048))"
-        log.autopsies=0)
-    local code=0 frontier=()
+    local ours=(train.micro_batch_size=64 log.autopsies=0) frontier=() code=0
     systems() { # what fails or has no time keeps nothing else from it
-        local stop=()
+        local stop=() ended=0
         if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$((STOP_AFTER - SECONDS))"); fi
-        "$python" benchmarks/time_to_loss.py "${common[@]}" "${stop[@]}" --systems "$@" || code=$?
+        "$python" benchmarks/time_to_loss.py "${common[@]}" "${stop[@]}" --systems "$@" || ended=$?
+        if [ "$code" -eq 0 ] || [ "$code" -eq 75 ]; then code=$((ended ? ended : code)); fi
     }
-    if [ -e configs/frontier_152m.json ]; then frontier=(frontier_152m:2.7 frontier_152m:2.2); fi
-    # The target first, and nanochat, which is no part of it, last.
-    systems nanogpt@131072:8 nanogpt:8 hero:3 hero:4 --set "${ours[@]}" "${rate[@]}"
-    systems "${frontier[@]}" nanochat:8 --set "${ours[@]}"
+    if [ -e configs/frontier_152m.json ]; then
+        frontier=("frontier_152m@$batch:2.7" "frontier_152m@$batch:2.2")
+    fi
+    # nanoGPT's own batch is half a million tokens, of which minutes make few steps: smaller ones
+    # are its best chance. What is no part of the target comes last.
+    systems nanogpt@131072:8 "hero@$batch:4" nanogpt@65536:8 "hero@$batch:3" \
+        --set "${ours[@]}" "${rate[@]}"
+    systems "${frontier[@]}" nanochat:8 nanogpt:8 --set "${ours[@]}"
     return "$code"
 }
 

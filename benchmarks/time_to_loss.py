@@ -11,11 +11,11 @@ several lengths. All read the same windows of the same shards in the same order 
 the same held-out windows by one function. The clock runs while training, with everything that the
 system's loop does, and stands still while it is evaluated; what comes before, compiling above all,
 is counted apart. Peers use their recipe for this size, at the sequence length of the others:
-`time_to_loss_peers.py` says what that is, and what `nanogpt@131072` is: its batch of half a million
-tokens makes few steps of a few minutes, and a smaller one is fairer to it. The target is the lowest
-loss of any run of nanoGPT that was as long as its longest. "hero" is `apps/train.py`'s loop with
+`time_to_loss_peers.py` says what that is. "hero" is `apps/train.py`'s loop with
 `configs/base_152m_v2.json`, any other name that with `configs/NAME.json`, both with the overrides
-of `--set`.
+of `--set`. Batches of half a million tokens make few steps of a few minutes: `NAME@65536` trains
+with batches of so many tokens, ours or theirs, `NAME@65536x2` with twice the rates as well. The
+target is the lowest last loss of any run of nanoGPT that was as long as its longest.
 
 Every system is a process of its own, with `--gpus` several at once on a GPU each, and leaves
 `OUT/NAME-MINUTES.json`; those that are there are not run again, with whatever `--set` they were
@@ -38,6 +38,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from time_to_loss_systems import parse_system
 from time_to_loss_table import describe
 from time_to_loss_training import (
     board,
@@ -63,8 +64,8 @@ def main() -> int:
     parser.add_argument(
         "--systems",
         nargs="+",
-        metavar="NAME[:MINUTES]",
-        help="who trains, and for how long (nanogpt nanogpt@131072 nanochat hero)",
+        metavar="NAME[@TOKENS][:MINUTES]",
+        help="who trains, and for how long (nanogpt nanogpt@131072 nanochat hero@131072)",
     )
     parser.add_argument("--minutes", type=float, default=8.0, help="of training (%(default)s)")
     parser.add_argument(
@@ -96,7 +97,7 @@ def main() -> int:
             args.systems = args.systems or [
                 "hero", *(["nanogpt", "nanogpt@256", "nanochat"] if args.peer_dir else [])
             ]  # fmt: skip
-        args.systems = args.systems or ["nanogpt", "nanogpt@131072", "nanochat", "hero"]
+        args.systems = args.systems or ["nanogpt", "nanogpt@131072", "nanochat", "hero@131072"]
         if args.out is None or (args.data_dir is None and not args.table):
             parser.error("give --data-dir and --out, or --quick, or --out and --table")
         args.out.mkdir(parents=True, exist_ok=True)
@@ -164,10 +165,10 @@ def run_all(args: argparse.Namespace) -> tuple[list[str], list[str]]:
 
 def check(name: str, args: argparse.Namespace) -> None:
     """Exit naming what a system lacks, before another one trains for minutes."""
-    from time_to_loss_peers import FOLDERS, PEERS, Shape, parse_peer
+    from time_to_loss_peers import FOLDERS, PEERS, Shape
 
     try:
-        peer, recipe = parse_peer(name)
+        peer, recipe = parse_system(name)
         config = our_config("hero" if peer in PEERS else name, args)
         held_out_tokens(args.data_dir, config)
         if peer not in PEERS:
@@ -253,7 +254,7 @@ def child(args: argparse.Namespace) -> int:
     environment = {key: found[key] for key in kept} | {"torch": torch.__version__}
     versions = {package: package_version(package) for package in KERNEL_PACKAGES}
     environment["kernels"] = {key: value for key, value in versions.items() if value is not None}
-    run = run_peer if name.partition("@")[0] in PEERS else run_ours
+    run = run_peer if parse_system(name)[0] in PEERS else run_ours
     result = {"system": name, "minutes": float(minutes)} | run(name, seconds, args)
     result["environment"] = environment
     result["board"] = board()

@@ -6,8 +6,7 @@ there. What is written here is what their loops do with them, and the recipe's c
 those scripts' defaults.
 
 Their batches of half a million tokens are for runs of many thousand steps, and a few minutes make a
-few hundred: `NAME@TOKENS` trains with a batch of so many tokens, `NAME@TOKENSxFACTOR` with its
-rates times a factor as well.
+few hundred: a recipe of `time_to_loss_systems.py` gives them smaller ones.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import ast
 import contextlib
 import gc
 import math
-import re
 import sys
 from abc import ABC, abstractmethod
 from argparse import Namespace
@@ -26,9 +24,10 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from time_to_loss_systems import Recipe
 from torch import Tensor, nn
 
-__all__ = ["FOLDERS", "PEERS", "Peer", "Recipe", "Shape", "functions_of", "parse_peer"]
+__all__ = ["FOLDERS", "PEERS", "Peer", "Shape", "functions_of"]
 
 
 @dataclass(frozen=True)
@@ -38,28 +37,6 @@ class Shape:
     vocab_size: int
     seq_len: int
     quick: bool
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """What of a peer's recipe is not its script's."""
-
-    tokens_per_step: int | None = None
-    """Tokens of a batch; None: the script's."""
-    rate: float = 1.0
-    """Factor on every learning rate."""
-
-
-def parse_peer(system: str) -> tuple[str, Recipe]:
-    """A peer's name and recipe from `NAME`, `NAME@TOKENS` or `NAME@TOKENSxFACTOR`.
-
-    Raises `ValueError` where what follows the `@` is neither.
-    """
-    name, at, text = system.partition("@")
-    found = re.fullmatch(r"(\d+)(?:x(\d+(?:\.\d+)?))?", text)
-    if at and (found is None or int(found[1]) == 0 or float(found[2] or 1) == 0):
-        raise ValueError(f"{system!r} is no system; give {name}@TOKENS or {name}@TOKENSxFACTOR.")
-    return name, Recipe(int(found[1]), float(found[2] or 1)) if found else Recipe()
 
 
 class Peer(ABC):

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from time_to_loss_systems import parse_system
 from time_to_loss_table import Curve, on_other_windows
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -73,9 +74,9 @@ def run_ours(name: str, seconds: float, args: argparse.Namespace) -> dict[str, A
     start, curve = our_clock(read_rows(work / "run" / "metrics.jsonl"), config.plan.tokens)
     shutil.rmtree(work / "run" / "checkpoints", ignore_errors=True)
     return {
-        "recipe": f"configs/{CONFIGS.get(name, name)}.json"
+        "recipe": f"configs/{config_path(parse_system(name)[0]).name}"
         + (f" with {' '.join(args.set)}" if args.set else "")
-        + f", warm-up {config.optim.warmup_steps} steps",
+        + f", rate {config.optim.lr:g}, warm-up {config.optim.warmup_steps} steps",
         "config": config_to_dict(config),
         "n_params": config.model.n_params,
         "seq_len": config.seq_len,
@@ -99,18 +100,35 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def our_config(name: str, args: argparse.Namespace, **fields: Any) -> Any:
+def config_path(name: str) -> Path:
+    return ROOT / "configs" / f"{CONFIGS.get(name, name)}.json"
+
+
+def our_config(system: str, args: argparse.Namespace, **fields: Any) -> Any:
+    """The config of a system's name, with what `--set`, its recipe and `fields` change, in turn."""
     from matilda_train.config_load import load_config
 
-    path = ROOT / "configs" / f"{CONFIGS.get(name, name)}.json"
+    name, recipe = parse_system(system)
+    path = config_path(name)
     quick = []
     if args.quick:
         quick = ["model.vocab_size=320", "model.d_model=32", "model.n_layers=2", "model.n_heads=2"]
         quick += ["model.n_kv_heads=1", "model.head_dim=16", "model.max_seq_len=32"]
         quick += ["data.tokenizer=byte", "train.tokens_per_step=128", "train.micro_batch_size=4"]
         quick += ["train.compile=false", "train.device=cpu", "train.threads=1"]
-    given = [f"{key}={json.dumps(value)}" for key, value in fields.items()]
-    return load_config(path, ["train.total_steps=100000", *quick, *args.set, *given])
+    asked = ["train.total_steps=100000", *quick, *args.set]
+    changed: dict[str, Any] = {}
+    if recipe.tokens_per_step is not None:
+        config = load_config(path, asked)
+        sequences = max(1, recipe.tokens_per_step // config.seq_len)
+        changed["train.tokens_per_step"] = recipe.tokens_per_step
+        if config.train.micro_batch_size != "auto":
+            changed["train.micro_batch_size"] = min(sequences, config.train.micro_batch_size)
+        for name in ("lr", "adamw_lr", "embedding_lr"):
+            rate = getattr(config.optim, name)
+            changed[f"optim.{name}"] = rate and recipe.rate * rate
+    given = [f"{key}={json.dumps(value)}" for key, value in (changed | fields).items()]
+    return load_config(path, [*asked, *given])
 
 
 def our_clock(rows: Sequence[dict[str, Any]], tokens_at: Any) -> tuple[float, Curve]:
@@ -138,7 +156,7 @@ def our_clock(rows: Sequence[dict[str, Any]], tokens_at: Any) -> tuple[float, Cu
 def run_peer(system: str, seconds: float, args: argparse.Namespace) -> dict[str, Any]:
     """A peer's model, optimizer and schedule in its loop, on our windows."""
     import torch
-    from time_to_loss_peers import FOLDERS, PEERS, Shape, parse_peer
+    from time_to_loss_peers import FOLDERS, PEERS, Shape
 
     from matilda_train.batches import BatchReader
     from matilda_train.build import token_byte_lengths
@@ -146,7 +164,7 @@ def run_peer(system: str, seconds: float, args: argparse.Namespace) -> dict[str,
     from matilda_train.distributed import Ranks
     from matilda_train.evaluation import evaluate
 
-    name, recipe = parse_peer(system)
+    name, recipe = parse_system(system)
     commit = commit_of(args.peer_dir / FOLDERS[name])
     tokens = held_out_tokens(args.data_dir, our_config("hero", args))
     config = our_config("hero", args, **{"eval.tokens": tokens})

@@ -117,11 +117,12 @@ def test_a_peer_with_another_batch_takes_the_same_step_in_more_micro_batches(
 ) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     peers = importlib.import_module("time_to_loss_peers")
+    systems = importlib.import_module("time_to_loss_systems")
     (tmp_path / "nanoGPT").mkdir()
     (tmp_path / "nanoGPT" / "model.py").write_text(NANOGPT_MODEL)
     (tmp_path / "nanoGPT" / "train.py").write_text(NANOGPT_TRAIN)
     monkeypatch.delitem(sys.modules, "model", raising=False)
-    name, recipe = peers.parse_peer("nanogpt@128x2.5")
+    name, recipe = systems.parse_system("nanogpt@128x2.5")
     shape, cpu = peers.Shape(8, 16, quick=True), torch.device("cpu")
     peer = peers.PEERS[name](tmp_path, shape, cpu, recipe)
     assert (peer.tokens_per_step, peer.sequences, peer.micro_batch) == (128, 8, 4)
@@ -135,19 +136,19 @@ def test_a_peer_with_another_batch_takes_the_same_step_in_more_micro_batches(
     peer.step(10, iter(zip(ids.split(4), targets.split(4), strict=True)))
     assert peer._optimizer.param_groups[0]["lr"] == pytest.approx(2.5 * 6e-5)
 
-    assert peers.parse_peer("nanochat") == ("nanochat", peers.Recipe())
+    assert systems.parse_system("nanochat") == ("nanochat", systems.Recipe())
     for wrong in ("nanogpt@", "nanogpt@128k", "nanogpt@0", "nanogpt@128x", "nanogpt@128x0"):
         with pytest.raises(ValueError, match="is no system; give nanogpt@TOKENS"):
-            peers.parse_peer(wrong)
+            systems.parse_system(wrong)
     whole = peers.Shape(50304, 2048, quick=False)
-    own, smaller = peers.Recipe(), peers.Recipe(131_072)
+    own, smaller = systems.Recipe(), systems.Recipe(131_072)
     assert peers.PEERS["nanogpt"].batch(whole, own)[:2] == (240, 16)
     assert peers.PEERS["nanogpt"].batch(whole, smaller)[:2] == (64, 16)
     assert peers.PEERS["nanochat"].batch(whole, own) == (256, 32, 1)
     assert peers.PEERS["nanochat"].batch(whole, smaller) == (64, 32, 0.25)
     for tokens in (1000, 36 * 2048):
         with pytest.raises(ValueError, match="does not divide into micro-batches"):
-            peers.PEERS["nanogpt"].batch(whole, peers.Recipe(tokens))
+            peers.PEERS["nanogpt"].batch(whole, systems.Recipe(tokens))
 
 
 def test_the_target_is_the_best_of_nanogpts_longest_runs_on_the_same_windows(
@@ -210,6 +211,21 @@ def test_a_config_with_schedules_of_its_own_is_trained_and_other_windows_are_ref
         training.run_ours("hero", 0.5, args)
 
 
+def test_our_batch_and_rates_follow_the_systems_name(benchmark: Any) -> None:
+    training = importlib.import_module("time_to_loss_training")
+    args = Namespace(quick=True, set=["train.tokens_per_step=512", "optim.embedding_lr=0.25"])
+    before, after, half = (
+        training.our_config(name, args) for name in ("hero", "hero@256x0.5", "hero@64")
+    )
+    assert (before.train.tokens_per_step, before.train.micro_batch_size) == (512, 4)
+    assert (after.train.tokens_per_step, after.train.micro_batch_size) == (256, 4)
+    assert (half.train.tokens_per_step, half.train.micro_batch_size) == (64, 2)
+    for name in ("lr", "adamw_lr", "embedding_lr"):
+        assert getattr(after.optim, name) == 0.5 * getattr(before.optim, name)
+        assert getattr(half.optim, name) == getattr(before.optim, name)
+    assert training.our_config("hero@64", args, **{"optim.lr": 0.1}).optim.lr == 0.1
+
+
 def test_what_a_system_lacks_is_said_before_another_trains(benchmark: Any, tmp_path: Path) -> None:
     given = {"data_dir": benchmark.quick_data(tmp_path), "quick": True, "peer_dir": tmp_path}
     args = Namespace(**given, set=[])
@@ -218,6 +234,8 @@ def test_what_a_system_lacks_is_said_before_another_trains(benchmark: Any, tmp_p
         "frontier": "frontier.json",
         "nanogpt": "no checkout 'nanoGPT'",
         "nanogpt@100": "does not divide into micro-batches",
+        "hero@100": "tokens_per_step",
+        "hero@": "give hero@TOKENS or hero@TOKENSxFACTOR",
     }.items():
         with pytest.raises(SystemExit, match=lack):
             benchmark.check(name, args)

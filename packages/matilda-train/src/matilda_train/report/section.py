@@ -38,15 +38,19 @@ def replace_section(page: str | Path, name: str, text: str, *, title: str = "") 
 
 def describe_provenance(provenance: Mapping[str, Sequence[Any]]) -> str:
     """Commit, hardware, versions, data and date in one sentence's end."""
+    hashes = ("git_sha", "data_id")
     known = {
-        name: ", ".join(str(value) for value in values if value is not None) or "unknown"
+        name: ", ".join(
+            str(value)[: 12 if name in hashes else None] for value in values if value is not None
+        )
+        or "unknown"
         for name, values in provenance.items()
     }
     changed = " and uncommitted changes" if True in provenance.get("uncommitted", []) else ""
     on_gpu = known.get("cuda") != "unknown" and known["device"] != "cpu"
     cuda = f", CUDA {known['cuda']}" if on_gpu else ""
     return (
-        f"commit {known['git_sha'][:12]}{changed}, {known['device']}, torch {known['torch']}"
-        f"{cuda}, Python {known['python']}, data set {known['data_id'][:12]}, "
+        f"commit {known['git_sha']}{changed}, {known['device']}, torch {known['torch']}"
+        f"{cuda}, Python {known['python']}, data set {known['data_id']}, "
         f"on {known['dates']} (UTC)"
     )
