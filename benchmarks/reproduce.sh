@@ -89,7 +89,9 @@ rates() {
         return
     fi
     local turns=(--seeds 1 --jobs-per-gpu 3 --take-turns)
-    local hero=("${turns[@]}" --set train.micro_batch_size=32 eval.tokens=524288 eval.sample_tokens=0)
+    # The points decide the rate and the decay: what the configs say of them may change meanwhile.
+    local hero=("${turns[@]}" --set optim.lr=0.004 optim.weight_decay=0.01
+        train.micro_batch_size=32 eval.tokens=524288 eval.sample_tokens=0)
     study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${hero[@]}" train.total_steps=160 train.tokens_per_step=131072 optim.warmup_steps=20 \
         eval.every_steps=160
@@ -100,8 +102,8 @@ rates() {
         "${hero[@]}" train.total_steps=640 train.tokens_per_step=32768 train.micro_batch_size=16 \
         optim.warmup_steps=80 eval.every_steps=640
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
-        "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20 \
-        optim.lr=0.008 optim.weight_decay=0.01 # of no row: what the config says may change
+        "${turns[@]}" --set optim.lr=0.008 optim.weight_decay=0.01 \
+        train.total_steps=160 optim.warmup_steps=20
 }
 
 ablate() {

@@ -94,6 +94,26 @@ def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     assert "](ablations-loss-parity.svg)" in text  # a blank would end the link
     assert (page.parent / "ablations-loss-parity.svg").read_text().endswith("</svg>\n")
 
+    whole = tmp_path / "whole.json"  # a study of fewer rows and seeds loses none of its runs
+    whole.write_text(ended.stdout)
+    fewer = ("--variants", ROWS[0], "--seeds", "1", "--earlier", "whole.json", "--json", whole.name)
+    less = study(tmp_path / "less", *fewer)
+    assert less.returncode == 0, less.stderr
+    kept = json.loads(whole.read_text())
+    assert [(row["name"], len(row["runs"])) for row in kept["rows"]] == [
+        ("baseline", 1),
+        ("no_qk_norm", 1),
+    ]
+    assert [(row["name"], len(row["runs"])) for row in kept["other_rows"]] == [
+        ("baseline", 1),
+        ("no_qk_norm", 1),
+        ("again", 2),
+    ]
+    more = study(tmp_path / "more", "--earlier", "whole.json")
+    assert more.returncode == 0, more.stderr
+    assert without_clocks(json.loads(more.stdout)) == without_clocks(result)
+    assert not list((tmp_path / "more").glob("runs/*/*"))
+
     part = without_seed(json.loads(ended.stdout), 1)
     (tmp_path / "earlier.json").write_text(json.dumps(part))
     known = ("--earlier", "earlier.json", "--in-process")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,8 @@ class StudyResult:
     `dates` on which they were trained."""
     missing: list[tuple[str, int]]
     """Runs, as (row, seed), that have not ended."""
+    other_rows: list[dict[str, Any]] = field(default_factory=list)
+    """Runs of `--earlier` that are none of this study, by row, for one that asks for them."""
 
     @property
     def begun(self) -> list[RowResult]:
@@ -88,6 +90,7 @@ class StudyResult:
             "provenance": self.provenance,
             "missing": self.missing,
             "rows": [asdict(row) for row in self.rows],
+            "other_rows": self.other_rows,
         }
 
 
@@ -139,6 +142,7 @@ def read_study(study: Study, *, baseline: str = BASELINE) -> StudyResult:
         noises=noises,
         provenance=_provenance(study),
         missing=missing,
+        other_rows=study.earlier.without({job.key for job in study.jobs()}),
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,17 @@ class EarlierRuns:
     runs: Mapping[tuple[str, int], RunResult] = field(default_factory=dict)
     """By row and seed."""
     provenance: Mapping[str, Sequence[Any]] = field(default_factory=dict)
+    rows: Sequence[Mapping[str, Any]] = ()
+    """Every row that has a run there, asked for or not: `name`, `reason`, `fields`, `runs`."""
+
+    def without(self, keys: Collection[tuple[str, int]]) -> list[dict[str, Any]]:
+        """`rows` with the runs of other rows and seeds than `keys`, where there are any."""
+        left = []
+        for row in self.rows:
+            runs = [run for run in row["runs"] if (row["name"], run["seed"]) not in keys]
+            if runs:
+                left.append({**row, "runs": runs})
+        return left
 
 
 def read_earlier(file: Path, rows: Sequence[Row], base: RunConfig) -> EarlierRuns:
@@ -85,7 +96,12 @@ def read_earlier(file: Path, rows: Sequence[Row], base: RunConfig) -> EarlierRun
         found = json.loads(file.read_text(encoding="utf-8"))
         if found["format"] != FORMAT:
             raise KeyError("format")
-        theirs = {row["name"]: row for row in found["rows"]}
+        theirs: dict[str, dict[str, Any]] = {}
+        for row in (*found["rows"], *found.get("other_rows", ())):
+            known_row = theirs.setdefault(row["name"], _plain(row, []))
+            if known_row["fields"] != row["fields"]:
+                raise ValueError(f"two rows {row['name']!r}")
+            known_row["runs"] += row["runs"]
         runs = {
             (name, run["seed"]): RunResult(
                 **run
@@ -118,4 +134,12 @@ def read_earlier(file: Path, rows: Sequence[Row], base: RunConfig) -> EarlierRun
             "leave them out."
         )
     names = {row.name for row in rows}
-    return EarlierRuns({key: run for key, run in runs.items() if key[0] in names}, provenance)
+    return EarlierRuns(
+        {key: run for key, run in runs.items() if key[0] in names},
+        provenance,
+        [row for row in theirs.values() if row["runs"]],
+    )
+
+
+def _plain(row: Mapping[str, Any], runs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"name": row["name"], "reason": row["reason"], "fields": row["fields"], "runs": runs}
