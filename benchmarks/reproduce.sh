@@ -124,8 +124,7 @@ ablate() {
         study study ablation_48m --variants "$@" --seeds 3 --jobs-per-gpu 3 --take-turns \
             --set log.autopsies=0
     }
-    one_change "${rows[@]}" # each whole before the next begins
-    one_change "${rows[@]}" "${more[@]}"
+    one_change "${rows[@]}" # whole first; then a whole seed of all before the next
     one_change "${rows[@]}" "${more[@]}" "${options[@]}"
 }
 
