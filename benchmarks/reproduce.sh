@@ -5,7 +5,7 @@
 #
 #   data      83/17 mixture of the corpus' prose and code, and what of the questions is in it
 #   table     a training step of every config and back end, beside its peers
-#   rates     learning rate and weight decay of the hero and of the ablations' model
+#   rates     learning rates, weight decay and batch of the hero and of the ablations' model
 #   ablate    one change a row, three seeds
 #   hero      0.54 billion tokens with base_152m_v2, killed once by SIGKILL and resumed
 #   frontier  the same with frontier_152m, where that config is
@@ -101,6 +101,8 @@ rates() {
     study hero-quarter-batch base_152m_v2 --grid optim.lr=0.002,0.004 optim.weight_decay=0.1 \
         "${hero[@]}" train.total_steps=640 train.tokens_per_step=32768 train.micro_batch_size=16 \
         optim.warmup_steps=80 eval.every_steps=640
+    study embedding-rates ablation_48m --grid optim.adamw_lr=0.0015,0.003,0.006,0.012 \
+        "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set optim.lr=0.008 optim.weight_decay=0.01 \
         train.total_steps=160 optim.warmup_steps=20
