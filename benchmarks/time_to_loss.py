@@ -103,7 +103,11 @@ def main() -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         if args.child:
             return child(args)
-        failed, left = ([], []) if args.table else run_all(args)
+        try:
+            failed, left = ([], []) if args.table else run_all(args)
+        except KeyboardInterrupt:
+            print("time_to_loss.py: stopped; run it again for what had not ended", file=sys.stderr)
+            return EXIT_PREEMPTED
         results = [json.loads(path.read_text()) for path in sorted(args.out.glob("*.json"))]
         text = describe(results)
         print(text)
@@ -157,6 +161,9 @@ def run_all(args: argparse.Namespace) -> tuple[list[str], list[str]]:
                         result_path(args.out, wanted).with_suffix(".begun").unlink()
                 time.sleep(0.1)
         finally:
+            if running:  # a second signal would leave some of them behind
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             for _, process in running.values():
                 process.kill()
                 process.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import json
 import math
@@ -9,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -335,6 +337,23 @@ def test_systems_meet_each_on_a_gpu_of_its_own_and_one_that_fails_is_named(tmp_p
         text=True, timeout=100,
     )  # fmt: skip
     assert late.stdout == "([], ['nanogpt:8', 'hero:3'])\n", late.stderr
+
+
+def test_stopped_it_takes_its_system_with_it_and_says_how_to_go_on(tmp_path: Path) -> None:
+    program = subprocess.Popen(
+        [sys.executable, "benchmarks/time_to_loss.py", "--quick", "--out", str(tmp_path)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    while not (tmp_path / "runs").exists():  # made by the system, once it runs
+        assert program.poll() is None
+        time.sleep(0.01)
+    program.terminate()
+    _, told = program.communicate(timeout=100)
+    assert program.returncode == 75
+    assert told.splitlines()[-1] == "time_to_loss.py: stopped; run it again for what had not ended"
+    assert "Traceback" not in told
+    with (tmp_path / "hero-0.05.begun").open() as lock:  # the system's, which is gone
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def test_a_system_that_was_cut_off_is_run_again_and_never_beside_its_orphan(tmp_path: Path) -> None:
