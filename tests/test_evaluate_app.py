@@ -212,7 +212,14 @@ def test_contaminated_items_are_counted_and_left_out(
     assert (tasks["sciq"]["items"], tasks["sciq_clean"]["items"]) == (21, 20)
     assert tasks["sciq"]["contaminated"] == 1
     assert tasks["sciq"]["correct"][:20] == tasks["sciq_clean"]["correct"]
-    # Measured on another file, it says nothing of this one.
+    # Measured in other text than the model has seen, or on another file, it says nothing of this.
+    report = json.loads(overlap.read_text())
+    for data_id in ("0" * 64, json.loads((run_dir / "run.json").read_text())["data_id"]):
+        report["searched"]["data_id"] = data_id
+        (tmp_path / "other.json").write_text(json.dumps(report))
+        done = evaluate(*arguments, "--contamination", tmp_path / "other.json")
+        refused = "was measured in data set 000000000000, but the model" in done.stderr
+        assert (done.returncode, refused) == ((2, True) if data_id == "0" * 64 else (0, False))
     copied.write_bytes(gzip.compress(items.encode() * 2))
     done = evaluate(*arguments, "--contamination", overlap)
     assert (done.returncode, "another 'sciq_val.jsonl.gz'" in done.stderr) == (2, True)

@@ -121,10 +121,17 @@ def check_request(
             raise ValueError("`--contamination` needs the task files it is about: `--task-dir`.")
         return None, []
     files = read_tasks(task_dir, names, limit=limit)
-    overlap = None if contamination is None else read_overlap(contamination)
-    for file in files if overlap is not None else ():
-        assert overlap is not None
+    if contamination is None:
+        return None, files
+    overlap = read_overlap(contamination)
+    for file in files:
         overlap.ids(file)
+    searched, trained = overlap.searched.get("data_id"), (subject.origin or {}).get("data_id")
+    if searched and trained and searched != trained:
+        raise ValueError(
+            f"The overlap {str(contamination)!r} was measured in data set {searched[:12]}, but the "
+            f"model was trained on {trained[:12]}; measure it again with `matilda-data overlap`."
+        )
     return overlap, files
 
 
