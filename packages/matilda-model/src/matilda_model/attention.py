@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from matilda_model.cache import LayerCache
 from matilda_model.config import GATE_CHANNELS, ModelConfig
 from matilda_model.device import has_flash4, has_quack, has_triton
-from matilda_model.layers import Linear, RMSNorm, apply_rope
+from matilda_model.layers import Linear, RMSNorm, apply_rope, are_bare
 
 _SDPA_ORDER = {
     # cuDNN first: 276 against 180 TFLOP/s (flash) at head dim 64, T=2048, forward + backward, H100
@@ -183,7 +183,7 @@ class Attention(nn.Module):
         q_BTHE, k_BTKE, v_BTKE = self.heads(x_BTD, cos, sin, plain=cache is not None)
         if self.value_embed is not None and self.value_gate is not None:
             gate_BTK = 2.0 * torch.sigmoid(self.value_gate(x_BTD[..., :GATE_CHANNELS]))
-            added = F.embedding(input_ids_BT, self.value_embed.weight).to(v_BTKE.dtype)
+            added = self.value_embed(input_ids_BT).to(v_BTKE.dtype)
             v_BTKE = v_BTKE + gate_BTK[..., None] * added.view_as(v_BTKE)
         if cache is None:
             documents_BT = self.documents(input_ids_BT)
@@ -199,7 +199,7 @@ class Attention(nn.Module):
         if residual_BTD is None:
             alone: Tensor = self.o(y_BTX)
             return alone
-        if self.takes_quack(y_BTX, "quack_residual", "quack_all"):
+        if self.takes_quack(y_BTX, "quack_residual", "quack_all") and are_bare(self.o):
             from matilda_model.quack_products import QuackLinearAdd
 
             weight = self.o.weight.to(y_BTX.dtype)
@@ -237,12 +237,11 @@ class Attention(nn.Module):
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, e = x_BTD.shape[:2], self.head_dim
-        q, k, v = self.q.weight, self.k.weight, self.v.weight
-        if x_BTD.dtype == q.dtype:
+        if x_BTD.dtype == self.q.weight.dtype or not are_bare(self.q, self.k, self.v):
             return (
-                F.linear(x_BTD, q).view(*rows, self.n_heads, e),
-                F.linear(x_BTD, k).view(*rows, self.n_kv_heads, e),
-                F.linear(x_BTD, v).view(*rows, self.n_kv_heads, e),
+                self.q(x_BTD).view(*rows, self.n_heads, e),
+                self.k(x_BTD).view(*rows, self.n_kv_heads, e),
+                self.v(x_BTD).view(*rows, self.n_kv_heads, e),
             )
         sizes = [self.n_heads, self.n_kv_heads, self.n_kv_heads]
         qkv = self.joint_product(x_BTD).view(*rows, sum(sizes), e)
@@ -266,6 +265,8 @@ class Attention(nn.Module):
 
     def _fuses(self, x_BTD: Tensor) -> bool:
         if self.norm == "plain" or x_BTD.device.type != "cuda" or self.q_norm is None:
+            return False
+        if not are_bare(self.q, self.k, self.v):
             return False
         asked = self.norm in ("fused", "folded")
         return asked or (x_BTD.dtype == torch.bfloat16 and bool(has_triton()))

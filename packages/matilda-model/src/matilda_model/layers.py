@@ -32,6 +32,21 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+def are_bare(*layers: nn.Module) -> bool:
+    """Whether calling these layers is multiplying by their weights and nothing more.
+
+    Not so for what has replaced a `Linear` (an adapter, a quantised or sharded layer) and for one
+    with hooks: such a layer must be called.
+    """
+    return all(type(layer) is Linear and not has_hooks(layer) for layer in layers)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether someone waits for this layer to be called."""
+    forward = layer._forward_hooks or layer._forward_pre_hooks
+    return bool(forward or layer._backward_hooks or layer._backward_pre_hooks)
+
+
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (Zhang & Sennrich 2019), in float32.
 
@@ -48,6 +63,8 @@ class RMSNorm(nn.Module):
 
     def branch(self, x: Tensor, backend: str) -> tuple[Tensor, Tensor]:
         """The norm of `x`, and `x` for the residual stream; see `branching_rms_norm`."""
+        if not x.is_cuda or has_hooks(self):
+            return self(x), x
         return branching_rms_norm(x, self.weight, self.eps, backend)
 
     def extra_repr(self) -> str:
@@ -120,6 +137,9 @@ class ReLU2(nn.Module):
 
     def forward(self, x_BTD: Tensor, residual_BTD: Tensor | None = None) -> Tensor:
         """The MLP of `x_BTD`, plus `residual_BTD` when given."""
+        if not are_bare(self.up, self.down):
+            out: Tensor = self.down(F.relu(self.up(x_BTD)).square())
+            return out if residual_BTD is None else residual_BTD + out
         dtype = x_BTD.dtype
         up, down = self.up.weight.to(dtype), self.down.weight.to(dtype)
         return self.product(x_BTD, up, down, residual_BTD)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from matilda_model.attention import Attention
 from matilda_model.cache import KVCache, LayerCache
 from matilda_model.config import ModelConfig
-from matilda_model.layers import Linear, ReLU2, RMSNorm, SwiGLU, rope_table
+from matilda_model.layers import Linear, ReLU2, RMSNorm, SwiGLU, are_bare, rope_table
 from matilda_model.loss import (
     LossOutput,
     linear_cross_entropy,
@@ -68,6 +68,8 @@ class Block(nn.Module):
         """Whether both norms are parts of the products around them here."""
         asked = self.may_fold and self.norm_backend in ("auto", "folded")
         if not (asked and isinstance(self.mlp, ReLU2)):
+            return False
+        if not are_bare(self.attn.o, self.mlp.up, self.mlp.down):
             return False
         quack = self.mlp.kind(x_BTD) == "quack_all" and self.attn.takes_quack(x_BTD, "quack_all")
         return quack and self.attn.joins(x_BTD)
@@ -285,7 +287,7 @@ class Transformer(nn.Module):
 
     @property
     def _head_weight(self) -> Tensor:
-        """[V, D], float32."""
+        """[V, D], float32. The loss multiplies by it, so that a head is read and never called."""
         return self.embed.weight if self.head is None else self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
@@ -308,7 +310,7 @@ class Transformer(nn.Module):
             cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
             if self.config.document_token is not None:
                 cache.note_documents(input_ids_BT, self.config.document_token)
-        x_BTD = F.embedding(input_ids_BT, self.embed.weight).to(self.compute_dtype)
+        x_BTD = self.embed(input_ids_BT).to(self.compute_dtype)
         embedding_BTD = x_BTD
         squares_N: Tensor | None = None
         blocks: list[Any] = list(self.blocks)
