@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from matilda_model import (
     ModelConfig,
@@ -100,6 +101,29 @@ def test_loading_draws_nothing_and_fills_every_tensor(
         assert torch.equal(loaded(ids), model(ids))
 
 
+@pytest.mark.parametrize("wrap", ["blocks compiled", "activation checkpointing"])
+def test_wrapped_blocks_are_saved_under_their_own_names(tmp_path: Path, wrap: str) -> None:
+    model = made()
+    ids = torch.randint(0, 64, (2, 9))
+    expected = model(ids)
+    for i, block in enumerate(model.blocks):
+        compiled = torch.compile(block, backend="eager")
+        wrapped = compiled if wrap == "blocks compiled" else checkpoint_wrapper(block)
+        assert isinstance(wrapped, torch.nn.Module)
+        model.blocks[i] = wrapped
+    loaded = load_pretrained(save_pretrained(model, tmp_path / "model"))
+    assert torch.equal(loaded(ids), expected)
+    pytest.importorskip("transformers", reason="needs the `export` extra")
+    assert export_transformers(model, tmp_path / "exported", ids) <= 1e-4
+
+
+def test_what_holds_no_transformer_is_refused_before_a_file_is_written(tmp_path: Path) -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="`model` must be a `Transformer`, not a 'Linear'"):
+        save_pretrained(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_compiled_model_is_saved_under_its_own_names(tmp_path: Path) -> None:
     model = made()
     compiled = torch.compile(model, backend="eager")
@@ -171,6 +195,10 @@ def test_damaged_or_foreign_folders_are_refused_by_name(tmp_path: Path) -> None:
     whole, text = weights.read_bytes(), config.read_text()
     for length in (0, 5, 100, len(whole) - 1):
         weights.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match="no readable safetensors file"):
+            load_pretrained(folder)
+    for header in (b"[1]", b"null", b'"x"'):
+        weights.write_bytes(len(header).to_bytes(8, "little") + header)
         with pytest.raises(ValueError, match="no readable safetensors file"):
             load_pretrained(folder)
     weights.write_bytes(whole)

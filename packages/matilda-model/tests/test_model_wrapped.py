@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from matilda_model import ModelConfig, Transformer, save_pretrained
+from matilda_model import ModelConfig, Transformer, load_pretrained, save_pretrained
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=16,
@@ -33,6 +34,9 @@ def test_wrapped_loss_and_gradients_equal_the_bare_model(wrapper: str, tmp_path:
     wrapped: torch.nn.Module
     if wrapper == "ddp":
         wrapped = DistributedDataParallel(model)
+        saved: Any = wrapped
+        loaded = load_pretrained(save_pretrained(saved, tmp_path / "model"))
+        assert all(map(torch.equal, loaded.parameters(), bare.parameters()))
     else:
         mesh = init_device_mesh("cpu", (1,))
         for block in model.blocks:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from matilda_model.model import Transformer
-from matilda_model.pretrained import whole_weights
+from matilda_model.pretrained import unwrapped, whole_weights
 from matilda_model.tensor_file import write_tensors
 
 _NAMES = {
@@ -59,6 +59,7 @@ def export_transformers(
     Needs the `export` extra. Raises ValueError when the shape has no counterpart, when `folder`
     exists, when the extra is missing and when logits or tokens disagree.
     """
+    model = unwrapped(model)
     config, folder = model.config, Path(folder)
     if not config.qk_norm:
         raise ValueError("`qk_norm` is off, which transformers' Qwen3 cannot express: not exported")

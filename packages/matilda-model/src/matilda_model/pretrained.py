@@ -9,22 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from matilda_model.config import ModelConfig
 from matilda_model.model import Transformer
 from matilda_model.tensor_file import read_tensors, write_tensors
 
 _FORMAT = "matilda-model/1"
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module")  # what they add to a parameter's name
 
 
 def save_pretrained(model: Transformer, folder: str | Path) -> Path:
     """Write config and weights to `folder`, made if missing; the folder.
 
-    A compiled model is saved as the one it was made from. Raises ValueError for one that is sharded
-    over ranks.
+    What `torch.compile`, DDP or activation checkpointing wrapped, as a whole or block by block, is
+    saved as the model it was made from. Raises ValueError for one that is sharded over ranks.
     """
     folder = Path(folder)
+    model = unwrapped(model)
     weights = whole_weights(model)
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", weights)
@@ -147,10 +149,22 @@ def _build(
     return model.to(device).eval()
 
 
+def unwrapped(model: nn.Module) -> Transformer:
+    """The model that `torch.compile` or DDP, one or both, hold. Raises ValueError without one."""
+    inner: Any = model
+    while not isinstance(inner, Transformer):
+        inner = getattr(inner, "_orig_mod", None) or getattr(inner, "module", None)
+        if inner is None:
+            raise ValueError(f"`model` must be a `Transformer`, not a {type(model).__name__!r}")
+    return inner
+
+
 def whole_weights(model: Transformer) -> dict[str, Tensor]:
-    """Every parameter by its own name, also of what `torch.compile` returned."""
-    plain: Transformer = getattr(model, "_orig_mod", model)
-    weights = {name: parameter.detach() for name, parameter in plain.named_parameters()}
+    """Every parameter by its own name, whatever wraps its block."""
+    weights = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): parameter.detach()
+        for name, parameter in model.named_parameters()
+    }
     for name, weight in weights.items():
         if hasattr(weight, "full_tensor"):
             raise ValueError(

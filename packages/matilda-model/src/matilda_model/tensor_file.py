@@ -64,6 +64,8 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         if size > min(len(data) - 8, _LARGEST_HEADER):
             raise ValueError("its header is cut off")
         header = json.loads(data[8 : 8 + size])
+        if not isinstance(header, dict):
+            raise ValueError("its header is no JSON object")
         body = memoryview(data)[8 + size :]
         tensors = {}
         for name, entry in header.items():
