@@ -43,8 +43,14 @@ def causal_attention(
     """Causal softmax attention, scale `1/sqrt(E)`; [B, T, H, E] in the dtype of the inputs.
 
     With a `window` each query sees that many keys, its own the last; with `documents_BT` (see
-    `count_documents`) only those of its own document.
+    `count_documents`) only those of its own document. Raises ValueError for a back end of CUDA's
+    on a CPU.
     """
+    if backend in ("cudnn", "fa4", "fa4_joint") and q_BTHE.device.type == "cpu":
+        raise ValueError(
+            f"`attention` back end {backend!r} runs on CUDA only: use 'auto' or 'math' on this "
+            "device"
+        )
     masked = window is not None or documents_BT is not None
     if backend == "flex" or (masked and backend == "auto" and q_BTHE.is_cuda):
         return _flex_attention(q_BTHE, k_BTKE, v_BTKE, window, documents_BT)

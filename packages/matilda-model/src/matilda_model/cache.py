@@ -111,6 +111,14 @@ class KVCache:
             for _ in range(config.n_layers)
         ]
 
+    def check_rows(self, rows: int) -> None:
+        """Raises ValueError unless the cache was made for a batch of `rows`."""
+        if rows != self.positions_B.shape[0]:
+            raise ValueError(
+                f"the cache holds {self.positions_B.shape[0]!r} rows and ids of {rows!r} are "
+                "given: make it with this `batch`"
+            )
+
     def next_positions(self, n_new: int) -> Tensor:
         """Positions of the next `n_new` tokens of every row, [B, n_new]."""
         if self.filled + n_new > self.capacity:

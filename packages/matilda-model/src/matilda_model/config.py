@@ -151,7 +151,8 @@ class ModelConfig:
         _check_choice("loss", self.loss, LOSS_BACKENDS)
         _check_choice("norm", self.norm, NORM_BACKENDS)
         _check_choice("matmul", self.matmul, MATMUL_BACKENDS)
-        if not self.window_pattern or set(self.window_pattern) - set("LS"):
+        pattern = self.window_pattern
+        if not isinstance(pattern, str) or not pattern or set(pattern) - set("LS"):
             raise ValueError(
                 f"`window_pattern` must be made of L and S, such as 'SSSL', not "
                 f"{self.window_pattern!r}"

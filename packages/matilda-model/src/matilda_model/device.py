@@ -20,6 +20,11 @@ def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
+def interprets_triton() -> bool:
+    """Whether triton's interpreter runs its kernels, which it does on a CPU too."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
 def has_hopper_triton() -> bool:
     """Whether the current CUDA device is a Hopper (or later) and triton can be imported."""
     return (
@@ -75,5 +80,12 @@ def _can_import(package: str, module: str) -> bool:
 
 # What `torch.compiler.assume_constant_result` does, without the seconds that importing the
 # compiler takes: a run that does not compile never needs it.
-for _function in (has_triton, has_hopper_triton, has_flash4, has_flash4_tiles, has_quack):
+for _function in (
+    has_triton,
+    interprets_triton,
+    has_hopper_triton,
+    has_flash4,
+    has_flash4_tiles,
+    has_quack,
+):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -23,10 +23,19 @@ from matilda_model.second_derivative import refuse_second_derivative
 
 @functools.cache
 def _interface() -> Any:
-    """flash-attn-4's functions, with its cache on disk, which it does not use unless it is told."""
+    """flash-attn-4's functions, with its cache on disk, which it does not use unless it is told.
+
+    Raises ValueError without the `hopper` extra.
+    """
     name_user()
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
-    return importlib.import_module("flash_attn.cute.interface")
+    try:
+        return importlib.import_module("flash_attn.cute.interface")
+    except ImportError as error:
+        raise ValueError(
+            "FlashAttention-4 is not installed; add it with `pip install 'matilda-model[hopper]'` "
+            "or set `attention` to 'auto'"
+        ) from error
 
 
 @torch.library.custom_op("matilda_model::fa4_forward", mutates_args=())

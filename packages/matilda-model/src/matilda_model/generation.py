@@ -188,8 +188,10 @@ def _decode(
     stopped, and its logits [B, V]."""
     config = model.config
     _check_sampling(temperature, top_k, top_p)
-    if max_new_tokens < 0:
-        raise ValueError(f"`max_new_tokens` must be at least 0, not {max_new_tokens!r}")
+    if not _is_integer(max_new_tokens) or max_new_tokens < 0:
+        raise ValueError(
+            f"`max_new_tokens` must be an integer of at least 0, not {max_new_tokens!r}"
+        )
     longest = max(len(prompt) for prompt in prompts)
     if longest + max_new_tokens > config.max_seq_len:
         raise ValueError(
@@ -197,8 +199,10 @@ def _decode(
             f"model's `max_seq_len` {config.max_seq_len!r}: shorten the prompt or ask for fewer"
         )
     limit = config.vocab_size if vocab_limit is None else vocab_limit
-    if not 1 <= limit <= config.vocab_size:
-        raise ValueError(f"`vocab_limit` must be in 1..{config.vocab_size}, not {limit!r}")
+    if not _is_integer(limit) or not 1 <= limit <= config.vocab_size:
+        raise ValueError(
+            f"`vocab_limit` must be in 1..{config.vocab_size}, an integer, not {limit!r}"
+        )
     for token in (token for prompt in prompts for token in prompt):
         if not 0 <= token < limit:
             raise ValueError(f"`prompt_ids` holds {token!r}, which is outside 0..{limit - 1}")
@@ -289,14 +293,19 @@ def sample(
 def _check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
     if not temperature >= 0.0:
         raise ValueError(f"`temperature` must be at least 0, not {temperature!r}")
-    try:
-        fits = top_k is None or index(top_k) >= 1
-    except TypeError:
-        fits = False
-    if not fits:
+    if top_k is not None and not (_is_integer(top_k) and index(top_k) >= 1):
         raise ValueError(f"`top_k` must be an integer of at least 1, or None, not {top_k!r}")
     if top_p is not None and not 0.0 < top_p <= 1.0:
         raise ValueError(f"`top_p` must be in (0, 1] or None, not {top_p!r}")
+
+
+def _is_integer(value: Any) -> bool:
+    """Whether Python takes `value` for an integer: numpy's, too."""
+    try:
+        index(value)
+    except TypeError:
+        return False
+    return True
 
 
 def _as_stops(stop_ids: Any) -> set[int]:

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from matilda_model.device import has_hopper_triton, has_quack, has_triton
+from matilda_model.device import has_hopper_triton, has_quack, has_triton, interprets_triton
 from matilda_model.second_derivative import refuse_second_derivative
 
 _CHUNK_TOKENS = 8192
@@ -51,8 +51,8 @@ def linear_cross_entropy(
 
     `targets_N` is int64. A negative target (-1, torch's -100) is ignored by every back end but
     `"liger"`, whose targets must all be real. Raises ValueError unless each row of `h_ND` has one
-    target; one that exceeds the vocabulary is an error, on a GPU when it is next waited for. Back
-    ends:
+    target, and for a back end that cannot run here; a target that exceeds the vocabulary is an
+    error, on a GPU when it is next waited for. Back ends:
 
     - `"plain"`: all logits at once, differentiated by autograd: the reference.
     - `"chunked"`: rows in chunks, gradients taken while the chunk's logits exist; float32 sums.
@@ -76,6 +76,8 @@ def linear_cross_entropy(
         return _plain(h_ND, weight_VD, targets_N, softcap, z_loss)
     if backend == "fused_fp8":
         _check_fp8(h_ND, weight_VD)
+    if backend in ("fused", "fused_quack"):
+        _check_cuda(h_ND, backend)
     if backend in ("chunked", "fused", "fused_quack", "fused_fp8"):
         with_grad = torch.is_grad_enabled() and (h_ND.requires_grad or weight_VD.requires_grad)
         loss, ce, zl = _SweepLoss.apply(
@@ -136,6 +138,13 @@ def _check_targets(h_ND: Tensor, targets_N: Tensor) -> None:
         raise ValueError(
             f"targets of shape {tuple(targets_N.shape)!r} do not fit {h_ND.shape[0]!r} tokens: "
             "give one target for each"
+        )
+
+
+def _check_cuda(h_ND: Tensor, backend: str) -> None:
+    if h_ND.device.type == "cpu" and not interprets_triton():
+        raise ValueError(
+            f"`loss` back end {backend!r} runs on CUDA only: use 'plain' or 'auto' on this device"
         )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal, Self, overload
 
 import torch
@@ -114,7 +114,7 @@ class Transformer(nn.Module):
     `compute_dtype` (float32 until set: `model.compute_dtype = torch.bfloat16`); norms, RoPE,
     logits and loss are float32 whatever it is. Initial values come from torch's default generator,
     so `torch.manual_seed` fixes them; a model made on the meta device has its values from
-    `init_weights` or `load_state_dict` after `to_empty`.
+    `init_weights` or `load_state_dict` after `to_empty`, or from `load_state_dict(…, assign=True)`.
     """
 
     cos: Tensor
@@ -159,11 +159,21 @@ class Transformer(nn.Module):
             parameter.normal_(0.0, std, generator=generator)
         self._fill_rope()
 
-    def _fill_rope(self) -> None:
-        """Set the RoPE table, float32 whatever the parameters are, on its device."""
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """torch's; the RoPE table, which no state holds, follows parameters off the meta device."""
+        result = super().load_state_dict(state_dict, strict=strict, assign=assign)
+        if self.cos.is_meta and not self.embed.weight.is_meta:
+            self._fill_rope(self.embed.weight.device)
+        return result
+
+    def _fill_rope(self, device: torch.device | None = None) -> None:
+        """Set the RoPE table, float32 whatever the parameters are, on its device or another."""
         config = self.config
+        device = device or self.cos.device
         self.cos, self.sin = rope_table(
-            config.max_seq_len, config.resolved_head_dim, config.rope_theta, self.cos.device
+            config.max_seq_len, config.resolved_head_dim, config.rope_theta, device
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -231,8 +241,8 @@ class Transformer(nn.Module):
         With `places_B` (int64 [B]) there are logits of that place of each row alone, [B, V]: of a
         long prompt all of them take far more memory than the one that is drawn from.
 
-        Raises ValueError for other shapes, `per_token` without targets, a cache or places with
-        them, and sequences longer than `max_seq_len`.
+        Raises ValueError for other shapes (one row is [1, T]), `per_token` without targets, a cache
+        or places with them, and sequences longer than `max_seq_len`.
         """
         if targets_BT is None:
             if per_token:
@@ -240,6 +250,11 @@ class Transformer(nn.Module):
             h_BTD = self.hidden(input_ids_BT, cache=cache)
             if places_B is None:
                 return self.logits(h_BTD)
+            if places_B.shape != input_ids_BT.shape[:1]:
+                raise ValueError(
+                    f"`places_B` has shape {tuple(places_B.shape)!r}: give one place for each of "
+                    f"the {input_ids_BT.shape[0]!r} rows"
+                )
             rows_B = torch.arange(h_BTD.shape[0], device=h_BTD.device)
             return self.logits(h_BTD[rows_B, places_B])
         if places_B is not None:
@@ -297,6 +312,11 @@ class Transformer(nn.Module):
 
     def hidden(self, input_ids_BT: Tensor, *, cache: KVCache | None = None) -> Tensor:
         """What the head multiplies, [B, T, D] in `compute_dtype`: normed and logit-scaled."""
+        if input_ids_BT.ndim != 2:
+            raise ValueError(
+                f"`input_ids_BT` has shape {tuple(input_ids_BT.shape)!r}: give rows of ids, "
+                "[B, T], such as `ids[None]` for one row"
+            )
         n_tokens = input_ids_BT.shape[1]
         if n_tokens > self.config.max_seq_len:
             raise ValueError(
@@ -306,6 +326,7 @@ class Transformer(nn.Module):
         if cache is None:
             cos, sin = self.cos[:n_tokens, None, :], self.sin[:n_tokens, None, :]
         else:
+            cache.check_rows(input_ids_BT.shape[0])
             positions_BT = cache.next_positions(n_tokens)
             cos, sin = self.cos[positions_BT, None, :], self.sin[positions_BT, None, :]
             if self.config.document_token is not None:
