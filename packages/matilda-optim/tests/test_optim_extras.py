@@ -61,6 +61,35 @@ def test_schedules_differ_by_group_and_by_key() -> None:
         GroupScheduler(optimizer, {"hidden": LINEAR})
 
 
+@pytest.mark.parametrize("tensor", [False, True])
+def test_a_group_that_is_added_later_joins_the_schedule(tensor: bool) -> None:
+    _, optimizer = two_groups()
+    schedules = {"hidden": LINEAR, "rest": constant, "late": LINEAR}
+    momentum = partial(momentum_warmup, warmup_steps=10)
+    scheduler = GroupScheduler(optimizer, schedules, weight_decay=LINEAR, momentum=momentum)
+    for _ in range(4):
+        optimizer.step()
+        scheduler.step()
+    lr = torch.tensor(0.1) if tensor else 0.1
+    late = {"params": [nn.Parameter(gaussian(16, 32))], "name": "late", "lr": lr}
+    optimizer.add_param_group(late | {"weight_decay": 0.2})
+    optimizer.step()
+    scheduler.step()
+    group = optimizer.param_groups[-1]
+    assert float(group["lr"]) == pytest.approx(0.05)
+    assert group["weight_decay"] == pytest.approx(0.1)
+    assert group["momentum"] == pytest.approx(0.9)
+    assert [float(lr) for lr in scheduler.get_last_lr()] == pytest.approx([0.01, 0.004, 0.05])
+    state = scheduler.state_dict()
+    scheduler.step()
+    scheduler.load_state_dict(state)
+    assert float(group["lr"]) == pytest.approx(0.05)
+    other = {"params": [nn.Parameter(gaussian(16, 32))], "name": "other"}
+    optimizer.add_param_group(other)
+    with pytest.raises(ValueError, match="no schedule for the group 'other'"):
+        scheduler.step()
+
+
 def test_a_resumed_scheduler_continues_exactly() -> None:
     _, a = two_groups()
     first = GroupScheduler(a, LINEAR, weight_decay=LINEAR)

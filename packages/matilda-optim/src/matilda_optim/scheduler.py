@@ -25,8 +25,10 @@ class GroupScheduler(LRScheduler):
             `initial_weight_decay`, in the same forms.
         momentum: the momentum itself, for the groups that have one, in the same forms.
 
-    Call `step()` after the optimizer's, as with any torch scheduler. The state is the step and the
-    initial values, so a resume anywhere is exact and the schedules may be edited in between.
+    Call `step()` after the optimizer's, as with any torch scheduler. A group that is added to the
+    optimizer later joins at the next step, from the values that it came with. The state is the
+    step and the initial values, so a resume anywhere is exact and the schedules may be edited in
+    between.
 
     Raises:
         ValueError: a mapping without an entry for one of the groups.
@@ -40,20 +42,40 @@ class GroupScheduler(LRScheduler):
         weight_decay: Schedule | Mapping[str, Schedule] | None = None,
         momentum: Schedule | Mapping[str, Schedule] | None = None,
     ) -> None:
-        groups = optimizer.param_groups
-        self._lr = [_pick(lr, group) for group in groups]
-        self._decay = [_pick(weight_decay, group) if weight_decay else None for group in groups]
-        self._momentum = [_pick(momentum, group) if momentum else None for group in groups]
-        for group, schedule in zip(groups, self._decay, strict=True):
-            if schedule is not None:  # kept as torch keeps `initial_lr`: another scheduler may come
-                group.setdefault("initial_weight_decay", group.get("weight_decay", 0.0))
-        self._base_decay = [
-            group.get("initial_weight_decay", group.get("weight_decay", 0.0)) for group in groups
-        ]
+        self._asked = (lr, weight_decay, momentum)
+        self._lr: list[Schedule] = []
+        self._decay: list[Schedule | None] = []
+        self._momentum: list[Schedule | None] = []
+        self._base_decay: list[float] = []
+        for group in optimizer.param_groups:
+            self._join(group)
         super().__init__(optimizer)
+
+    def _join(self, group: dict[str, Any]) -> None:
+        """Picks the schedules of the next group."""
+        lr, weight_decay, momentum = self._asked
+        picked = _pick(lr, group)
+        picked_decay = _pick(weight_decay, group) if weight_decay else None
+        picked_momentum = _pick(momentum, group) if momentum else None
+        self._lr.append(picked)
+        self._decay.append(picked_decay)
+        self._momentum.append(picked_momentum)
+        decay = group.get("weight_decay", 0.0)
+        if weight_decay:  # kept as torch keeps `initial_lr`: another scheduler may come
+            decay = group.setdefault("initial_weight_decay", decay)
+        self._base_decay.append(group.get("initial_weight_decay", decay))
+
+    def _join_late(self) -> None:
+        """The groups that the optimizer has been given since."""
+        for group in self.optimizer.param_groups[len(self._lr) :]:
+            self._join(group)
+            lr = group["lr"]
+            lr = group.setdefault("initial_lr", lr.clone() if isinstance(lr, Tensor) else lr)
+            self.base_lrs.append(lr.clone() if isinstance(lr, Tensor) else lr)
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rate of every group at the current step."""
+        self._join_late()
         self._set_others()
         return [
             float(base * schedule(self.last_epoch))
@@ -83,6 +105,7 @@ class GroupScheduler(LRScheduler):
             ValueError: the state of another number of groups.
         """
         groups = self.optimizer.param_groups
+        self._join_late()
         if len(state_dict["base_lrs"]) != len(groups):
             raise ValueError(
                 f"the scheduler's state is of {len(state_dict['base_lrs'])} groups, the optimizer "
