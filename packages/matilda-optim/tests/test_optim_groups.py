@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from matilda_optim import Muon, describe_groups, param_groups
+from matilda_optim import GroupScheduler, Muon, describe_groups, param_groups
 
 
 class Language(nn.Module):
@@ -308,3 +308,62 @@ def test_frozen_parameters_are_left_out_and_an_empty_model_is_refused() -> None:
         param_groups(nn.ReLU(), lr=1e-3, weight_decay=0.1)
     with pytest.raises(ValueError, match="`algorithm`"):
         param_groups(model, algorithm="sgd", lr=1e-3, weight_decay=0.1)
+
+
+class Experts(nn.Module):
+    """A router and expert weights in one parameter, as transformers' mixtures have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.position = nn.Parameter(torch.zeros(1, 8, 32))
+        self.experts = nn.Parameter(torch.zeros(4, 32, 64))
+        self.router = nn.Linear(32, 4)
+
+
+def test_the_question_about_expert_weights_offers_a_batch_of_matrices() -> None:
+    with pytest.raises(
+        ValueError, match=r"`experts`, `position` .*\{r\"experts\": \"muon_stacked\"\}"
+    ):
+        param_groups(Experts(), lr=1e-3, weight_decay=0.1)
+    with pytest.raises(ValueError, match=r'\{r"position": "muon"\}` or `"adamw"`'):
+        param_groups(Experts(), lr=1e-3, weight_decay=0.1, overrides={"experts": "muon_stacked"})
+
+
+class Conv1D(nn.Module):
+    """transformers' layer of GPT-2, whose weight is (in, out)."""
+
+    def __init__(self, nf: int, nx: int) -> None:
+        super().__init__()
+        self.nf = nf
+        self.weight = nn.Parameter(torch.zeros(nx, nf))
+
+
+@pytest.mark.parametrize("adjust", [None, "original", "spectral_unclamped"])
+def test_a_transposed_weight_is_refused_where_fan_in_and_fan_out_differ(adjust: str | None) -> None:
+    model = nn.ModuleDict({"c_fc": Conv1D(128, 32)})
+    with pytest.raises(ValueError, match=r"`c_fc\.weight` is stored as \(fan-in, fan-out\)"):
+        param_groups(model, lr=1e-3, weight_decay=0.1, adjust_lr_fn=adjust)
+    assert param_groups(model, lr=1e-3, weight_decay=0.1)[0]["name"] == "hidden"
+    told = {"c_fc": "muon"}
+    assert param_groups(model, lr=1e-3, weight_decay=0.1, adjust_lr_fn=adjust, overrides=told)
+    square = nn.ModuleDict({"c_proj": Conv1D(32, 32)})
+    assert param_groups(square, lr=1e-3, weight_decay=0.1, adjust_lr_fn=adjust)
+
+
+@pytest.mark.filterwarnings("ignore:Lazy modules")
+def test_a_parameter_without_a_shape_is_not_taken_for_a_vector() -> None:
+    model = nn.Sequential(nn.LazyLinear(32))
+    with pytest.raises(ValueError, match=r"`0\.weight` has no shape yet: run a batch"):
+        param_groups(model, lr=1e-3, weight_decay=0.1)
+    model(torch.zeros(1, 64))
+    assert by_name(param_groups(model, lr=1e-3, weight_decay=0.1))["hidden"]
+
+
+def test_groups_do_not_share_a_learning_rate_that_is_a_tensor() -> None:
+    groups = param_groups(Language(tied=False), lr=torch.tensor(0.1), weight_decay=0.1)  # type: ignore[arg-type]
+    optimizer = Muon(groups)
+    schedules = {"muon": lambda step: 1.0, "default": lambda step: 0.5}
+    GroupScheduler(optimizer, schedules)
+    for group in optimizer.param_groups:
+        assert group["lr"] == (0.1 if group["algorithm"] == "muon" else 0.05), group["name"]
+        assert group["initial_lr"] == 0.1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from torch import nn
 
 _TELL = (
-    'say which by `overrides={{r"{pattern}": "muon"}}` or `"adamw"` (regular expressions on names)'
+    'say which by `overrides={{r"{pattern}": "{choice}"}}`{stacked} or `"adamw"` '
+    "(regular expressions on names)"
 )
+_STACKED = ' (a batch of matrices, as of expert weights), `"muon"` (one matrix, flattened)'
 
 
 class Owner(NamedTuple):
@@ -33,6 +35,8 @@ class Verdict:
     """Equal blocks of rows of a fused weight."""
     stacked: bool = False
     """Whether the leading dimension is a batch of matrices."""
+    transposed: bool = False
+    """Whether the matrix is stored as (fan-in, fan-out)."""
 
 
 def owners_of(model: nn.Module) -> dict[int, list[Owner]]:
@@ -134,16 +138,24 @@ def classify(
         blocks = {"LSTM": 4, "GRU": 3}.get(module.mode)
         return _by_size(param, min_dim, "recurrent gates", heads=blocks)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and leaf == "weight":
-        return _by_size(param, min_dim, "linear (Conv1D)")
+        verdict = _by_size(param, min_dim, "linear (Conv1D)")
+        return verdict and replace(verdict, transposed=True)
     return None
 
 
-def question(names: list[str]) -> str:
-    """The error for parameters that `classify` cannot place."""
+def question(unknown: Mapping[str, nn.Parameter]) -> str:
+    """The error for parameters that `classify` cannot place, by name.
+
+    It is about the first that may be a batch of matrices: "muon" would take that for one matrix.
+    """
+    stacks = [name for name, param in unknown.items() if param.ndim == 3 and len(param) > 1]
+    names = list(dict.fromkeys([*stacks, *unknown]))
     shown = ", ".join(f"`{name}`" for name in names[:8])
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     return f"cannot tell whether {shown}{more} should be updated by Muon; " + _TELL.format(
-        pattern=names[0].replace(".", r"\.")
+        pattern=names[0].replace(".", r"\."),
+        choice="muon_stacked" if stacks else "muon",
+        stacked=_STACKED if stacks else "",
     )
 
 

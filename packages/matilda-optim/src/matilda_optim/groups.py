@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from matilda_optim.classify import Verdict, classify, heads_of, owners_of, question
 
@@ -68,8 +68,10 @@ def param_groups(
         fused weights get groups of their own.
 
     Raises:
-        ValueError: an unknown `algorithm` or override, no trainable parameter, an override that
-            matches nothing, or parameters that cannot be classified (named, with the override).
+        ValueError: an unknown `algorithm` or override, no trainable parameter, a parameter without
+            a shape yet, an override that matches nothing, a matrix stored transposed where
+            `adjust_lr_fn` tells fan-in from fan-out, or parameters that cannot be classified
+            (named, with the override).
     """
     if algorithm not in ("muon", "adamw"):
         raise ValueError(f'`algorithm` must be "muon" or "adamw", got {algorithm!r}')
@@ -86,6 +88,7 @@ def param_groups(
         "ns_dtype": ns_dtype,
         "adjust_lr_fn": adjust_lr_fn,
     }
+    _check_orientation(model, verdicts, adjust_lr_fn)
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     buckets: dict[tuple[Any, ...], dict[str, Any]] = {}
     for name, verdict in verdicts.items():
@@ -101,7 +104,7 @@ def param_groups(
             group["lr"] = lr if muon else adamw_lr
             if verdict.role == "embedding" and embedding_lr is not None:
                 group["lr"] = embedding_lr
-            group["initial_lr"] = group["lr"]
+            group["lr"], group["initial_lr"] = _own(group["lr"]), _own(group["lr"])
             group["weight_decay"] = weight_decay if muon else adamw_weight_decay
             if verdict.role == "vector" or (
                 verdict.role in ("embedding", "head") and not decay_embeddings
@@ -167,11 +170,13 @@ def _verdicts(
     owners = owners_of(model)
     heads = heads_of(model)
     verdicts: dict[str, Verdict] = {}
-    unknown: list[str] = []
+    unknown: dict[str, nn.Parameter] = {}
     used: set[str] = set()
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
+        if isinstance(param, nn.UninitializedParameter):
+            raise ValueError(f"`{name}` has no shape yet: run a batch through the model first")
         override = next((p for p in overrides if re.search(p, name)), None)
         verdict: Verdict | None
         if override is not None:
@@ -188,7 +193,7 @@ def _verdicts(
         if algorithm == "adamw" and (verdict is None or verdict.role == "hidden"):
             verdict = Verdict(role="matrix", reason="AdamW for all")
         if verdict is None:
-            unknown.append(name)
+            unknown[name] = param
         else:
             verdicts[name] = verdict
     if unknown:
@@ -202,6 +207,27 @@ def _verdicts(
             "override has not taken"
         )
     return verdicts
+
+
+def _own(lr: Any) -> Any:
+    """A learning rate that is a tensor is written in place: each group needs one of its own."""
+    return lr.clone() if isinstance(lr, Tensor) else lr
+
+
+def _check_orientation(
+    model: nn.Module, verdicts: Mapping[str, Verdict], adjust_lr_fn: str | None
+) -> None:
+    """A ratio of rows to columns would be upside down for a matrix that is stored transposed."""
+    if adjust_lr_fn == "match_rms_adamw":
+        return
+    for name, verdict in verdicts.items():
+        if verdict.transposed and verdict.role == "hidden":
+            rows, cols = model.get_parameter(name).shape
+            if rows != cols:
+                raise ValueError(
+                    f"`{name}` is stored as (fan-in, fan-out), which `adjust_lr_fn` "
+                    f'{adjust_lr_fn!r} would take for the reverse; use "match_rms_adamw"'
+                )
 
 
 def _splits(
