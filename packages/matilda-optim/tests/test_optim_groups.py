@@ -136,6 +136,15 @@ def test_a_second_head_is_asked_about_where_the_first_is_padded() -> None:
         param_groups(model, lr=1e-3, weight_decay=0.1)
 
 
+def test_a_head_that_the_model_names_is_known_inside_a_wrapper() -> None:
+    model = Language(False)
+    model.head = nn.Linear(32, 104, bias=False)  # padded, so that only its name tells
+    model.get_output_embeddings = lambda: model.head  # type: ignore[assignment]
+    for wrapped in (model, nn.ModuleDict({"module": model})):
+        groups = by_name(param_groups(wrapped, lr=1e-3, weight_decay=0.1))
+        assert groups["head"]["params"] == [model.head.weight]
+
+
 class GroupedQuery(nn.Module):
     """Qwen3's layers, without its code: separate projections, gated feed-forward."""
 

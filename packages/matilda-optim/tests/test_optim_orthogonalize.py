@@ -139,6 +139,14 @@ def test_input_is_never_written() -> None:
         assert torch.equal(g, before)
 
 
+def test_a_parameter_gives_what_its_values_give() -> None:
+    for shape in SHAPES:
+        g = gaussian(*shape)
+        out = orthogonalize(torch.nn.Parameter(g))
+        assert torch.equal(out, orthogonalize(g))
+        assert not out.requires_grad
+
+
 def test_one_dimension_and_integers_are_refused() -> None:
     with pytest.raises(ValueError, match="two dimensions"):
         orthogonalize(torch.ones(3))

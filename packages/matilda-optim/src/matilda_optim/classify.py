@@ -53,9 +53,10 @@ def heads_of(model: nn.Module) -> dict[int, bool]:
     """ids of the weights that are output heads (True) or that may be (False).
 
     A model that names its head is believed (`get_output_embeddings`, as transformers' models have
-    it). In others, a Linear with as many rows as an embedding that no Linear is tied to is that
-    embedding's head. Where several have that many rows it cannot be told which, unless the table
-    is not the largest: then it is one of positions, say, and they are layers of that width.
+    it), also inside another module, such as DDP. In others, a Linear with as many rows as an
+    embedding that no Linear is tied to is that embedding's head. Where several have that many rows
+    it cannot be told which, unless the table is not the largest: then it is one of positions, say,
+    and they are layers of that width.
 
     Beside a known head, a Linear as high as the vocabulary may be a second one (of a later token,
     say) where the model has no Linear that could take in its output.
@@ -63,11 +64,9 @@ def heads_of(model: nn.Module) -> dict[int, bool]:
     linears = _weights(model, _is_linear)
     tables = _weights(model, _is_embedding)
     vocabulary = max((len(table) for table in tables.values()), default=0)
-    getter = getattr(model, "get_output_embeddings", None)
-    named = getattr(getter() if callable(getter) else None, "weight", None)
     heads: dict[int, bool] = {}
     heights = {vocabulary}
-    if isinstance(named, nn.Parameter):
+    for named in _named_heads(model):
         heads[id(named)] = True
         heights.add(len(named))  # a head may be padded
         tables = {}
@@ -79,6 +78,13 @@ def heads_of(model: nn.Module) -> dict[int, bool]:
         if len(weight) in heights and not _has_taker(len(weight), linears.values()):
             heads.setdefault(i, False)
     return heads
+
+
+def _named_heads(model: nn.Module) -> list[nn.Parameter]:
+    """The weights of what the model, or a model in it, names as its output head."""
+    getters = (getattr(module, "get_output_embeddings", None) for module in model.modules())
+    heads = (getattr(getter(), "weight", None) for getter in getters if callable(getter))
+    return [head for head in heads if isinstance(head, nn.Parameter)]
 
 
 def _has_taker(rows: int, linears: Iterable[nn.Parameter]) -> bool:

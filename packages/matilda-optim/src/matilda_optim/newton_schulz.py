@@ -94,6 +94,7 @@ def default_ns_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
+@torch.no_grad()
 def orthogonalize(
     matrix: Tensor,
     *,
@@ -110,8 +111,9 @@ def orthogonalize(
         dtype: of the iterations; None is fp16 on CUDA, fp32 on CPU.
 
     Returns:
-        A new tensor of `matrix`'s shape and dtype, its singular values near 1. A zero matrix gives
-        zeros; a matrix with NaN or Inf gives NaN, without touching the rest of the batch.
+        A new tensor of `matrix`'s shape and dtype, without gradient, its singular values near 1. A
+        zero matrix gives zeros; a matrix with NaN or Inf gives NaN, without touching the rest of
+        the batch.
 
     Raises:
         ValueError: fewer than two dimensions, no floating dtype, or bad coefficients.
