@@ -344,3 +344,17 @@ def test_wrong_arguments_are_refused(arguments: dict[str, object], message: str)
 def test_sample_refuses_what_generate_refuses(options: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(options))):
         sample(torch.zeros(1, 4), **options)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch warns of its own limit here
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_model_compiled_for_one_shape_generates(in_place: bool) -> None:
+    net = model()
+    expected = generate(net, [1, 2, 3], max_new_tokens=14, temperature=0)
+    compiled: Any = net
+    if in_place:
+        net.compile(fullgraph=True, dynamic=False, backend="eager")
+    else:
+        compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="eager")
+    assert generate(compiled, [1, 2, 3], max_new_tokens=14, temperature=0) == expected
+    assert list(stream_tokens(compiled, [1, 2, 3], max_new_tokens=14, temperature=0)) == expected

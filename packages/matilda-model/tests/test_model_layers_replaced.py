@@ -21,10 +21,6 @@ class Adapted(nn.Module):
         self.a = nn.Parameter(torch.randn(2, base.in_features))
         self.b = nn.Parameter(torch.randn(base.out_features, 2))
 
-    @property
-    def weight(self) -> Tensor:
-        return self.base.weight
-
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.base(x)
         return out + x @ self.a.to(x.dtype).T @ self.b.to(x.dtype).T

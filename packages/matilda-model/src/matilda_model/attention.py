@@ -243,7 +243,7 @@ class Attention(nn.Module):
 
     def _project(self, x_BTD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         rows, e = x_BTD.shape[:2], self.head_dim
-        if x_BTD.dtype == self.q.weight.dtype or not are_bare(self.q, self.k, self.v):
+        if not are_bare(self.q, self.k, self.v) or x_BTD.dtype == self.q.weight.dtype:
             return (
                 self.q(x_BTD).view(*rows, self.n_heads, e),
                 self.k(x_BTD).view(*rows, self.n_kv_heads, e),

@@ -241,10 +241,10 @@ def _steps(
     for count in range(max_new_tokens):
         with torch.no_grad():
             if count == 0:
-                logits_BV = model(ids_BT, cache=cache, places_B=lengths_B - 1)
+                logits_BV = _logits(model, ids_BT, cache, lengths_B - 1)
                 cache.keep(lengths_B)
             else:
-                logits_BV = model(ids_BT, cache=cache)[:, -1]
+                logits_BV = _logits(model, ids_BT, cache)[:, -1]
             logits_BV = logits_BV[:, :limit]
             tokens_B = draw(logits_BV)
         ids_BT = tokens_B[:, None]
@@ -255,6 +255,25 @@ def _steps(
         if not any(alive):
             return
         yield step, logits_BV
+
+
+def _logits(
+    model: Transformer, ids_BT: Tensor, cache: KVCache, places_B: Tensor | None = None
+) -> Tensor:
+    """The model's; of a compiled one uncompiled for shapes that its graphs are not for.
+
+    With `dynamic=False` each step is a graph of its own, and with `fullgraph=True` torch raises
+    when there are too many.
+    """
+    logits: Tensor
+    try:
+        logits = model(ids_BT, cache=cache, places_B=places_B)
+    except Exception as error:
+        if type(error).__name__ != "FailOnRecompileLimitHit":  # importing it takes seconds
+            raise
+        with torch.compiler.set_stance("force_eager"):
+            logits = model(ids_BT, cache=cache, places_B=places_B)
+    return logits
 
 
 def sample(
