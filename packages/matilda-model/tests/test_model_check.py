@@ -155,3 +155,10 @@ def test_a_product_that_forgets_the_residual_is_caught(monkeypatch: pytest.Monke
     monkeypatch.setattr(attn, "output", lambda self, y, residual: right(self, y, None))
     with pytest.raises(KernelMismatchError, match="`matmul` kernel 'auto' is wrong"):
         self_check(model, *batch())
+
+
+@pytest.mark.parametrize("mlp", ["swiglu", "relu2"])
+def test_a_model_whose_weights_were_cast_is_checked(mlp: str) -> None:
+    torch.manual_seed(0)
+    model = Transformer(dataclasses.replace(HERO, mlp=mlp)).bfloat16()
+    assert all(row.ok for row in self_check(model, *batch()))

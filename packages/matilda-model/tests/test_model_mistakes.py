@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from matilda_model import KVCache, ModelConfig, Transformer, generate
+from matilda_model import KVCache, ModelConfig, Transformer, generate, linear_cross_entropy
 
 CONFIG = ModelConfig(
     vocab_size=64, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, max_seq_len=32
@@ -74,6 +74,12 @@ def test_flash_attention_that_is_not_installed_names_the_extra(
 def test_a_window_pattern_is_text(pattern: Any) -> None:
     with pytest.raises(ValueError, match="`window_pattern` must be made of L and S"):
         made(window=4, window_pattern=pattern)
+
+
+def test_hidden_states_of_a_loss_are_rows() -> None:
+    h_BTD, weight_VD = torch.zeros(2, 2, 8), torch.zeros(16, 8)
+    with pytest.raises(ValueError, match=r"\(2, 2, 8\) are no rows: flatten them to \[N, D\]"):
+        linear_cross_entropy(h_BTD, weight_VD, torch.tensor([1, 2]))
 
 
 def test_counts_of_tokens_are_integers() -> None:

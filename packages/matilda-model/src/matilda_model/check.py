@@ -291,10 +291,10 @@ def _check_matmul(
     attn, mlp = block.attn, block.mlp
     kind = model.compute_dtype
     with torch.no_grad():
-        joined_BTX = torch.nn.functional.linear(hidden_BTD, attn.q.weight)
+        joined_BTX = torch.nn.functional.linear(hidden_BTD, attn.q.weight.to(hidden_BTD.dtype))
 
     def joint(x: Tensor) -> Tensor:
-        return x @ torch.cat((attn.q.weight, attn.k.weight, attn.v.weight)).T
+        return x @ torch.cat((attn.q.weight, attn.k.weight, attn.v.weight)).T.to(x.dtype)
 
     def output(y: Tensor, residual: Tensor) -> Tensor:
         return residual + y @ attn.o.weight.T.to(y.dtype)

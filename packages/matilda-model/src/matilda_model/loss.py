@@ -134,6 +134,10 @@ def _plain(
 
 
 def _check_targets(h_ND: Tensor, targets_N: Tensor) -> None:
+    if len(h_ND.shape) != 2:
+        raise ValueError(
+            f"hidden states of shape {tuple(h_ND.shape)!r} are no rows: flatten them to [N, D]"
+        )
     if targets_N.shape != h_ND.shape[:1]:
         raise ValueError(
             f"targets of shape {tuple(targets_N.shape)!r} do not fit {h_ND.shape[0]!r} tokens: "
