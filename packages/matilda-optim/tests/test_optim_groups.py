@@ -338,6 +338,16 @@ def test_the_question_about_expert_weights_offers_a_batch_of_matrices() -> None:
         param_groups(Experts(), lr=1e-3, weight_decay=0.1, overrides={"experts": "muon_stacked"})
 
 
+def test_patterns_and_splits_of_the_wrong_form_are_refused() -> None:
+    model = Language(tied=True)
+    for option in ({"overrides": {"qkv(": "muon"}}, {"split": {"qkv(": (32, 32)}}):
+        with pytest.raises(ValueError, match=r"regular expressions, which 'qkv\(' is not"):
+            param_groups(model, lr=1e-3, weight_decay=0.1, **option)  # type: ignore[arg-type]
+    for sizes in (32, "64"):
+        with pytest.raises(ValueError, match=r"`split` of 'qkv' must list the rows"):
+            param_groups(model, lr=1e-3, weight_decay=0.1, split={"qkv": sizes})  # type: ignore[dict-item]
+
+
 class Conv1D(nn.Module):
     """transformers' layer of GPT-2, whose weight is (in, out)."""
 

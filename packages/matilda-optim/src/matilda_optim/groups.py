@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -162,6 +162,7 @@ def _verdicts(
     model: nn.Module, algorithm: str, min_dim: int, overrides: Mapping[str, str]
 ) -> dict[str, Verdict]:
     for pattern, choice in overrides.items():
+        _check_pattern("overrides", pattern)
         if choice not in _OVERRIDES:
             raise ValueError(
                 f"the override of {pattern!r} is {choice!r}; "
@@ -230,11 +231,26 @@ def _check_orientation(
                 )
 
 
+def _check_pattern(option: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`{option}` names parameters by regular expressions, which {pattern!r} is not: {error}"
+        ) from error
+
+
 def _splits(
     verdicts: Mapping[str, Verdict], split: Mapping[str, Sequence[int]]
 ) -> dict[str, tuple[int, ...]]:
     rows: dict[str, tuple[int, ...]] = {}
     for pattern, sizes in split.items():
+        _check_pattern("split", pattern)
+        if isinstance(sizes, str) or not isinstance(sizes, Iterable):
+            raise ValueError(
+                f"`split` of {pattern!r} must list the rows of each matrix, such as (64, 32, 32), "
+                f"not {sizes!r}"
+            )
         matched = [n for n, v in verdicts.items() if v.role == "hidden" and re.search(pattern, n)]
         if not matched:
             raise ValueError(f"`split` {pattern!r} matches no parameter that Muon updates")
