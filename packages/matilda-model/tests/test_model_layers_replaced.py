@@ -80,3 +80,26 @@ def test_a_hook_may_change_the_embedding() -> None:
     expected = model(IDS_BT)
     model.embed.register_forward_hook(lambda _, __, out: out + 1)
     assert not torch.allclose(model(IDS_BT), expected)
+
+
+@pytest.mark.parametrize("targets", [None, IDS_BT], ids=["logits", "loss"])
+def test_a_head_of_which_the_weight_alone_would_count_is_refused(targets: Tensor | None) -> None:
+    torch.manual_seed(0)
+    config = ModelConfig(
+        vocab_size=64,
+        d_model=32,
+        n_layers=1,
+        n_heads=2,
+        n_kv_heads=1,
+        max_seq_len=16,
+        tie_embeddings=False,
+    )
+    model = Transformer(config)
+    assert isinstance(model.head, nn.Linear)
+    model(IDS_BT, targets)  # type: ignore[call-overload]
+    for head in (Adapted(model.head), nn.Linear(32, 64)):
+        model.head = head
+        with pytest.raises(ValueError, match=f"`head` is a {type(head).__name__} now"):
+            model(IDS_BT, targets)  # type: ignore[call-overload]
+    model.head = nn.Linear(32, 64, bias=False)
+    model(IDS_BT, targets)  # type: ignore[call-overload]

@@ -303,7 +303,14 @@ class Transformer(nn.Module):
     @property
     def _head_weight(self) -> Tensor:
         """[V, D], float32. The loss multiplies by it, so that a head is read and never called."""
-        return self.embed.weight if self.head is None else self.head.weight
+        if self.head is None:
+            return self.embed.weight
+        if not isinstance(self.head, nn.Linear) or self.head.bias is not None:
+            raise ValueError(
+                f"`head` is a {type(self.head).__name__} now, of which the loss would read the "
+                "weight alone: merge what was put on it, or adapt other layers"
+            )
+        return self.head.weight
 
     def logits(self, h: Tensor) -> Tensor:
         """What `hidden` gives, [..., D], to float32 logits after the soft-cap, [..., V]."""
