@@ -2,7 +2,8 @@
 
 Plain JSON values stand for themselves. What JSON cannot say is an object with one `$` key:
 `$tensor`, `$ndarray`, `$tuple`, `$float` (nan, infinities), `$bytes`, `$dict` (keys that are not
-plain strings), `$ordered` (OrderedDict, with the `_metadata` of a module's state_dict).
+plain strings; marked `counter` for a Counter, as in MultiStepLR), `$ordered` (OrderedDict, with the
+`_metadata` of a module's state_dict).
 Only `torch_tensors` knows torch; this file works without it.
 """
 
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import base64
 import sys
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -85,6 +86,8 @@ class Encoder:
             return strict_json.encode_float(value)
         if type(value) in (dict, defaultdict):
             return self._mapping(place, value, path)  # type: ignore[arg-type]
+        if type(value) is Counter:
+            return {"$dict": self._pairs(place, value, path), "counter": True}
         if type(value) is OrderedDict:
             tree: dict[str, JSON] = {"$ordered": self._pairs(place, value, path)}
             metadata = getattr(value, "_metadata", None)
@@ -237,7 +240,8 @@ class _Decoder:
         if tag == "$bytes" and isinstance(value, str):
             return base64.b64decode(value, validate=True)
         if tag == "$dict":
-            return dict(self._pairs(value))
+            plain = dict(self._pairs(value))
+            return Counter(plain) if node.get("counter") is True else plain
         if tag == "$ordered":
             ordered = OrderedDict(self._pairs(value))
             if "metadata" in node:
