@@ -216,6 +216,18 @@ def test_gc_deletes_by_the_rule_and_dry_run_does_not(
     assert not (run_dir / "checkpoints/step-00000010").exists()
 
 
+@pytest.mark.parametrize("command", [("gc", "--last", "2"), ("repair",)])
+def test_what_changes_a_directory_leaves_a_single_checkpoint_alone(
+    run_dir: Path, capsys: pytest.CaptureFixture[str], command: tuple[str, ...]
+) -> None:
+    one = run_dir / "checkpoints/step-00000020"
+    before = sorted(path.name for path in one.iterdir())
+    assert main([command[0], str(one), *command[1:]]) == 2
+    assert "is one checkpoint, and nothing may be added to it" in capsys.readouterr().err
+    assert sorted(path.name for path in one.iterdir()) == before
+    assert call(capsys, "verify", one)[0] == 0
+
+
 def test_export_writes_plain_weights_once(
     run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

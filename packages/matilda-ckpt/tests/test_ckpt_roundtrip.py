@@ -8,7 +8,7 @@ import math
 import struct
 import subprocess
 import sys
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from pathlib import Path
 
 import numpy as np
@@ -192,6 +192,39 @@ def test_adamw_and_model_resume_bitwise_through_objects(tmp_path: Path) -> None:
     assert same(other[1].state_dict(), optimizer.state_dict())
 
 
+def test_multisteplr_resumes_inside_and_outside_a_sequence(tmp_path: Path) -> None:
+    def scheduler() -> tuple[torch.optim.SGD, torch.optim.lr_scheduler.LRScheduler]:
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=1.0)
+        warmup = torch.optim.lr_scheduler.ConstantLR(optimizer, 0.5, 4)
+        drops = torch.optim.lr_scheduler.MultiStepLR(optimizer, [2, 2, 4])
+        return optimizer, torch.optim.lr_scheduler.SequentialLR(optimizer, [warmup, drops], [3])
+
+    def rates(start: int, state: dict[str, object]) -> list[float]:
+        optimizer, schedule = state["optimizer"], state["schedule"]
+        assert isinstance(optimizer, torch.optim.SGD)
+        assert isinstance(schedule, torch.optim.lr_scheduler.LRScheduler)
+        seen = []
+        for _ in range(start, 9):
+            optimizer.step()
+            schedule.step()
+            seen.append(optimizer.param_groups[0]["lr"])
+        return seen
+
+    def build() -> dict[str, object]:
+        return dict(zip(("optimizer", "schedule"), scheduler(), strict=True))
+
+    expected = rates(0, build())
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(0, build())
+    resumed = build()
+    checkpoints.restore(resumed)
+    assert rates(0, resumed) == expected
+    assert expected[-1] == pytest.approx(1e-3)
+    state = checkpoints.load_state(0)["schedule"]
+    assert isinstance(state, dict)
+    assert state["_schedulers"][1]["milestones"] == Counter({2: 2, 4: 1})
+
+
 def test_wrapped_and_compiled_models_have_no_prefixes(
     tmp_path: Path,
 ) -> None:
@@ -308,6 +341,23 @@ def test_none_only_when_there_is_no_checkpoint_at_all(tmp_path: Path) -> None:
     assert not (tmp_path / "missing").exists()
     (tmp_path / "empty").mkdir()
     assert Checkpointer(tmp_path / "empty").restore({}) is None
+
+
+def test_one_checkpoint_is_no_directory_of_them_and_stays_intact(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path) as checkpoints:
+        path = checkpoints.save(1, {"x": torch.ones(2)}).path
+    for read_only in (True, False):
+        with pytest.raises(ValueError, match="is one checkpoint"):
+            Checkpointer(path, read_only=read_only).restore({"x": None})
+    with pytest.raises(ValueError, match="is one checkpoint"):
+        Checkpointer(path).save(2, {"x": torch.ones(2)})
+    with pytest.raises(ValueError, match="is one checkpoint"):
+        Checkpointer(path, read_only=True).list()
+    restored = Checkpointer(tmp_path).restore({"x": None})
+    assert restored is not None
+    assert restored.step == 1
+    with pytest.raises(DamagedError, match="directory of checkpoints; give one of them"):
+        load_state(tmp_path)
 
 
 def test_non_finite_state_is_stored_but_never_resumed_from(tmp_path: Path) -> None:

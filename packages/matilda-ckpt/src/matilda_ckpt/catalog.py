@@ -65,6 +65,14 @@ def parse_name(name: str) -> tuple[int, int] | None:
     return (int(match[1]), int(match[2] or 0)) if match else None
 
 
+def one_of_them(root: str) -> str:
+    """The mistake of a caller who gives one checkpoint where a directory of them is meant."""
+    return (
+        f"`{root}` is one checkpoint, and nothing may be added to it; "
+        "give the directory that holds it"
+    )
+
+
 class Catalog:
     """The checkpoints of one directory, read only."""
 
@@ -75,11 +83,17 @@ class Catalog:
         self._opened: dict[str, tuple[tuple[Entry, ...], Manifest, str]] = {}
 
     def scan(self) -> list[CheckpointInfo]:
-        """Every checkpoint, newest first (damaged ones by their step, before their equals)."""
+        """Every checkpoint, newest first (damaged ones by their step, before their equals).
+
+        ValueError when the directory is itself a checkpoint.
+        """
         if self.fs.entry(self.root) is None:
             return []
         found = []
-        for name, stamp in self._listed().items():
+        listed = self._listed()
+        if COMMIT_NAME in listed and MANIFEST_NAME in listed:
+            raise ValueError(one_of_them(self.root))
+        for name, stamp in listed.items():
             parsed = parse_name(name)
             if parsed is None:
                 continue
@@ -150,6 +164,10 @@ class Catalog:
         entries = {entry.name: entry for entry in stamp}
         for required in (COMMIT_NAME, MANIFEST_NAME):
             if required not in entries:
+                if any(map(parse_name, entries)):
+                    raise damaged(
+                        required, "is missing: that is a directory of checkpoints; give one of them"
+                    )
                 raise damaged(required, "is missing")
         file = COMMIT_NAME
         try:

@@ -67,9 +67,8 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=run)
         return command
 
-    where = (
-        "directory (or s3:// URL) of checkpoints, run directory with `checkpoints`, or one of them"
-    )
+    whole = "directory (or s3:// URL) of checkpoints, or run directory with `checkpoints`"
+    where = f"{whole}, or one checkpoint"
     add("ls", _ls, "list checkpoints, newest first").add_argument("path", type=Path, help=where)
     check = add("verify", _verify, "check every byte against its SHA-256")
     check.add_argument("path", type=Path, help=where)
@@ -80,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     differ.add_argument("a", type=Path, help="one checkpoint, or a directory: its newest")
     differ.add_argument("b", type=Path, help="the other")
     gc = add("gc", _gc, "delete what a retention rule does not keep")
-    gc.add_argument("path", type=Path, help=where)
+    gc.add_argument("path", type=Path, help=whole)
     gc.add_argument("--last", type=int, required=True, metavar="N", help="keep the newest N")
     gc.add_argument("--every", type=int, metavar="N", help="and every step divisible by N")
     gc.add_argument(
@@ -93,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", type=Path, help="new file")
     export.add_argument("--name", default="model", help="state name (default: model)")
     repair = add("repair", _repair, "quarantine what is damaged and clear what dead writers left")
-    repair.add_argument("path", type=Path, help=where)
+    repair.add_argument("path", type=Path, help=whole)
     torture = add("torture", _torture, "run the crash suite on this directory's file system")
     torture.add_argument("path", type=Path, help="existing directory to work in")
     torture.add_argument("--quick", action="store_true", help="a sample, in about a minute")

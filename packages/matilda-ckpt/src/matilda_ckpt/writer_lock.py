@@ -13,8 +13,10 @@ import os
 import secrets
 
 from matilda_ckpt import strict_json
+from matilda_ckpt.catalog import one_of_them
 from matilda_ckpt.errors import LockedError
 from matilda_ckpt.fs import Fs, Lock, remove_tree
+from matilda_ckpt.manifest import COMMIT_NAME, MANIFEST_NAME
 
 LOCK_NAME = "LOCK"
 TEMP_PREFIX = ".tmp-"
@@ -34,9 +36,13 @@ class WriterLock:
         self._token = b""
 
     def acquire(self) -> None:
-        """Become the only writer and clear what dead writers left; LockedError otherwise."""
+        """Become the only writer and clear what dead writers left; LockedError otherwise.
+
+        ValueError when the root is itself a checkpoint, which a lock file would damage.
+        """
         if self._lock is not None:
             return
+        self._check_root()
         self._make_root()
         lock = self._fs.lock(f"{self._root}/{LOCK_NAME}")
         if lock is None:
@@ -68,6 +74,10 @@ class WriterLock:
             raise LockedError(
                 f"another process has taken over `{self._root}`; this one stops writing to it"
             )
+
+    def _check_root(self) -> None:
+        if all(self._fs.entry(f"{self._root}/{name}") for name in (COMMIT_NAME, MANIFEST_NAME)):
+            raise ValueError(one_of_them(self._root))
 
     def _make_root(self) -> None:
         above = [self._root]
