@@ -194,6 +194,17 @@ def test_full_disk_is_found_before_a_byte_is_written(tiny_disk: Path) -> None:
         assert verify(checkpoints.list()[0].path).ok
 
 
+def test_the_message_of_a_full_disk_adds_up(tmp_path: Path) -> None:
+    class NearlyFull(OsFs):
+        def free_bytes(self, path: str) -> int:
+            return 2_500_000
+
+    with pytest.raises(
+        SaveError, match=r"needs 2\.0 MB .* 2\.5 MB free, of which 1\.0 MB must stay"
+    ):
+        Checkpointer(tmp_path / "c", fs=NearlyFull()).save(1, {"x": torch.ones(500_000)})
+
+
 class BlindFs(OsFs):
     """A file system that misreports free space, as quotas and other tenants make it."""
 

@@ -103,6 +103,11 @@ def test_two_newest_healthy_always_stay_and_a_second_pass_deletes_nothing(
         ({"best": ("m", 0, "min")}, "`best`"),
         ({"best": ("m", 1, "low")}, "`best`"),
         ({"best": ("m", 1)}, "`best`"),
+        ({"last": 2.5}, "`last`"),
+        ({"last": None}, "`last`"),
+        ({"every": "100"}, "`every`"),
+        ({"hours": "1"}, "`hours`"),
+        ({"best": ("m", 1.5, "min")}, "`best`"),
     ],
 )
 def test_bad_rules_are_refused(arguments: dict[str, object], message: str) -> None:
@@ -139,6 +144,26 @@ def test_a_survivor_changed_since_it_was_verified_is_verified_again(tmp_path: Pa
         checkpoints.save(4, {"x": torch.full((100,), 4)})
         # 3 and 4 would be enough, were 3 what it was when it was written
         assert [info.step for info in checkpoints.list()] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("keep", [None, 3, "last"])
+def test_a_rule_that_is_none_is_refused_before_anything_is_saved(
+    tmp_path: Path, keep: object
+) -> None:
+    with pytest.raises(ValueError, match="`keep` must be a `Keep`"):
+        Checkpointer(tmp_path, keep=keep)  # type: ignore[arg-type]
+
+
+def test_a_read_only_checkpointer_deletes_and_moves_nothing(tmp_path: Path) -> None:
+    with Checkpointer(tmp_path, keep=Keep(last=9)) as checkpoints:
+        for step in range(4):
+            checkpoints.save(step, {"x": step})
+    reader = Checkpointer(tmp_path, read_only=True)
+    with pytest.raises(ValueError, match="it cannot delete"):
+        reader.retire(Keep(last=1))
+    with pytest.raises(ValueError, match="it cannot repair"):
+        reader.repair()
+    assert len(reader.list()) == 4
 
 
 def test_a_failed_save_deletes_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter, OrderedDict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -412,6 +413,7 @@ def test_huge_but_finite_values_are_healthy(tmp_path: Path) -> None:
         ({"x": torch.ones(2, 2).to_sparse()}, "sparse"),
         ({"x": torch.ones(2, dtype=torch.complex128)}, "complex128"),
         ({"x": np.array(["a"])}, "dtype"),
+        ({"x": np.ma.masked_array([1.0, 2.0], [0, 1])}, "`x` is a masked array"),  # type: ignore[no-untyped-call]
     ],
 )
 def test_what_cannot_be_stored_is_refused_before_anything_is_written(
@@ -420,6 +422,31 @@ def test_what_cannot_be_stored_is_refused_before_anything_is_written(
     with pytest.raises(ValueError, match=message):
         Checkpointer(tmp_path / "c").save(1, state)
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"state": torch.nn.Linear(2, 2)}, "`state` must be a mapping of names.* not a `Linear`"),
+        ({"metrics": {"loss": None}}, r"`metrics\['loss'\]` must be a number, not None"),
+        ({"metrics": {"loss": torch.ones(2)}}, r"`metrics\['loss'\]` must be a number"),
+        ({"metrics": [0.5]}, "`metrics` must be a mapping of names"),
+        ({"nonfinite": "refused"}, "`nonfinite` must be 'mark' or 'refuse', not 'refused'"),
+    ],
+)
+def test_a_mistaken_argument_of_save_is_named(
+    tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        Checkpointer(tmp_path / "c").save(1, **{"state": {"x": 1}, **arguments})
+    assert not (tmp_path / "c").exists()
+
+
+def test_restore_into_a_module_without_a_name_says_what_is_expected(tmp_path: Path) -> None:
+    checkpoints = Checkpointer(tmp_path)
+    checkpoints.save(1, {"model": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match="`into` must be a mapping of names"):
+        checkpoints.restore(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
 def test_cycles_are_refused(tmp_path: Path) -> None:

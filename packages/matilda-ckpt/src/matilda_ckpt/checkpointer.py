@@ -30,7 +30,7 @@ from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import default_threads, load_from, load_state
 from matilda_ckpt.restored import Restored, Skipped, give
 from matilda_ckpt.retention import Keep
-from matilda_ckpt.save_request import save_request, state_of
+from matilda_ckpt.save_request import check_mapping, save_request, state_of
 from matilda_ckpt.state_tree import Encoder
 from matilda_ckpt.store import SHARE_BYTES, SaveRequest, Store
 from matilda_ckpt.strict_json import JSON
@@ -58,7 +58,8 @@ class Checkpointer:
             they share an older checkpoint's blocks (clone or hard link) instead of being written
             again; the two newest checkpoints never share with each other. None: never share.
         storage_options: for a URL: arguments of fsspec's client, for instance `endpoint_url`.
-        read_only: never take the writer lock or move anything; `save` then raises ValueError.
+        read_only: never take the writer lock or change anything; `save`, `retire` and `repair` then
+            raise ValueError.
 
     The writer lock is taken by the first `save` or `restore` and released by `close()`, by
     garbage collection, or by the kernel when the process dies.
@@ -77,6 +78,10 @@ class Checkpointer:
         read_only: bool = False,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
+        if not isinstance(keep, Keep):
+            raise ValueError(
+                f"`keep` must be a `Keep`, not {keep!r}; `Keep(every=1)` keeps every checkpoint"
+            )
         threads = default_threads() if threads is None else threads
         if threads < 1 or shard_bytes < 1:
             raise ValueError("`threads` and `shard_bytes` must be positive")
@@ -143,8 +148,9 @@ class Checkpointer:
         """
         begun = time.monotonic()
         self._background.settle()
-        if self.read_only:
-            raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot save")
+        self._check_may_write("save")
+        if nonfinite not in ("mark", "refuse"):
+            raise ValueError(f"`nonfinite` must be 'mark' or 'refuse', not {nonfinite!r}")
         # Without torch in the process there is no tensor to freeze.
         snapshot = None
         if not wait and "torch" in sys.modules:
@@ -278,6 +284,7 @@ class Checkpointer:
         at all. Raises NoValidCheckpointError when some exist and none can be used, ValueError when
         a name or the step is not there.
         """
+        check_mapping("into", into)
         self._background.settle()
         if not self.read_only and self._store.fs.entry(self._store.root) is not None:
             self._store.acquire()
@@ -362,7 +369,8 @@ class Checkpointer:
             path_or_step: a checkpoint directory, a step, or None for the newest healthy one.
             names: only these names (their files alone are read and verified).
 
-        Raises DamagedError, NoValidCheckpointError, SaveError, or ValueError when there is none.
+        Raises DamagedError, OtherFormatError, UnreadableError or NoValidCheckpointError, ValueError
+        when the step or a name is not there.
         """
         if path_or_step is not None and not isinstance(path_or_step, int):
             return load_state(path_or_step, names=names)
@@ -390,6 +398,7 @@ class Checkpointer:
     def retire(self, keep: Keep | None = None) -> builtins.list[str]:
         """Delete what the rule (default: this checkpointer's) does not keep; returns the names."""
         self._background.settle()
+        self._check_may_write("delete")
         self._store.acquire()
         return self._store.retire(keep or self.keep)
 
@@ -400,6 +409,7 @@ class Checkpointer:
         another version of the format wrote it, or the system refuses to read it.
         """
         self._background.settle()
+        self._check_may_write("repair")
         self._store.acquire()
         found = []
         for info in self._store.scan():
@@ -410,6 +420,10 @@ class Checkpointer:
             except (OtherFormatError, UnreadableError) as error:
                 found.append(Skipped(info.name, info.step, str(error)))
         return found
+
+    def _check_may_write(self, what: str) -> None:
+        if self.read_only:
+            raise ValueError(f"`{self.root}` was opened with `read_only=True`; it cannot {what}")
 
     # -- end -----------------------------------------------------------------------------------
 

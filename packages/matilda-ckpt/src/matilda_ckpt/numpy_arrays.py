@@ -28,7 +28,10 @@ _NAMES = {np.dtype(code): name for name, code in NUMPY_DTYPES.items()}
 
 
 def source(shown: str, value: Any) -> TensorSource:
-    """ValueError for dtypes that safetensors cannot hold (object, strings, complex128)."""
+    """ValueError for dtypes that safetensors cannot hold (object, strings, complex128), and for
+    masked arrays, whose mask would be lost."""
+    if isinstance(value, np.ma.MaskedArray):
+        raise ValueError(f"state {shown} is a masked array; store its `data` and its `mask`")
     array = np.asarray(value)
     name = _NAMES.get(array.dtype)
     if name is None:

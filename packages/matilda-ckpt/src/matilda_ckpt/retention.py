@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, SupportsIndex
 
 MIN_KEPT = 2
 """Verified healthy checkpoints that no rule can go below."""
@@ -30,20 +31,26 @@ class Keep:
     """Also the best `n` by a metric: (metric, n, "min" or "max")."""
 
     def __post_init__(self) -> None:
-        if self.last < 1:
-            raise ValueError(f"`last` must be at least 1, not {self.last!r}")
-        if self.every is not None and self.every < 1:
+        if not _positive(self.last):
+            raise ValueError(f"`last` must be an integer of at least 1, not {self.last!r}")
+        if self.every is not None and not _positive(self.every):
             raise ValueError(f"`every` must be a positive number of steps, not {self.every!r}")
-        if self.hours is not None and not 1e-6 <= self.hours < math.inf:
+        if self.hours is not None and not (
+            isinstance(self.hours, int | float) and 1e-6 <= self.hours < math.inf
+        ):
             raise ValueError(f"`hours` must be finite and at least 1e-6, not {self.hours!r}")
         if self.best is not None:
             if len(self.best) != 3:
                 raise ValueError(f"`best` must be (metric, n, mode), not {self.best!r}")
             _, n, mode = self.best
-            if mode not in ("min", "max") or n < 1:
+            if mode not in ("min", "max") or not _positive(n):
                 raise ValueError(
                     f"`best` needs n of at least 1 and mode 'min' or 'max', not {self.best!r}"
                 )
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, SupportsIndex) and operator.index(value) >= 1
 
 
 class Candidate(Protocol):

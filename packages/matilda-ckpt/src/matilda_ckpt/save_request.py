@@ -30,7 +30,7 @@ def save_request(
 ) -> SaveRequest:
     """Arguments as in `Checkpointer.save`; ValueError for what cannot be stored."""
     _check(step, state)
-    numbers = {str(key): float(value) for key, value in metrics.items()}
+    numbers = _numbers(metrics)
     try:
         # As a part of the manifest, read back by the reader's own rules.
         strict_json.loads(strict_json.dumps({"provenance": dict(provenance)}), "provenance")
@@ -66,6 +66,26 @@ def save_request(
     )
 
 
+def _numbers(metrics: Mapping[str, float]) -> dict[str, float]:
+    check_mapping("metrics", metrics)
+    numbers = {}
+    for key, value in metrics.items():
+        try:
+            numbers[str(key)] = float(value)
+        except (TypeError, ValueError, RuntimeError):
+            raise ValueError(f"`metrics[{key!r}]` must be a number, not {value!r:.80}") from None
+    return numbers
+
+
+def check_mapping(argument: str, value: object) -> None:
+    """ValueError for a module or a list where names and what they mean are expected."""
+    if not isinstance(value, Mapping):
+        raise ValueError(
+            f"`{argument}` must be a mapping of names, such as {{'model': …}}, "
+            f"not a `{type(value).__qualname__}`"
+        )
+
+
 def check_step(step: object) -> int:
     """ValueError unless a checkpoint can be named after it."""
     if type(step) is not int or not 0 <= step <= MAX_STEP:
@@ -75,6 +95,7 @@ def check_step(step: object) -> int:
 
 def _check(step: int, state: Mapping[str, object]) -> None:
     check_step(step)
+    check_mapping("state", state)
     if not state:
         raise ValueError("`state` is empty; give at least one name")
     names = [check_state_name(name) for name in state]

@@ -318,7 +318,8 @@ class Store(Catalog):
         if free < need + SPARE_BYTES:
             raise OSError(
                 errno.ENOSPC,
-                f"it needs {need / 1e6:.1f} MB and the file system has {free / 1e6:.1f} MB free",
+                f"it needs {need / 1e6:.1f} MB and the file system has {free / 1e6:.1f} MB free, "
+                f"of which {SPARE_BYTES / 1e6:.1f} MB must stay free",
             )
 
     def _write_files(
