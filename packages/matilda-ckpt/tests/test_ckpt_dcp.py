@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -17,7 +18,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import SavePlan
 
 from matilda_ckpt import Checkpointer, Keep, SaveError, verify
+from matilda_ckpt.comparison import compare
 from matilda_ckpt.dcp import DcpReader, DcpWriter
+from matilda_ckpt.export import export
 from matilda_ckpt.fs import OsFs, WriteFile
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -191,6 +194,54 @@ def torchrun(program: str, size: int, root: Path, *arguments: str) -> str:
 def test_save_that_another_rank_failed_can_be_abandoned(tmp_path: Path) -> None:
     torchrun(OTHER_RANK, 2, tmp_path)
     assert [info.step for info in Checkpointer(tmp_path / "c", read_only=True).list()] == [2]
+
+
+TWO_RANKS = """
+import sys
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from matilda_ckpt.dcp import DcpWriter
+
+dist.init_process_group("gloo")
+mesh = init_device_mesh("cpu", (2,))
+for step in (1, 2, 3):
+    full = torch.arange(12.0).reshape(6, 2)
+    full[:3] += float(step == 3)  # the first rank's half alone
+    shard = distribute_tensor(full, mesh, [Shard(0)])
+    dcp.save({"w": shard}, storage_writer=DcpWriter(sys.argv[1], step=step))
+dist.destroy_process_group()
+"""
+
+
+def test_diff_of_sharded_checkpoints_sees_every_rank(tmp_path: Path) -> None:
+    torchrun(TWO_RANKS, 2, tmp_path)
+    one, two, three = (tmp_path / f"c/step-0000000{step}" for step in (1, 2, 3))
+    same = compare(one, two)
+    assert (same.equal_tensors, same.same) == (2, True)
+    different = compare(one, three)
+    assert different.equal_tensors == 1
+    assert [(change.name, change.differing) for change in different.tensors] == [
+        ("dcp/w@0 in dcp.r00000-of-00002.safetensors", 6)
+    ]
+
+
+def test_whoever_reads_a_sharded_checkpoint_in_another_way_is_told_how(tmp_path: Path) -> None:
+    dcp.save(state(1), storage_writer=DcpWriter(tmp_path, step=1), no_dist=True)
+    how = "load it with `DcpReader`"
+    with pytest.raises(ValueError, match=how):
+        Checkpointer(tmp_path, read_only=True).restore({"model": None})
+    path = tmp_path / "step-00000001"
+    for name in ("model", "dcp"):
+        with pytest.raises(ValueError, match=how):
+            export(path, tmp_path / "out.safetensors", name=name)
+
+
+def test_an_array_in_sharded_state_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointException, match=r"'x' holds an array.* make it a torch tensor"):
+        dcp.save({"x": np.arange(3)}, storage_writer=DcpWriter(tmp_path, step=1), no_dist=True)
 
 
 def test_object_storage_is_refused_instead_of_becoming_a_local_directory(

@@ -27,7 +27,7 @@ from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.object_fs import object_url
-from matilda_ckpt.reading import default_threads, load_from, load_state
+from matilda_ckpt.reading import SHARDED, SHARDED_NAME, default_threads, load_from, load_state
 from matilda_ckpt.restored import Restored, Skipped, give
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.save_request import check_mapping, save_request, state_of
@@ -346,10 +346,14 @@ class Checkpointer:
         manifest, _ = self._store.open(name)
         for wanted in into:
             if wanted not in manifest.state:
+                why = (
+                    "another version of the program wrote it: go on with that one, or start anew "
+                    "in another directory"
+                )
                 raise ValueError(
                     f"checkpoint `{self.root / name}` holds no {wanted!r}; it holds "
-                    f"{', '.join(sorted(manifest.state))}; another version of the program wrote "
-                    "it: go on with that one, or start anew in another directory"
+                    f"{', '.join(sorted(manifest.state))}; "
+                    f"{SHARDED if SHARDED_NAME in manifest.state else why}"
                 )
         return manifest, load_names(self._store, name, manifest, list(manifest.state))
 

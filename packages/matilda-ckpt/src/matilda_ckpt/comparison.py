@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -95,17 +96,24 @@ class _Side:
     name: str
     manifest: Manifest
     places: Mapping[str, tuple[str, str]]
-    """State name and tensor key, as in `model/blocks.0.attn.q.weight` → file, key."""
+    """State name and tensor key, as in `model/blocks.0.attn.q.weight` → file, key; the name of the
+    file is added where several hold the key."""
 
     @staticmethod
     def of(path: str | os.PathLike[str]) -> _Side:
         catalog, name = open_catalog(path, None)
         manifest, _ = catalog.open(name)
-        places = {
-            f"{state}/{key}": (file, key)
+        found = [
+            (state, file, key)
             for state, entry in manifest.state.items()
             for file in entry.tensors
             for key in manifest.files[file].tensors
+        ]
+        # Each rank of a sharded save has a tensor of the same key.
+        files = Counter((state, key) for state, _, key in found)
+        places = {
+            f"{state}/{key}" + (f" in {file}" if files[state, key] > 1 else ""): (file, key)
+            for state, file, key in found
         }
         return _Side(catalog, name, manifest, places)
 

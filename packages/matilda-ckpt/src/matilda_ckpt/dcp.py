@@ -47,6 +47,7 @@ from matilda_ckpt.finite import FiniteWatch
 from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.manifest import FileEntry, Manifest, StateEntry, TensorEntry, check_run_id
 from matilda_ckpt.object_fs import object_url
+from matilda_ckpt.reading import SHARDED_NAME
 from matilda_ckpt.retention import Keep
 from matilda_ckpt.save_request import check_step
 from matilda_ckpt.state_tree import Encoder, decode
@@ -57,7 +58,7 @@ from matilda_ckpt.tensor_file import TensorSource, plan_tensor_file, write_tenso
 __all__ = ["DcpReader", "DcpWriter"]
 
 _LOG = logging.getLogger("matilda_ckpt")
-NAME = "dcp"
+NAME = SHARDED_NAME
 """The state name under which sharded state is kept; its JSON file holds the layout."""
 
 
@@ -406,7 +407,10 @@ def _plain_value(planner: SavePlanner, index: MetadataIndex) -> JSON:
         )
     encoded = Encoder().encode(index.fqn, lookup(index))
     if encoded.tensors:
-        raise ValueError(f"state {index.fqn!r} hides a tensor inside a value that is not a dict")
+        raise ValueError(
+            f"state {index.fqn!r} holds an array, or a tensor where the planner does not look; "
+            "make it a torch tensor under a key of its own"
+        )
     return encoded.tree
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from matilda_ckpt.fs import OsFs
-from matilda_ckpt.reading import load_state
+from matilda_ckpt.reading import SHARDED, SHARDED_NAME, load_state
 from matilda_ckpt.tensor_file import TensorSource, plan_tensor_file, write_tensor_file
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ def export(
         found = torch_tensors.source(key, value)
         sources.append(TensorSource(key, found.dtype, found.shape, found.read))
     if not sources:
-        raise ValueError(f"state {name!r} of `{path}` holds no tensor to export")
+        sharded = f"; {SHARDED}" if name == SHARDED_NAME else ""
+        raise ValueError(f"state {name!r} of `{path}` holds no tensor to export{sharded}")
     target = os.path.abspath(out)  # noqa: PTH100
     folder = os.path.dirname(target)  # noqa: PTH120
     temp = f"{target}.{secrets.token_hex(4)}.tmp"

@@ -14,6 +14,10 @@ from matilda_ckpt.loading import load_names
 from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.object_fs import ObjectFs, object_url
 
+SHARDED_NAME = "dcp"
+"""The one name of a checkpoint that `DcpWriter` wrote."""
+SHARDED = "`DcpWriter` wrote it: load it with `DcpReader`"
+
 
 def default_threads() -> int:
     """Files written, hashed or read at the same time: one more than cores, at most 8."""
@@ -74,9 +78,10 @@ def load_from(catalog: Catalog, name: str, names: Collection[str] | None) -> dic
     wanted = list(manifest.state) if names is None else list(names)
     for item in wanted:
         if item not in manifest.state:
+            sharded = f"; {SHARDED}" if SHARDED_NAME in manifest.state else ""
             raise ValueError(
                 f"checkpoint `{catalog.root}/{name}` holds no {item!r}; "
-                f"it holds {', '.join(sorted(manifest.state))}"
+                f"it holds {', '.join(sorted(manifest.state))}{sharded}"
             )
     return load_names(catalog, name, manifest, wanted)
 
