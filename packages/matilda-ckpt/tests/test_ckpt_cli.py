@@ -76,6 +76,13 @@ def test_verify_names_the_damaged_tensor(run_dir: Path, capsys: pytest.CaptureFi
     assert (status, json.loads(out)[0]["ok"]) == (1, False)
 
 
+def test_verify_of_nothing_is_no_success(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(tmp_path)]) == 2
+    assert "holds no checkpoint to verify" in capsys.readouterr().err
+
+
 def test_verify_of_a_live_run_does_not_count_what_it_retires_meanwhile(
     run_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -188,6 +188,8 @@ def _ls(options: argparse.Namespace) -> tuple[int, object, str]:
 
 def _verify(options: argparse.Namespace) -> tuple[int, object, str]:
     found = _selection(options.path)
+    if not found:
+        raise ValueError(f"`{options.path}` holds no checkpoint to verify")
     reports = []
     for done, info in enumerate(found, start=1):
         if sys.stderr.isatty() and not options.json:
@@ -212,7 +214,7 @@ def _verify(options: argparse.Namespace) -> tuple[int, object, str]:
         }
         for info, report, state in reports
     ]
-    text = _table(("name", "", "size", ""), rows) or "no checkpoints"
+    text = _table(("name", "", "size", ""), rows)
     bad = [state for _, _, state in reports if state not in ("ok", "retired")]
     return int(bool(bad)), data, text
 
