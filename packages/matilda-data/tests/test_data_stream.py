@@ -5,8 +5,12 @@ from __future__ import annotations
 import functools
 import itertools
 import json
+import multiprocessing
+import os
+import pickle
 import shutil
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +23,9 @@ from matilda_data import (
     DataError,
     TextSource,
     batch_sha256,
+    documents_of,
     load_tokenizer,
+    open_bin,
     open_dataset,
     prepare_text,
 )
@@ -57,6 +63,45 @@ def mixed_dir(
 
 
 opened = functools.cache(open_dataset)
+
+
+@pytest.mark.parametrize("rows", ["windows", "documents"])
+def test_a_stream_goes_to_workers_that_are_not_forked(mixed_dir: Path, rows: str) -> None:
+    stream = BinStream(mixed_dir, seq_len=16, seed=0, rows=rows)
+    stream.take(5)
+    expected = batch_sha256(stream.windows(3, 9))
+    copy = pickle.loads(pickle.dumps(stream))
+    assert (copy.next_sample, batch_sha256(copy.windows(3, 9))) == (5, expected)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        assert batch_sha256(pool.submit(stream.windows, 3, 9).result()) == expected
+
+
+def test_a_damaged_shard_is_found_in_the_worker_too(mixed_dir: Path, tmp_path: Path) -> None:
+    shutil.copytree(mixed_dir, tmp_path / "data")
+    stream = BinStream(tmp_path / "data", seq_len=16, seed=0, weights={"edu": 1})
+    stream.take(200)
+    shard = stream.dataset.sources[0].shards[0].path
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    with pytest.raises(DataError, match="is damaged in chunk 0"):
+        pickle.loads(pickle.dumps(stream)).take(200)
+
+
+def test_a_relative_directory_may_be_left_before_the_first_token_is_read(
+    mixed_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = batch_sha256(BinStream(mixed_dir, seq_len=16, seed=0).take(5))
+    monkeypatch.chdir(mixed_dir.parent)
+    stream = BinStream(mixed_dir.name, seq_len=16, seed=0)
+    plain = open_bin(
+        sorted(map(str, Path(mixed_dir.name).glob("edu_train_*.bin"))), tokenizer="byte"
+    )
+    os.chdir(tmp_path)
+    assert batch_sha256(stream.take(5)) == expected
+    assert documents_of(stream, 0)
+    assert BinStream(plain, seq_len=16, seed=0).take(2).shape == (2, 17)
 
 
 def all_tokens(data_dir: Path, source: int = 0, split: str = "train") -> np.ndarray:

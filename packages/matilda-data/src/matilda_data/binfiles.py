@@ -50,7 +50,9 @@ def open_bin(
                 f"shard {str(path)!r} has token id {largest}, outside tokenizer {tokenizer!r}"
             )
         shards.append(
-            ShardFile(path, header.tokens, sha256=payload, chunk_sha256=chunks, stamps=None)
+            ShardFile(
+                path.absolute(), header.tokens, sha256=payload, chunk_sha256=chunks, stamps=None
+            )
         )
         identity.append([header.tokens, payload])
     content = ["plain bin", encoder.sha256, split, identity]

@@ -8,12 +8,14 @@ before and has not been touched since.
 from __future__ import annotations
 
 import bisect
+import functools
 import hashlib
 import itertools
 import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -56,6 +58,13 @@ class ShardFile:
         self._tokens: TokenArray | None = None
         self.verified_tokens: TokenArray | None = None  # `tokens`, once every chunk is verified
         self.state: FileState | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For worker processes that are not forked: what is mapped or verified stays here."""
+        again = functools.partial(
+            ShardFile, sha256=self.sha256, chunk_sha256=self._chunk_sha256, stamps=self._stamps
+        )
+        return again, (self.path, self.n_tokens)
 
     @property
     def tokens(self) -> TokenArray:
@@ -297,7 +306,8 @@ def open_dataset(
     manifest = read_manifest(directory)
     for entry in manifest.shards:
         check_entry(directory, entry)
-    known = Stamps(directory, manifest.data_id) if stamps else None
+    lasting = directory.absolute()  # files are read later, from whatever directory that is then
+    known = Stamps(lasting, manifest.data_id) if stamps else None
     sources = []
     for source in manifest.sources:
         entries = [
@@ -308,7 +318,7 @@ def open_dataset(
         if entries:
             shards = [
                 ShardFile(
-                    directory / entry.file,
+                    lasting / entry.file,
                     entry.tokens,
                     sha256=entry.sha256,
                     chunk_sha256=entry.chunk_sha256,
@@ -316,7 +326,7 @@ def open_dataset(
                 )
                 for entry in entries
             ]
-            index = DocumentIndex(directory, entries)
+            index = DocumentIndex(lasting, entries)
             sources.append(TokenSource(source.name, source.weight, shards, index))
     if not sources:
         other = "a larger" if split == "val" else "a smaller"

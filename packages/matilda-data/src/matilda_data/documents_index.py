@@ -77,6 +77,9 @@ class DocumentIndex:
 
         self._read = read
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DocumentIndex, (self._directory, self._entries)
+
     def starts(self) -> npt.NDArray[np.int64]:
         """int64[n_documents] positions of the end-of-text tokens that begin documents.
 
