@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -335,6 +336,35 @@ def refuse(tmp_path: Path, inputs: object, match: str, **options: object) -> Non
         prepare(inputs, tmp_path / "out", **options)
     assert "\n" not in str(caught.value)
     assert sorted(tmp_path.rglob("*")) == before, "a refused preparation left something behind"
+
+
+@pytest.mark.parametrize("name", ["exclude", "decontaminate", "merge"])
+def test_one_name_where_a_list_is_meant_is_refused(corpus: Path, tmp_path: Path, name: str) -> None:
+    # Its letters would be patterns, of which none may match: nothing were left out.
+    refuse(tmp_path, corpus, rf"`{name}` is 'deep'; give a list, \['deep'\]", **{name: "deep"})
+
+
+def test_a_pipe_is_refused_instead_of_waited_for(corpus: Path, tmp_path: Path) -> None:
+    os.mkfifo(corpus / "a" / "pipe.txt")
+    refuse(tmp_path, corpus, "pipe.txt' is a pipe, socket or device")
+
+
+def test_links_to_directories_are_left_out_with_a_warning(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = prepare(corpus, tmp_path / "plain").data_id
+    assert not caplog.records
+    (corpus / "a" / "linked").symlink_to(corpus / "a" / "deep")
+    (corpus / "loop").symlink_to(corpus)
+    assert prepare(corpus, tmp_path / "out").data_id == expected
+    assert "2 links to directories" in caplog.text
+    assert "a/linked" in caplog.text
+
+
+def test_one_source_needs_no_list(corpus: Path, tmp_path: Path) -> None:
+    source = TextSource(name="edu", inputs=corpus)
+    alone = prepare(source, tmp_path / "alone")
+    assert alone.data_id == prepare([source], tmp_path / "listed").data_id
 
 
 def test_nothing_to_read_is_refused(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ from matilda_data.journal import Journal
 from matilda_data.manifest import Manifest
 from matilda_data.packer import select
 from matilda_data.persistence import Retry
-from matilda_data.prepare import PathLike, Settings, check_partition, take_over
+from matilda_data.prepare import PathLike, Settings, check_lists, check_partition, take_over
 from matilda_data.progress import Meter, ProgressCallback
 
 __all__ = ["HubSource", "prepare_hub"]
@@ -73,6 +73,7 @@ def prepare_hub(
         raise DataError(f"source names {names!r} are not distinct, or there are none")
     if target_tokens is not None and target_tokens < 1:
         raise DataError(f"`target_tokens` is {target_tokens!r}; give a positive number or None")
+    check_lists(decontaminate=decontaminate, merge=merge)
     check_partition(partition)
     evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(

@@ -9,7 +9,9 @@ from __future__ import annotations
 import fnmatch
 import glob
 import hashlib
+import logging
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,6 +23,8 @@ from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
 
 __all__ = ["WORK_DIR", "InputFile", "Unit", "blocks", "find_files", "plan_units"]
+
+logger = logging.getLogger("matilda_data")
 
 # Where a preparation keeps its unfinished work; never text, also where it lies among the inputs.
 WORK_DIR = ".prepare"
@@ -110,11 +114,19 @@ def find_files(
             if not name.isascii() and name.encode("utf-8", "replace").decode("utf-8") != name:
                 raise DataError(f"the name of input {name!r} is not UTF-8; rename or exclude it")
             try:
-                stat = path.stat()
+                status = path.stat()
             except OSError as error:
                 raise DataError(f"cannot read input {str(path)!r}: {error.strerror}") from None
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(
+                    f"input {str(path)!r} is a pipe, socket or device, which cannot be read twice; "
+                    "write its text to a file, or exclude it"
+                )
             file = InputFile(
-                path=str(path.absolute()), name=name, size=stat.st_size, mtime_ns=stat.st_mtime_ns
+                path=str(path.absolute()),
+                name=name,
+                size=status.st_size,
+                mtime_ns=status.st_mtime_ns,
             )
             found.setdefault(os.path.realpath(path), file)
     if not found:
@@ -149,10 +161,20 @@ def _walk(directory: Path) -> list[Path]:
         raise DataError(f"cannot read input {error.filename!r}: {error.strerror}")
 
     files: list[Path] = []
+    links: list[str] = []
     for parent, folders, names in os.walk(directory, onerror=fail):
+        links += [link for name in folders if os.path.islink(link := f"{parent}/{name}")]  # noqa: PTH114
         if WORK_DIR in folders:
             folders.remove(WORK_DIR)  # its files may go at any moment
         files += [Path(parent) / name for name in names if name.endswith(SUFFIXES)]
+    if links:
+        logger.warning(
+            "%d links to directories in %s are not followed, the first is %r; name what they point "
+            "to as an input if its text is wanted",
+            len(links),
+            directory,
+            min(links),
+        )
     return sorted(files, key=lambda file: file.relative_to(directory).as_posix())
 
 

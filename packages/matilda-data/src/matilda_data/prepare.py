@@ -141,7 +141,7 @@ class Settings:
 
 
 def prepare_text(
-    inputs: PathLike | Sequence[PathLike] | Sequence[TextSource],
+    inputs: PathLike | Sequence[PathLike] | TextSource | Sequence[TextSource],
     out_dir: PathLike,
     *,
     tokenizer: str = "gpt2",
@@ -171,9 +171,10 @@ def prepare_text(
     absolute paths.
 
     Args:
-        inputs: files, directories (searched for known types) and globs; or `TextSource`s for a
-            mixture. One document is a `.txt` or `.py` file, a line of `.jsonl` or `.jsonl.zst`
-            (an object with `text`, optional `id` and `source`), or a row of `.parquet`.
+        inputs: files, directories (searched for known types; links to directories inside them are
+            not followed) and globs; or `TextSource`s for a mixture. One document is a `.txt` or
+            `.py` file, a line of `.jsonl` or `.jsonl.zst` (an object with `text`, optional `id` and
+            `source`), or a row of `.parquet`.
         out_dir: directory of the data set, made if missing.
         tokenizer: `"gpt2"` or `"byte"`.
         shard_tokens: tokens in each shard but the last of a source and split.
@@ -200,7 +201,9 @@ def prepare_text(
         DataError: nothing to read, an unreadable or malformed input, an unknown tokenizer, a bad
             option, an `out_dir` with another data set, with much unfinished work on other inputs,
             or with a preparation still running.
+        OSError: a full disk and the like; run it again once that is mended.
     """
+    check_lists(exclude=exclude, decontaminate=decontaminate, merge=merge)
     check_partition(partition)
     evaluation = build_evaluation_set(decontaminate) if decontaminate else None
     settings = Settings(
@@ -251,6 +254,15 @@ def prepare_text(
         return engine.publish(sources, preparation)
 
     return prepared(directory, preparation, evaluation, command, prepare)
+
+
+def check_lists(**arguments: object) -> None:
+    """Raise DataError for a single name where a list of them is meant: its letters are one too."""
+    for name, value in arguments.items():
+        if isinstance(value, str | os.PathLike):
+            raise DataError(
+                f"`{name}` is {os.fspath(value)!r}; give a list, [{os.fspath(value)!r}]"
+            )
 
 
 def check_partition(partition: tuple[int, int] | None) -> None:
@@ -306,11 +318,11 @@ def take_over(other: Path, engine: Engine, preparation: Mapping[str, Any]) -> No
 
 
 def _as_list(inputs: Any) -> list[Any]:
-    return [inputs] if isinstance(inputs, str | os.PathLike) else list(inputs)
+    return [inputs] if isinstance(inputs, str | os.PathLike | TextSource) else list(inputs)
 
 
 def _as_sources(
-    inputs: PathLike | Sequence[PathLike] | Sequence[TextSource],
+    inputs: PathLike | Sequence[PathLike] | TextSource | Sequence[TextSource],
 ) -> list[TextSource]:
     items = _as_list(inputs)
     named = [item for item in items if isinstance(item, TextSource)]
