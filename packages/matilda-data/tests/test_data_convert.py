@@ -20,7 +20,7 @@ from matilda_data import (
 )
 from matilda_data.archive import compress_dataset
 from matilda_data.cli import main
-from matilda_data.convert import import_bin
+from matilda_data.convert import export_bin, import_bin
 
 
 @pytest.fixture
@@ -73,6 +73,21 @@ def test_compressing_a_damaged_shard_is_refused_and_keeps_it(data_dir: Path) -> 
     with pytest.raises(DataError, match=r"text_train_000000\.bin"):
         compress_dataset(data_dir)
     assert shard.exists()
+
+
+def test_export_spares_other_data_sets_and_shards(data_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more/a.txt").write_text("other text " * 3000)
+    prepare_text(tmp_path / "more", other, tokenizer="gpt2", shard_tokens=3000, val_fraction=0)
+    with pytest.raises(DataError, match="other' holds another data set"):
+        export_bin(data_dir, other)
+    assert verify(other, deep=True).shards
+    first = export_bin(other, tmp_path / "plain")
+    assert export_bin(other, tmp_path / "plain") == first
+    (tmp_path / "plain/text_train_000099.bin").touch()
+    with pytest.raises(DataError, match=r"other shards, such as 'text_train_000099\.bin'"):
+        export_bin(data_dir, tmp_path / "plain")
 
 
 def test_export_and_import_keep_every_token(

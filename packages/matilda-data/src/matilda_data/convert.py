@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,12 +146,14 @@ def export_bin(data_dir: PathLike, out_dir: PathLike) -> list[Path]:
     that insist on zeros after the third header word. Every chunk is verified on the way.
 
     Raises:
-        DataError: not a data set, damaged, or `out_dir` is the data set.
+        DataError: not a data set, damaged, or `out_dir` holds a data set or shards of other names,
+            which whoever reads `*.bin` there would take for its own.
     """
     target = Path(out_dir)
     if target.resolve() == Path(data_dir).resolve():
         raise DataError(f"{str(target)!r} holds the data set itself; choose another directory")
     manifest = read_manifest(Path(data_dir))
+    _check_free(target, {entry.file for entry in manifest.shards})
     target.mkdir(parents=True, exist_ok=True)
     written: list[Path] = []
     for split in (split for split in SPLITS if manifest.total_tokens(split)):
@@ -163,3 +165,14 @@ def export_bin(data_dir: PathLike, out_dir: PathLike) -> list[Path]:
                     file.write(shard.tokens.data.cast("B"))
                 written.append(target / shard.path.name)
     return written
+
+
+def _check_free(target: Path, names: Collection[str]) -> None:
+    """Raise DataError unless shards of `names` can be written into `target`, perhaps again."""
+    if (target / MANIFEST_NAME).exists():
+        raise DataError(f"{str(target)!r} holds another data set; choose another directory")
+    others = sorted(path.name for path in target.glob("*.bin") if path.name not in names)
+    if others:
+        raise DataError(
+            f"{str(target)!r} holds other shards, such as {others[0]!r}; choose a new directory"
+        )
