@@ -188,3 +188,10 @@ def test_the_overlap_command_counts_and_writes_what_it_found(
     assert json.loads(out.read_text())["files"][0]["ids"] == ["q"]
     assert json.loads(out.read_text())["files"][0]["items_too_short"] == 2
     assert main(["overlap", "--evals", str(path)]) == 2
+    # Hours of looking end in nothing when this is found only then.
+    arguments[-1] = str(tmp_path / "nowhere" / "overlap.json")
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert capsys.readouterr().err == (
+        f"error: cannot write {arguments[-1]!r}: its directory does not exist\n"
+    )

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -288,6 +289,38 @@ def test_out_receives_the_tokens(data_dir: Path) -> None:
     assert (out == stream.windows(8, 4)).all()
     with pytest.raises(DataError, match=r"`out` is int64\[4, 21\]; give uint16\[4, 21\]"):
         stream.windows(8, 4, out=np.zeros((4, 21), dtype=np.int64))  # type: ignore[arg-type]
+
+
+def test_numpys_integers_are_integers(mixed_dir: Path) -> None:
+    plain = BinStream(mixed_dir, seq_len=16, seed=3, weights={"edu": 2, "code": 1}, skip=[(1, 4)])
+    numpys = BinStream(
+        mixed_dir,
+        seq_len=np.int64(16),
+        seed=np.uint8(3),
+        weights={"edu": np.int32(2), "code": np.int64(1)},
+        skip=np.array([[1, 4]]),
+        max_repeats=np.int64(50),
+    )
+    assert json.loads(json.dumps(numpys.state_dict())) == plain.state_dict()
+    assert (numpys.take(40) == plain.take(40)).all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"skip": (0, 10)}, r"`skip` holds 0; give a list of intervals"),
+        ({"skip": [(1.5, 4)]}, r"`skip` is 1\.5; give an integer"),
+        ({"weights": [1, 2]}, r"`weights` is \[1, 2\]; give a weight for each source"),
+        ({"weights": "edu"}, r"`weights` is 'edu'; give a weight for each source"),
+        ({"weights": [(0.5, {"edu": 1})]}, r"first sample` is 0\.5; give an integer"),
+        ({"seq_len": 16.0}, r"`seq_len` is 16\.0; give an integer ≥ 1"),
+    ],
+)
+def test_arguments_of_a_wrong_shape_are_named(
+    mixed_dir: Path, arguments: dict[str, Any], match: str
+) -> None:
+    with pytest.raises(DataError, match=match):
+        BinStream(mixed_dir, **{"seq_len": 16, "seed": 0, **arguments})
 
 
 def test_bad_arguments_are_refused(data_dir: Path, tmp_path: Path) -> None:

@@ -192,6 +192,9 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 def _overlap(options: argparse.Namespace) -> None:
+    if options.json is not None and not options.json.parent.is_dir():
+        # Said before hours of looking, not after them.
+        raise DataError(f"cannot write {str(options.json)!r}: its directory does not exist")
     began, told = time.monotonic(), time.monotonic()
 
     def progress(share: float, documents: int) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from matilda_data.errors import DataError
+from matilda_data.integers import plain_integer
 
 __all__ = ["SkipMap"]
 
@@ -23,7 +25,7 @@ class SkipMap:
 
     def __init__(self, intervals: Sequence[Interval]) -> None:
         merged: list[list[int]] = []
-        for first, stop in sorted((int(first), int(stop)) for first, stop in intervals):
+        for first, stop in sorted(map(_interval, intervals)):
             if not 0 <= first < stop:
                 raise DataError(f"skip interval ({first}, {stop}) is not 0 ≤ first < stop")
             if merged and first <= merged[-1][1]:
@@ -49,3 +51,13 @@ class SkipMap:
             return []
         last = int(self.original(np.array([used - 1], dtype=np.int64))[0])
         return [[first, min(stop, last)] for first, stop in self.intervals if first < last]
+
+
+def _interval(value: Any) -> Interval:
+    try:
+        first, stop = value
+    except (TypeError, ValueError):
+        raise DataError(
+            f"`skip` holds {value!r}; give a list of intervals, [(first, stop), …]"
+        ) from None
+    return plain_integer("skip", first), plain_integer("skip", stop)

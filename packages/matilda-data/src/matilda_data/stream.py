@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from matilda_data.dataset import TokenDataset, TokenSource, open_dataset
 from matilda_data.errors import DataError
+from matilda_data.integers import plain_integer
 from matilda_data.manifest import canonical_json
 from matilda_data.mixture import Mixture, Phase, distinct
 from matilda_data.order import ORDER, keys, permute
@@ -86,12 +87,9 @@ class BinStream:
         """
         if not isinstance(dataset, TokenDataset):
             dataset = open_dataset(dataset, split)
-        if not isinstance(seq_len, int) or seq_len < 1:
-            raise DataError(f"`seq_len` is {seq_len!r}; give an integer ≥ 1")
-        if not isinstance(seed, int):
-            raise DataError(f"`seed` is {seed!r}; give an integer")
-        if max_repeats is not None and (not isinstance(max_repeats, int) or max_repeats < 1):
-            raise DataError(f"`max_repeats` is {max_repeats!r}; give an integer ≥ 1 or None")
+        seq_len, seed = plain_integer("seq_len", seq_len, 1), plain_integer("seed", seed)
+        if max_repeats is not None:
+            max_repeats = plain_integer("max_repeats", max_repeats, 1)
         if rows not in ROWS:
             raise DataError(f"`rows` is {rows!r}; choose one of {', '.join(map(repr, ROWS))}")
         self.dataset = dataset
@@ -376,13 +374,30 @@ def _resolve_phases(
         return [(0, [source.weight for source in dataset.sources])]
     names = [source.name for source in dataset.sources]
     rows = [(0, weights)] if isinstance(weights, Mapping) else list(weights)
+    for pair in rows:
+        if not isinstance(pair, tuple | list) or len(pair) != 2 or not isinstance(pair[1], Mapping):
+            raise DataError(
+                f"`weights` is {weights!r}; give a weight for each source by name, or a list of "
+                "(first sample, such weights)"
+            )
     for _, row in rows:
         for name in row:
             if name not in names:
                 raise DataError(f"no source {name!r} in the data set; it has {', '.join(names)}")
     if not any(weight for _, row in rows for weight in row.values()):
         raise DataError(f"mixture weights {weights!r} take nothing; give one source 1 or more")
-    return [(int(start), [row.get(name, 0) for name in names]) for start, row in rows]
+    return [
+        (
+            plain_integer("weights: first sample", start),
+            [_weight(row.get(name, 0)) for name in names],
+        )
+        for start, row in rows
+    ]
+
+
+def _weight(value: object) -> Any:
+    """As a plain integer if it is one; `Mixture` refuses the rest."""
+    return int(value) if isinstance(value, np.integer) else value
 
 
 def _pack_source(source: TokenSource, seq_len: int) -> Packing:
