@@ -259,6 +259,8 @@ def test_step_and_run_id_are_checked_before_the_save_begins(tmp_path: Path) -> N
     for step in (-1, 10**18, 1.5):
         with pytest.raises(ValueError, match="`step` must be an integer"):
             DcpWriter(tmp_path, step=step)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="`keep` must be a `Keep`, not 3"):
+        DcpWriter(tmp_path, step=1, keep=3)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="`run_id` must be a string of at most 256"):
         DcpWriter(tmp_path, step=1, run_id="r" * 257)
 

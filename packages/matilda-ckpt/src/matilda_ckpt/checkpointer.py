@@ -29,7 +29,7 @@ from matilda_ckpt.manifest import Manifest
 from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import SHARDED, SHARDED_NAME, default_threads, load_from, load_state
 from matilda_ckpt.restored import Restored, Skipped, give
-from matilda_ckpt.retention import Keep
+from matilda_ckpt.retention import Keep, check_keep
 from matilda_ckpt.save_request import check_mapping, save_request, state_of
 from matilda_ckpt.state_tree import Encoder
 from matilda_ckpt.store import SHARE_BYTES, SaveRequest, Store
@@ -78,10 +78,7 @@ class Checkpointer:
         read_only: bool = False,
         storage_options: Mapping[str, object] | None = None,
     ) -> None:
-        if not isinstance(keep, Keep):
-            raise ValueError(
-                f"`keep` must be a `Keep`, not {keep!r}; `Keep(every=1)` keeps every checkpoint"
-            )
+        check_keep(keep)
         threads = default_threads() if threads is None else threads
         if threads < 1 or shard_bytes < 1:
             raise ValueError("`threads` and `shard_bytes` must be positive")

@@ -48,7 +48,7 @@ from matilda_ckpt.fs import Fs, OsFs
 from matilda_ckpt.manifest import FileEntry, Manifest, StateEntry, TensorEntry, check_run_id
 from matilda_ckpt.object_fs import object_url
 from matilda_ckpt.reading import SHARDED_NAME
-from matilda_ckpt.retention import Keep
+from matilda_ckpt.retention import Keep, check_keep
 from matilda_ckpt.save_request import check_step
 from matilda_ckpt.state_tree import Encoder, decode
 from matilda_ckpt.store import Draft, SaveRequest, Store
@@ -110,6 +110,8 @@ class DcpWriter(StorageWriter):
         self._fs = fs or OsFs()
         self._root = _shared_directory(root)
         self._step = check_step(step)
+        if keep is not None:
+            check_keep(keep)
         self._keep = keep
         self._metrics = dict(metrics or {})
         self._provenance = dict(provenance or {})

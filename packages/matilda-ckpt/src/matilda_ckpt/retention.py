@@ -49,6 +49,14 @@ class Keep:
                 )
 
 
+def check_keep(keep: object) -> None:
+    """ValueError for what is no rule: it would be found only when a checkpoint is durable."""
+    if not isinstance(keep, Keep):
+        raise ValueError(
+            f"`keep` must be a `Keep`, not {keep!r}; `Keep(every=1)` keeps every checkpoint"
+        )
+
+
 def _positive(value: object) -> bool:
     return isinstance(value, SupportsIndex) and operator.index(value) >= 1
 
