@@ -21,6 +21,7 @@ from matilda_ckpt.cli import main
 from matilda_ckpt.comparison import compare
 from matilda_ckpt.export import export
 from matilda_ckpt.fs import Entry, OsFs
+from matilda_ckpt.torture import suite
 
 
 @pytest.fixture
@@ -74,6 +75,22 @@ def test_verify_names_the_damaged_tensor(run_dir: Path, capsys: pytest.CaptureFi
     one = run_dir / "checkpoints/step-00000020"
     status, out = call(capsys, "verify", "--json", one)
     assert (status, json.loads(out)[0]["ok"]) == (1, False)
+
+
+def test_torture_works_in_a_directory_named_relatively(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[Path] = []
+
+    def suite_of(work: Path, quick: bool) -> list[suite.Row]:
+        places.append(work)
+        return []
+
+    for name in ("_model", "_seeded", "_syscalls", "_power_cuts"):
+        monkeypatch.setattr(suite, name, suite_of)
+    monkeypatch.chdir(tmp_path)
+    suite.run_all(Path(), quick=True)
+    assert {place.parent for place in places} == {tmp_path}
 
 
 def test_verify_of_nothing_is_no_success(

@@ -30,7 +30,8 @@ def run_all(
 ) -> list[Row]:
     """Every suite that this machine can run; the others say why not in `note`."""
     rows: list[Row] = []
-    work = Path(tempfile.mkdtemp(prefix=".torture-", dir=folder))
+    # The suites' own processes work in other directories; Python before 3.12 keeps it relative.
+    work = Path(tempfile.mkdtemp(prefix=".torture-", dir=folder.absolute()))
     try:
         for suite in (_model, _seeded, _syscalls, _power_cuts):
             for row in suite(work, quick):
