@@ -7,13 +7,14 @@ import hashlib
 import json
 import re
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from matilda_data import DataError, measure_overlap, prepare_text
+from matilda_data import DataError, measure_overlap, prepare_text, verify
 from matilda_data.cli import main
 from matilda_data.contamination import EvaluationSet, build_evaluation_set, new_word_hashes
 from matilda_data.rolling import run_hashes
@@ -195,3 +196,28 @@ def test_the_overlap_command_counts_and_writes_what_it_found(
     assert capsys.readouterr().err == (
         f"error: cannot write {arguments[-1]!r}: its directory does not exist\n"
     )
+
+
+def test_one_path_where_a_list_is_meant_is_refused(tmp_path: Path) -> None:
+    for arguments in ({"evaluations": "/e.jsonl"}, {"evaluations": [], "inputs": "/texts"}):
+        with pytest.raises(DataError, match=r"give a list, \['/"):
+            measure_overlap(**arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("damage", [lambda path: path.unlink(), lambda path: path.write_text("{}")])
+def test_a_report_that_is_not_the_manifests_is_found_and_made_again(
+    corpus: Path, tmp_path: Path, damage: Callable[[Path], object]
+) -> None:
+    (corpus / "a" / "bad.txt").write_text(RUN)
+    items = tmp_path / "first.jsonl"
+    items.write_text(json.dumps({"q": RUN}) + "\n")
+    out = tmp_path / "out"
+    options = {"tokenizer": "byte", "val_fraction": 0.2, "decontaminate": [items]}
+    prepare_text(corpus, out, **options)  # type: ignore[arg-type]
+    report = (out / "contamination.json").read_bytes()
+    verify(out, deep=True)
+    damage(out / "contamination.json")
+    with pytest.raises(DataError, match=r"contamination\.json"):
+        verify(out, deep=True)
+    prepare_text(corpus, out, **options)  # type: ignore[arg-type]
+    assert (out / "contamination.json").read_bytes() == report

@@ -41,6 +41,7 @@ __all__ = [
 
 NGRAM_WORDS = 13
 FILE_NAME = "evaluation.ngrams"
+REPORT_NAME = "contamination.json"
 FACTOR = np.uint64(0x9E3779B97F4A7C15)
 CACHED_WORDS = 1 << 20
 FILTER_LOAD = 64  # bits of the filter for each run: one run in 64 passes by chance

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from matilda_data.contamination import (
+    REPORT_NAME,
     EvaluationSet,
     load_evaluation_set,
     report,
@@ -54,7 +55,6 @@ __all__ = ["OPTIONS_OF_PARTS", "WORK_DIR", "Engine", "PlannedSource", "Runner", 
 
 logger = logging.getLogger("matilda_data")
 
-REPORT_NAME = "contamination.json"
 # Below this much input, starting worker processes costs more than it saves.
 BYTES_PER_WORKER = 16 << 20
 # Below this much input a worker, tiktoken is done before fastokens is loaded; the ids are the same.

@@ -49,6 +49,11 @@ def measure_overlap(
     Raises:
         DataError: an evaluation file, the data set or an input cannot be read.
     """
+    for name, value in (("evaluations", evaluations), ("inputs", inputs)):
+        if isinstance(value, str | os.PathLike):  # its letters, of which `/` is one, are paths too
+            raise DataError(
+                f"`{name}` is {os.fspath(value)!r}; give a list, [{os.fspath(value)!r}]"
+            )
     if (data_dir is None) == (not inputs):
         raise DataError("give either a data set or input files to look through")
     evaluation = build_evaluation_set(evaluations)

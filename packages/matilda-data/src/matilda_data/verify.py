@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from matilda_data.archive import is_archived
+from matilda_data.contamination import REPORT_NAME
 from matilda_data.dataset import ShardFile, check_entry
 from matilda_data.documents_index import read_index
 from matilda_data.errors import DataError
@@ -56,6 +57,8 @@ def verify(
         if deep:
             hashed += _verify_contents(directory, entry, manifest)
         on_shard(done, len(manifest.shards))
+    if deep:
+        check_report(directory, manifest)
     return VerifyReport(
         data_id=manifest.data_id,
         shards=len(manifest.shards),
@@ -81,6 +84,23 @@ def verify_unless_stamped(directory: Path, manifest: Manifest) -> None:
             if not stamps.holds(entry.file, entry.sha256):
                 _verify_contents(directory, entry, manifest)
         read_index(directory, entry)
+    check_report(directory, manifest)
+
+
+def check_report(directory: Path, manifest: Manifest) -> None:
+    """Raise DataError unless the report of a decontaminated data set is the one of its manifest."""
+    stated = manifest.preparation.get("contamination_report_sha256")
+    if stated is None:
+        return
+    path = directory / REPORT_NAME
+    try:
+        found = file_sha256(path)
+    except OSError as error:
+        raise DataError(
+            f"cannot read {str(path)!r}: {error.strerror}; restore it or prepare the data set again"
+        ) from None
+    if found != stated:
+        raise DataError(f"{str(path)!r} is damaged; restore it or prepare the data set again")
 
 
 def _verify_contents(directory: Path, entry: ShardEntry, manifest: Manifest) -> int:
