@@ -449,6 +449,15 @@ def test_restore_into_a_module_without_a_name_says_what_is_expected(tmp_path: Pa
         checkpoints.restore(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_refused_by_name(tmp_path: Path, layout: torch.layout) -> None:
+    nested = torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=layout)
+    for wait in (True, False):
+        with pytest.raises(ValueError, match=r"`x\.y` is a nested tensor; store its values"):
+            Checkpointer(tmp_path / "c").save(1, {"x": {"y": nested}}, wait=wait)
+
+
 def test_cycles_are_refused(tmp_path: Path) -> None:
     loop: list[object] = []
     loop.append(loop)

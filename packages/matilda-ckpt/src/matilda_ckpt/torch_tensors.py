@@ -32,11 +32,14 @@ _NAMES = {dtype: name for name, dtype in TORCH_DTYPES.items()}
 
 
 def source(shown: str, tensor: torch.Tensor) -> TensorSource:
-    """ValueError for what has no plain bytes (sparse, quantized, meta, a dtype without a name)."""
+    """ValueError for what has no plain bytes (sparse, nested, quantized, meta, a dtype without a
+    name)."""
     if sys.byteorder != "little":
         raise ValueError("checkpoints can be written on little-endian machines only")
     if tensor.is_meta:
         raise ValueError(f"state {shown} is on the meta device: it has no values to store")
+    if tensor.is_nested:
+        raise ValueError(f"state {shown} is a nested tensor; store its values and its offsets")
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"state {shown} is sparse or quantized; store its dense parts instead")
     if type(tensor) not in _PLAIN:
@@ -67,7 +70,7 @@ def wait_for_devices(values: Iterable[object]) -> None:
 
 def identity(tensor: torch.Tensor) -> object:
     """Equal for two tensors that are the same view of the same memory (tied weights)."""
-    if tensor.numel() == 0 or tensor.layout != torch.strided:
+    if tensor.is_nested or tensor.layout != torch.strided or tensor.numel() == 0:
         return ("no memory to share", id(tensor))
     return (
         tensor.device,
