@@ -212,6 +212,7 @@ for step in (1, 2, 3):
     full[:3] += float(step == 3)  # the first rank's half alone
     shard = distribute_tensor(full, mesh, [Shard(0)])
     dcp.save({"w": shard}, storage_writer=DcpWriter(sys.argv[1], step=step))
+dist.barrier()
 dist.destroy_process_group()
 """
 
