@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from functools import partial
 
 import pytest
@@ -197,6 +198,16 @@ def test_qk_clip_shrinks_each_heads_logits_by_exactly_its_factor(kv_heads: int) 
         qk_clip_(q, k[:5], torch.ones(4))
     with pytest.raises(ValueError, match="`tau`"):
         qk_clip_(q, k, torch.ones(4), tau=0.0)
+
+
+def test_qk_clip_leaves_a_head_whose_logits_were_not_finite() -> None:
+    q, k = gaussian(4 * 8, 32), gaussian(4 * 8, 32, seed=1)
+    q_before, k_before = q.clone(), k.clone()
+    gamma = qk_clip_(q, k, torch.tensor([math.nan, math.inf, 200.0, -math.inf]), tau=100.0)
+    assert gamma.tolist() == [1.0, 1.0, 0.5, 1.0]
+    for weight, before in ((q, q_before), (k, k_before)):
+        expected = before.view(4, 8, 32) * torch.tensor([1, 1, 0.5**0.5, 1]).view(4, 1, 1)
+        torch.testing.assert_close(weight.view(4, 8, 32), expected)
 
 
 @pytest.mark.parametrize("source", [None, "match_rms_adamw", "spectral_unclamped"])

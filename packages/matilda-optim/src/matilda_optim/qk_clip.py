@@ -14,8 +14,9 @@ def qk_clip_(
 
     A head's factor is γ = min(1, tau / max logit). Its key projection is scaled by √γ, shared by
     the query heads of a group by their smallest γ, and its query projection by what is left, so
-    that every head's logits shrink by exactly γ. Nothing waits for the device. Without
-    effect where queries and keys are normed afterwards (QK-norm).
+    that every head's logits shrink by exactly γ. A head whose largest logit is not finite stays as
+    it is: one bad batch would end its weights. Nothing waits for the device. Without effect where
+    queries and keys are normed afterwards (QK-norm).
 
     Args:
         q_weight: (H·E, D). k_weight: (K·E, D), K dividing H.
@@ -37,7 +38,9 @@ def qk_clip_(
     if k_weight.shape[0] % size or heads % (k_weight.shape[0] // size):
         raise ValueError(f"{k_weight.shape[0]} key rows do not fit {heads} heads of {size} rows")
     kv_heads = k_weight.shape[0] // size
-    gamma_H = (tau / max_logits_H.float().clamp_min(1e-30)).clamp_max(1.0)
+    largest_H = max_logits_H.float()
+    gamma_H = (tau / largest_H.clamp_min(1e-30)).clamp_max(1.0)
+    gamma_H = gamma_H.where(largest_H.isfinite(), 1.0)
     k_scale_K = gamma_H.view(kv_heads, -1).amin(dim=1).sqrt()
     q_scale_H = gamma_H / k_scale_K.repeat_interleave(heads // kv_heads)
     q_weight.mul_(q_scale_H.repeat_interleave(size)[:, None].to(q_weight.dtype))
