@@ -180,7 +180,7 @@ def main() -> int:
                 study,
                 data_dir=args.data_dir,
                 where=() if args.report else where,
-                in_process=args.in_process,
+                in_process=args.in_process and not args.report,
                 take_turns=args.take_turns,
                 keep_checkpoints=not args.discard_checkpoints,
                 stop=lambda: bool(STOP),

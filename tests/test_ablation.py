@@ -44,6 +44,15 @@ def without_seed(result: dict[str, Any], seed: int) -> dict[str, Any]:
     return result
 
 
+def test_a_report_trains_nothing_in_this_process_either(
+    server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
+) -> None:
+    given = arguments(tiny_config, corpus, tmp_path / "out", "--in-process", "--report")
+    reported = server.run_program(ROOT / "apps/ablate.py", given, tmp_path)
+    assert reported.returncode == 75, reported.stderr
+    assert not list(tmp_path.glob("out/**/run.json"))
+
+
 def test_killed_and_stopped_it_goes_on_and_says_what_the_undisturbed_one_says(
     server: TrainServer, tiny_config: Path, corpus: Path, tmp_path: Path
 ) -> None:
