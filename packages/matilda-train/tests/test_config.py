@@ -219,3 +219,9 @@ def test_every_field_of_every_section_says_what_it_is() -> None:
             is_field = re.fullmatch(r"    \w+: .* = .*", line) and "= field(" not in line
             if is_field:
                 assert following.strip().startswith('"""'), f"{file.name}: {line} has no docstring"
+
+
+@pytest.mark.parametrize("raw", [None, [], "model", {"model": {1: 2}}, {1: {}}])
+def test_what_is_no_object_of_sections_is_refused_like_any_other_mistake(raw: object) -> None:
+    with pytest.raises(ValueError, match=r"must be an object of sections|Unknown config key"):
+        config_from_dict(raw)  # type: ignore[arg-type]

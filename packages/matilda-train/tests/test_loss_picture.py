@@ -96,3 +96,8 @@ def test_an_axis_has_few_round_numbers_inside_its_range(low: float, width: float
     assert all(axis.low - slack <= tick <= axis.high + slack for tick in ticks)
     size = ticks[1] - ticks[0]
     assert float(f"{size:.0e}") == pytest.approx(size, rel=1e-3)  # one digit
+
+
+def test_a_picture_of_no_run_is_refused_by_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least one run directory"):
+        draw_loss([], tmp_path / "loss.svg")

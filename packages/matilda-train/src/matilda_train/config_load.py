@@ -89,6 +89,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
 
 def config_from_dict(raw: Mapping[str, Any]) -> RunConfig:
     """Validate JSON-able sections, such as those of a `run.json`; errors as `load_config`'s."""
+    if not isinstance(raw, Mapping):
+        raise ValueError(f"A config must be an object of sections, not {_shown(raw)}.")
     config = _build(RunConfig, raw, "")
     assert isinstance(config, RunConfig)
     return config
@@ -210,7 +212,7 @@ def _build(cls: type, raw: Mapping[str, Any], prefix: str) -> Any:
     for key, value in raw.items():
         name = f"{prefix}{key}"
         if key not in known:
-            close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            close = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f" Did you mean `{prefix}{close[0]}`?" if close else ""
             raise ValueError(f"Unknown config key `{name}`.{hint} Known here: {', '.join(known)}.")
         if dataclasses.is_dataclass(hints[key]):

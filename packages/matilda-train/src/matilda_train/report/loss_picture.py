@@ -57,6 +57,8 @@ def draw_loss(runs: Sequence[str | Path], out: str | Path) -> Path:
     process ended before the run did. Equal runs give equal bytes. Raises `ValueError` for a
     directory that holds no run, and for runs without two logged steps.
     """
+    if not runs:
+        raise ValueError("A picture needs at least one run directory.")
     paths = [Path(run) for run in runs]
     records = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
     write_output(Path(out), loss_picture(records))
