@@ -202,6 +202,17 @@ def test_a_pause_that_was_nobodys_fault_is_taken_off_as_far_as_it_was_one(
     assert sum(account.seconds.values()) == pytest.approx(account.wall_seconds)
 
 
+def test_a_number_that_overflows_in_a_damaged_file_counts_as_nothing(tmp_path: Path) -> None:
+    damaged = '"last_seen": {"restarts": 1e400, "uptime_seconds": -1e400}, "lost_seconds": 1e400'
+    (tmp_path / "events.jsonl").write_text(
+        '{"time": "2026-01-01T00:00:00+00:00", "event": "start", "seconds": {"starting": 2.0}}\n'
+        f'{{"time": "2026-01-01T00:00:10+00:00", "event": "resume", {damaged}}}\n'
+    )
+    account = goodput(tmp_path)
+    assert account.wall_seconds == pytest.approx(12)
+    assert account.seconds["redone"] == 0
+
+
 def test_files_of_an_older_run_or_none_at_all(tmp_path: Path) -> None:
     assert goodput(tmp_path).fraction is None
     (tmp_path / "events.jsonl").write_text(

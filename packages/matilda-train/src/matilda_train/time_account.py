@@ -23,6 +23,9 @@ __all__ = ["Goodput", "GoodputLedger", "account_time", "describe_lost_work", "go
 
 Row = Mapping[str, Any]
 
+LARGEST = 1e18
+"""Seconds, steps or lives beyond it are no numbers, but damage."""
+
 BUCKETS = {
     "productive": "training steps that are part of the run",
     "redone": "steps and evaluations lost to a kill or a rollback",
@@ -264,7 +267,9 @@ def _calendar(event: Row) -> float:
 def _number(row: Row, name: str) -> float:
     """A field as a number; what is missing or no number counts as nothing."""
     value = row.get(name)
-    return float(value) if isinstance(value, int | float) else 0.0
+    if isinstance(value, int | float) and -LARGEST < value < LARGEST:
+        return float(value)
+    return 0.0
 
 
 def format_seconds(seconds: float) -> str:

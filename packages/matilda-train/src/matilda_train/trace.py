@@ -110,7 +110,7 @@ def _matches(
     hashes = {
         row["step"]: row["batch_sha256"]
         for row in read_rows(run_dir / "metrics.jsonl")
-        if "batch_sha256" in row
+        if isinstance(row.get("step"), int) and isinstance(row.get("batch_sha256"), str)
     }
     before = max((logged for logged in hashes if logged < step), default=0)
     after = min((logged for logged in hashes if logged >= step), default=None)
