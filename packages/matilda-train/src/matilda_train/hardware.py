@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -12,9 +14,9 @@ __all__ = [
     "choose_device",
     "choose_dtype",
     "device_name",
+    "numerics",
     "peak_flops",
     "seed_generators",
-    "set_numerics",
 ]
 
 # Dense bf16 tensor-core FLOP/s from the vendors' datasheets, by the exact name that torch reports.
@@ -75,16 +77,29 @@ def peak_flops(device: torch.device) -> float | None:
     return PEAK_BF16_FLOPS.get(torch.cuda.get_device_name(device))
 
 
-def set_numerics(device: torch.device, *, deterministic: bool, threads: int | None) -> None:
-    """Process-wide switches of torch: CPU threads, TF32 for what stays float32, determinism."""
-    if threads is not None:
-        torch.set_num_threads(threads)
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")
-    if deterministic:
-        # cuBLAS reads this when its first handle is made; its default picks kernels by history.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
+@contextmanager
+def numerics(device: torch.device, *, deterministic: bool, threads: int | None) -> Iterator[None]:
+    """Process-wide switches of torch: CPU threads, TF32 for what stays float32, determinism.
+
+    They are put back at the end, so that the next run of the process has what its config says.
+    """
+    before = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    was_deterministic = torch.are_deterministic_algorithms_enabled()
+    only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        if device.type == "cuda":
+            torch.set_float32_matmul_precision("high")
+        if deterministic:
+            # cuBLAS reads this when its first handle is made; its default picks kernels by history.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.set_float32_matmul_precision(before[1])
+        torch.use_deterministic_algorithms(was_deterministic, warn_only=only_warned)
 
 
 def seed_generators(seed: int) -> None:

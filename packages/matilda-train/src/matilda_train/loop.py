@@ -43,7 +43,7 @@ from matilda_train.evaluation import evaluate
 from matilda_train.gpu_health import GpuHealth
 from matilda_train.group_rms import GroupRms
 from matilda_train.guards import StepGuard, clip_gradients, diverged_if_not_finite
-from matilda_train.hardware import choose_device, choose_dtype, seed_generators, set_numerics
+from matilda_train.hardware import choose_device, choose_dtype, numerics, seed_generators
 from matilda_train.loop_state import LoopState, TrainResult
 from matilda_train.lost_checkpoints import describe_lost, finished_step
 from matilda_train.meter import Meter, describe_row
@@ -101,7 +101,9 @@ def train(
         watchdog.exchange(ranks.store, ranks.world_size)
         device = ranks.own_device(device)
         display = display if display is not None and ranks.is_main else SilentDisplay()
-        set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
+        cleanup.enter_context(
+            numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
+        )
 
         mirrored = config.log.wandb and ranks.is_main and not dry_run
         if mirrored:

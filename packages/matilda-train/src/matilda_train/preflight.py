@@ -27,7 +27,7 @@ from matilda_train.config import RunConfig
 from matilda_train.data_source import choose_data_dir, makes_corpus, open_streams
 from matilda_train.distributed import Ranks
 from matilda_train.evals.task_files import read_tasks
-from matilda_train.hardware import choose_device, device_name, peak_flops, set_numerics
+from matilda_train.hardware import choose_device, device_name, numerics, peak_flops
 from matilda_train.micro_batch import CPU_MICRO_BATCH, describe_trial, sizes_that_divide
 from matilda_train.provenance import package_version
 from matilda_train.run_dir import check_run_dir
@@ -106,20 +106,21 @@ def run_preflight(
     device = Ranks(local_rank=int(os.environ.get("LOCAL_RANK", "0"))).own_device(
         choose_device(config.train.device)
     )
-    set_numerics(device, deterministic=config.train.deterministic, threads=config.train.threads)
-    run_dir, data = Path(run_dir), choose_data_dir(data_dir, config, run_dir)
-    _look_at_device(report, device)
-    made = makes_corpus(data_dir, config)
-    data_id = _look_at_data(report, config, data, made=made, deep=deep)
-    _look_at_tasks(report, config)
-    step = _look_at_run_dir(report, config, run_dir, data_id)
-    trial = None
-    if thorough or report.ok:
-        steps = report.ok or device.type != "cpu"
-        trial = _look_at_memory(report, config, device, world_size, note, steps=steps)
-    _look_at_disk(report, config, run_dir, step)
-    if trial is not None:
-        _look_at_time(report, config, trial, step, world_size, dollars_per_hour, device)
+    threads = config.train.threads
+    with numerics(device, deterministic=config.train.deterministic, threads=threads):
+        run_dir, data = Path(run_dir), choose_data_dir(data_dir, config, run_dir)
+        _look_at_device(report, device)
+        made = makes_corpus(data_dir, config)
+        data_id = _look_at_data(report, config, data, made=made, deep=deep)
+        _look_at_tasks(report, config)
+        step = _look_at_run_dir(report, config, run_dir, data_id)
+        trial = None
+        if thorough or report.ok:
+            steps = report.ok or device.type != "cpu"
+            trial = _look_at_memory(report, config, device, world_size, note, steps=steps)
+        _look_at_disk(report, config, run_dir, step)
+        if trial is not None:
+            _look_at_time(report, config, trial, step, world_size, dollars_per_hour, device)
     return report
 
 
