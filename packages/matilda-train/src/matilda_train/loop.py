@@ -127,7 +127,7 @@ def train(
         else:
             data = choose_data_dir(data_dir, config, run_dir)
             corpus = makes_corpus(data_dir, config)
-            if str(data) != "data":  # what reads the run later finds them without being told
+            if data != Path(config.data.dir or "data"):  # what reads the run later finds them
                 config = replace(config, data=replace(config.data, dir=str(data)))
             if ranks.is_main and corpus:
                 with phase.during("preparing data"):
