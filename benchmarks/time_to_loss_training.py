@@ -124,9 +124,9 @@ def our_config(system: str, args: argparse.Namespace, **fields: Any) -> Any:
         changed["train.tokens_per_step"] = recipe.tokens_per_step
         if config.train.micro_batch_size != "auto":
             changed["train.micro_batch_size"] = min(sequences, config.train.micro_batch_size)
-        for name in ("lr", "adamw_lr", "embedding_lr"):
-            rate = getattr(config.optim, name)
-            changed[f"optim.{name}"] = rate and recipe.rate * rate
+        for rate in ("lr", "adamw_lr", "embedding_lr"):
+            own = getattr(config.optim, rate)
+            changed[f"optim.{rate}"] = own and recipe.rate * own
     given = [f"{key}={json.dumps(value)}" for key, value in (changed | fields).items()]
     return load_config(path, [*asked, *given])
 

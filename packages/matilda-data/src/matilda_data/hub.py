@@ -18,11 +18,12 @@ from matilda_data.documents import ReadOptions
 from matilda_data.engine import WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
 from matilda_data.hub_client import HubFiles, HubSource, take_over_plans
+from matilda_data.inputs import check_lists
 from matilda_data.journal import Journal
 from matilda_data.manifest import Manifest
 from matilda_data.packer import select
 from matilda_data.persistence import Retry
-from matilda_data.prepare import PathLike, Settings, check_lists, check_partition, take_over
+from matilda_data.prepare import PathLike, Settings, check_partition, take_over
 from matilda_data.progress import Meter, ProgressCallback
 
 __all__ = ["HubSource", "prepare_hub"]

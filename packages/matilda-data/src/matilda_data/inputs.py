@@ -22,7 +22,7 @@ import zstandard
 from matilda_data.errors import DataError
 from matilda_data.manifest import canonical_json
 
-__all__ = ["WORK_DIR", "InputFile", "Unit", "blocks", "find_files", "plan_units"]
+__all__ = ["WORK_DIR", "InputFile", "Unit", "blocks", "check_lists", "find_files", "plan_units"]
 
 logger = logging.getLogger("matilda_data")
 
@@ -87,6 +87,15 @@ class Unit:
     def from_json(cls, value: dict[str, Any]) -> Unit:
         files = tuple(InputFile(**file) for file in value["files"])
         return cls(**{**value, "files": files})
+
+
+def check_lists(**arguments: object) -> None:
+    """Raise DataError for a single name where a list of them is meant: its letters are one too."""
+    for name, value in arguments.items():
+        if isinstance(value, str | os.PathLike):
+            raise DataError(
+                f"`{name}` is {os.fspath(value)!r}; give a list, [{os.fspath(value)!r}]"
+            )
 
 
 def find_files(

@@ -20,7 +20,7 @@ from matilda_data.contamination import (
 from matilda_data.dataset import TokenSource, open_dataset
 from matilda_data.documents import Document, ReadOptions, read_documents
 from matilda_data.errors import DataError
-from matilda_data.inputs import find_files, plan_units
+from matilda_data.inputs import check_lists, find_files, plan_units
 from matilda_data.tokenizer import Tokenizer, load_tokenizer
 
 __all__ = ["measure_overlap"]
@@ -49,11 +49,7 @@ def measure_overlap(
     Raises:
         DataError: an evaluation file, the data set or an input cannot be read.
     """
-    for name, value in (("evaluations", evaluations), ("inputs", inputs)):
-        if isinstance(value, str | os.PathLike):  # its letters, of which `/` is one, are paths too
-            raise DataError(
-                f"`{name}` is {os.fspath(value)!r}; give a list, [{os.fspath(value)!r}]"
-            )
+    check_lists(evaluations=evaluations, inputs=inputs)  # `/`, a letter of most, is a path too
     if (data_dir is None) == (not inputs):
         raise DataError("give either a data set or input files to look through")
     evaluation = build_evaluation_set(evaluations)

@@ -16,7 +16,7 @@ from matilda_data.contamination import build_evaluation_set
 from matilda_data.documents import ReadOptions
 from matilda_data.engine import OPTIONS_OF_PARTS, WORK_DIR, Engine, PlannedSource, prepared
 from matilda_data.errors import DataError
-from matilda_data.inputs import find_files, plan_units
+from matilda_data.inputs import check_lists, find_files, plan_units
 from matilda_data.journal import Journal
 from matilda_data.manifest import Manifest, canonical_json, read_incomplete
 from matilda_data.packer import PackOptions
@@ -254,15 +254,6 @@ def prepare_text(
         return engine.publish(sources, preparation)
 
     return prepared(directory, preparation, evaluation, command, prepare)
-
-
-def check_lists(**arguments: object) -> None:
-    """Raise DataError for a single name where a list of them is meant: its letters are one too."""
-    for name, value in arguments.items():
-        if isinstance(value, str | os.PathLike):
-            raise DataError(
-                f"`{name}` is {os.fspath(value)!r}; give a list, [{os.fspath(value)!r}]"
-            )
 
 
 def check_partition(partition: tuple[int, int] | None) -> None:
