@@ -95,14 +95,15 @@ rates() {
     study hero-rates base_152m_v2 --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${hero[@]}" train.total_steps=160 train.tokens_per_step=131072 optim.warmup_steps=20 \
         eval.every_steps=160
+    local half=("${hero[@]}" train.total_steps=320 train.tokens_per_step=65536
+        optim.warmup_steps=40 eval.every_steps=320)
     study hero-half-batch base_152m_v2 --grid optim.lr=0.001,0.002,0.004,0.008 \
-        optim.weight_decay=0.1 "${hero[@]}" train.total_steps=320 train.tokens_per_step=65536 \
-        optim.warmup_steps=40 eval.every_steps=320
+        optim.weight_decay=0.1 "${half[@]}"
+    study hero-embedding-rates base_152m_v2 --grid optim.embedding_lr=0.003,0.006,0.012,0.024 \
+        optim.weight_decay=0.1 "${half[@]}"
     study hero-quarter-batch base_152m_v2 --grid optim.lr=0.002,0.004 optim.weight_decay=0.1 \
         "${hero[@]}" train.total_steps=640 train.tokens_per_step=32768 train.micro_batch_size=16 \
         optim.warmup_steps=80 eval.every_steps=640
-    study embedding-rates ablation_48m --grid optim.adamw_lr=0.0015,0.003,0.006,0.012 \
-        "${turns[@]}" --set train.total_steps=160 optim.warmup_steps=20
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set optim.lr=0.008 optim.weight_decay=0.01 \
         train.total_steps=160 optim.warmup_steps=20
@@ -116,18 +117,21 @@ ablate() {
     fi
     local adamw=optim.algorithm=adamw,optim.weight_decay=0.1 # at other rates than its row's too
     local rows=(no_qk_norm mha mqa adamw)
-    local more=(swiglu softcap_off z_loss_off cosine untied depth_12
-        "cosine_0.004:optim.schedule=cosine,optim.lr=0.004" # on average the baseline's rate
-        "adamw_0.002:$adamw,optim.lr=0.002"
-        "adamw_own:$adamw,optim.lr=0.001,optim.embedding_lr=0.003")
+    local more=(swiglu softcap_off z_loss_off cosine untied depth_12)
+    # What the first rows raised: the rate of the embedding, and a cosine of the same mean rates.
+    local asked=("embedding_0.012:optim.embedding_lr=0.012" "embedding_0.03:optim.embedding_lr=0.03"
+        "untied_0.03:model.tie_embeddings=false,optim.embedding_lr=0.03"
+        "cosine_0.004:optim.schedule=cosine,optim.lr=0.004,optim.adamw_lr=0.006")
     local options=(zero_init_outputs residual_scalars value_embeddings window head_dim_128
         document_mask logit_scale softcap_15 decay_60:optim.decay_fraction=0.6)
+    local adamw_rates=("adamw_own:$adamw,optim.lr=0.001,optim.embedding_lr=0.003"
+        "adamw_0.002:$adamw,optim.lr=0.002")
     one_change() {
         study study ablation_48m --variants "$@" --seeds 3 --jobs-per-gpu 3 --take-turns \
             --set log.autopsies=0
     }
     one_change "${rows[@]}" # whole first; then a whole seed of all before the next
-    one_change "${rows[@]}" "${more[@]}" "${options[@]}"
+    one_change "${rows[@]}" "${more[@]}" "${asked[@]}" "${options[@]}" "${adamw_rates[@]}"
 }
 
 family() { # a process and all that came of it: torchrun's workers are in sessions of their own
