@@ -104,6 +104,9 @@ rates() {
     study hero-quarter-batch base_152m_v2 --grid optim.lr=0.002,0.004 optim.weight_decay=0.1 \
         "${hero[@]}" train.total_steps=640 train.tokens_per_step=32768 train.micro_batch_size=16 \
         optim.warmup_steps=80 eval.every_steps=640
+    study hero-eighth-batch base_152m_v2 --grid optim.lr=0.0005,0.001,0.002 \
+        optim.weight_decay=0.1 "${hero[@]}" train.total_steps=1280 train.tokens_per_step=16384 \
+        train.micro_batch_size=8 optim.warmup_steps=160 eval.every_steps=1280
     study rates ablation_48m --grid optim.lr=0.001,0.002,0.004 optim.weight_decay=0.01,0.1 \
         "${turns[@]}" --set optim.lr=0.008 optim.weight_decay=0.01 \
         train.total_steps=160 optim.warmup_steps=20

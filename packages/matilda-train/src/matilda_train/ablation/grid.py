@@ -125,9 +125,10 @@ def write_grid(result: StudyResult, page: str | Path, *, name: str, command: str
 def _markdown(result: StudyResult, *, command: str) -> str:
     config = result.config
     tokens = config.plan.tokens(config.train.total_steps)
-    table = [["point", "loss, nats", "above the best", "95 % interval", "verdict"]]
+    table = [["point", "loss, nats", "above the best", "95 % interval", "verdict", "tokens/s"]]
     for row in result.begun:
         loss, found = row.mean("loss_nats"), row.comparison
+        speeds = [run.tokens_per_second for run in row.runs if run.tokens_per_second is not None]
         diverged = any(run.outcome == "diverged" for run in row.runs)
         width = f"± {found.half_width:.4f}" if found and found.half_width is not None else "–"
         table.append(
@@ -137,11 +138,13 @@ def _markdown(result: StudyResult, *, command: str) -> str:
                 f"{found.difference:+.4f}" if found else "–",
                 width,
                 "diverged" if diverged else found.verdict if found else "best",
+                f"{max(speeds):,.0f}" if speeds else "–",
             ]
         )
     lines = [
         f"{config.model.n_params / 1e6:.2f}M parameters, T={config.seq_len}, "
-        f"{tokens / 1e6:,.2f}M tokens a run, {result.seeds} seed(s) a point, "
+        f"{tokens / 1e6:,.2f}M tokens a run in {config.train.total_steps:,} steps of "
+        f"{config.train.tokens_per_step:,}, {result.seeds} seed(s) a point, "
         f"{config.optim.algorithm}, {config.optim.schedule} schedule.",
         "",
         *markdown_table(table, left=(0, 4)),
