@@ -18,7 +18,8 @@
 # PAGES       folder of the pages that get the tables (docs); PAGES/measured gets the results as
 #             JSON, and from there a study goes on where the machine that began it is gone
 # LR          the hero's rate, from `rates` (what its config says)
-# BATCH       tokens of a step of `hero`, `frontier` and `minutes`: 32768 to 262144 (65536)
+# BATCH       tokens of a step of `hero` and `frontier`: 32768 to 262144 (65536)
+# SHORT_BATCH tokens of a step of ours in `minutes` (32768)
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
@@ -37,6 +38,7 @@ runs=${RUNS:-runs/results}
 pages=${PAGES:-docs}
 quick=${QUICK:-}
 batch=${BATCH:-65536}
+short_batch=${SHORT_BATCH:-32768}
 rate=() # of the hero, where it is not its config's
 if [ -n "${LR:-}" ]; then rate=("optim.lr=$LR"); fi
 gpus=${GPUS:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}
@@ -213,7 +215,8 @@ minutes() {
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
         --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 15
         --write "$pages/RESULTS.md")
-    local ours=(train.micro_batch_size=64 log.autopsies=0) frontier=() code=0
+    local ours=("train.micro_batch_size=$((short_batch / 2048))" optim.lr=0.002 log.autopsies=0)
+    local frontier=() code=0
     systems() { # what fails or has no time keeps nothing else from it
         local stop=() ended=0
         if [ -n "${STOP_AFTER:-}" ]; then stop=(--stop-after "$((STOP_AFTER - SECONDS))"); fi
@@ -221,13 +224,13 @@ minutes() {
         if [ "$code" -eq 0 ] || [ "$code" -eq 75 ]; then code=$((ended ? ended : code)); fi
     }
     if [ -e configs/frontier_152m.json ]; then
-        frontier=("frontier_152m@$batch:2.7" "frontier_152m@$batch:2.2")
+        frontier=("frontier_152m@$short_batch:2.7" "frontier_152m@$short_batch:2.2")
     fi
     # nanoGPT's own batch is half a million tokens, of which minutes make few steps: smaller ones
     # are its best chance. What is no part of the target comes last.
-    systems nanogpt@131072:8 "hero@$batch:4" nanogpt@65536:8 "hero@$batch:3" \
-        --set "${ours[@]}" "${rate[@]}"
-    systems "${frontier[@]}" nanochat:8 nanogpt:8 --set "${ours[@]}"
+    systems "nanogpt@$short_batch:8" "hero@$short_batch:4" nanogpt@65536:8 \
+        "hero@$short_batch:2.7" --set "${ours[@]}"
+    systems "${frontier[@]}" nanochat:8 nanogpt@131072:8 nanogpt:8 --set "${ours[@]}"
     return "$code"
 }
 
