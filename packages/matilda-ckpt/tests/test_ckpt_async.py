@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import subprocess
 import sys
 import threading
@@ -268,3 +269,46 @@ def test_waiting_save_waits_for_the_stream_of_its_caller(tmp_path: Path) -> None
         weight.fill_(2)
         checkpoints.save(2, {"w": weight})
     assert bool((checkpoints.load_state(2)["w"] == 2).all())
+
+
+FORK = """
+import os, signal, sys, threading
+import torch
+from matilda_ckpt import Checkpointer, SaveError
+from matilda_ckpt.fs import OsFs
+
+class GateFs(OsFs):
+    reached, gate = threading.Event(), threading.Event()
+    def create(self, path, size):
+        self.reached.set()
+        self.gate.wait(60)
+        return super().create(path, size)
+
+checkpoints = Checkpointer(sys.argv[1], fs=GateFs())
+handle = checkpoints.save(1, {"w": torch.ones(1000)}, wait=False)
+assert GateFs.reached.wait(30)
+child = os.fork()
+if child == 0:
+    signal.alarm(20)  # a child that waits for ever is ended
+    said = ""
+    try:
+        handle.result()
+    except SaveError as error:
+        said = str(error)
+    assert checkpoints.poll()
+    checkpoints.wait_copied()
+    checkpoints.close()
+    os._exit(0 if "forked" in said else 1)
+ended = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+GateFs.gate.set()
+checkpoints.close()
+assert [info.step for info in checkpoints.list()] == [1]
+checkpoints.save(2, {"w": torch.ones(1000)}, wait=True)  # the lock is still ours
+sys.exit(ended)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_process_leaves_the_save_in_flight_to_its_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", FORK, str(tmp_path)]
+    assert subprocess.run(command, timeout=120).returncode == 0

@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,8 @@ class Background:
     def __init__(self) -> None:
         self._current: SaveHandle | None = None
         self._abandoned = threading.Event()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=_forgetter(self))
 
     def start(
         self, handle: SaveHandle, copy: Callable[[], None], job: Callable[[], CheckpointInfo]
@@ -107,6 +110,25 @@ class Background:
 
         threading.Thread(target=run, name="matilda-ckpt-save", daemon=False).start()
         self._current = handle
+
+    def forget(self) -> None:
+        """In a forked process: the save in flight goes on in the other one, its thread is not here.
+
+        Waiting for it would never end; its handle says so to whoever asks.
+        """
+        handle, self._current = self._current, None
+        if handle is None or handle.done:
+            return
+        # New ones: the thread may have held their locks when the process was copied.
+        handle._ended, handle._copied = threading.Event(), threading.Event()
+        handle._settle = lambda: None
+        handle._end(
+            None,
+            SaveError(
+                f"the save of step {handle.step} goes on in the process that this one was forked "
+                "from; ask there"
+            ),
+        )
 
     def wait_copied(self) -> None:
         """Return once the save in flight, if any, reads nothing of the caller's any more."""
@@ -156,3 +178,14 @@ class Background:
                 )
         self.poll()
         return handle._info
+
+
+def _forgetter(background: Background) -> Callable[[], None]:
+    ref = weakref.ref(background)
+
+    def forget_in_child() -> None:
+        alive = ref()
+        if alive is not None:
+            alive.forget()
+
+    return forget_in_child
