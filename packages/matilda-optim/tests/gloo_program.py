@@ -7,6 +7,7 @@ With MATILDA_DEVICE=cuda every rank has a GPU and NCCL takes gloo's place.
 
 from __future__ import annotations
 
+import copy
 import multiprocessing
 import sys
 import tempfile
@@ -49,6 +50,16 @@ def ddp(folder: Path, distribute: str = "ddp") -> str:
     model = Weights()
     optimizer = optimizer_of(model, distribute=distribute)
     train(model, optimizer, 0, STEPS)
+    return digest(model, optimizer)
+
+
+def copied(folder: Path) -> str:
+    """A copy goes on where its original was, with the same ranks."""
+    model = Weights()
+    optimizer = optimizer_of(model, distribute="ddp", process_group=dist.new_group())
+    train(model, optimizer, 0, 2)
+    model, optimizer = copy.deepcopy((model, optimizer))
+    train(model, optimizer, 2, STEPS)
     return digest(model, optimizer)
 
 
@@ -171,7 +182,7 @@ def run(case: Callable[[Path], str], world: int, folder: Path) -> set[str]:
 
 
 CASES: dict[str, list[tuple[Callable[[Path], str], int]]] = {
-    "short": [(ddp, 2), (save, 2), (load, 1)],
+    "short": [(ddp, 2), (copied, 2), (save, 2), (load, 1)],
     "ddp": [(ddp, 2), (ddp, 3), (ddp, 4), (auto, 2)],
     "fsdp": [(fsdp, 2), (fsdp, 4), (hsdp, 4), (columns_and_two_dimensions, 4)],
     "pair": [(ddp, 2), (auto, 2), (fsdp, 2), (skip, 2)],

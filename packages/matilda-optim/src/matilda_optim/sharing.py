@@ -40,6 +40,12 @@ class Sharing:
         self.group = group
         self.decisions: dict[tuple[int, ...], bool] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Sharing:
+        """Another of the same ranks: a process group is a connection, which cannot be copied."""
+        copied = Sharing(self.mode, self.group)
+        copied.decisions.update(self.decisions)
+        return copied
+
     def __call__(self, newton_schulz: NewtonSchulz, x_BMN: Tensor, *others: Tensor) -> Tensor:
         """`newton_schulz(x_BMN, *others)`, computed once over all ranks.
 
