@@ -358,3 +358,17 @@ def test_a_model_compiled_for_one_shape_generates(in_place: bool) -> None:
         compiled = torch.compile(net, fullgraph=True, dynamic=False, backend="eager")
     assert generate(compiled, [1, 2, 3], max_new_tokens=14, temperature=0) == expected
     assert list(stream_tokens(compiled, [1, 2, 3], max_new_tokens=14, temperature=0)) == expected
+
+
+def test_what_ddp_wrapped_generates_and_what_is_no_model_is_named() -> None:
+    class Wrapper(torch.nn.Module):  # DDP's attributes, without its processes
+        def __init__(self, module: torch.nn.Module) -> None:
+            super().__init__()
+            self.module = module
+
+    net = model()
+    arguments: dict[str, Any] = {"max_new_tokens": 5, "temperature": 0.0}
+    expected = generate(net, [1, 2, 3], **arguments)
+    assert generate(Wrapper(net), [1, 2, 3], **arguments) == expected  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match="must be a `Transformer`, not a 'Linear'"):
+        generate(torch.nn.Linear(2, 2), [1], **arguments)  # type: ignore[call-overload]

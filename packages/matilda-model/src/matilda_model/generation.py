@@ -16,6 +16,7 @@ from torch import Tensor
 
 from matilda_model.cache import KVCache
 from matilda_model.model import Transformer
+from matilda_model.pretrained import unwrapped
 
 Prompt = Sequence[int] | Tensor
 """Token ids; a tensor [T] too."""
@@ -81,7 +82,7 @@ def generate(
     `stop_when` is asked with a row's new ids after each one and ends the row, which keeps it, when
     true. The other arguments are `Sampling`'s: `temperature`, `top_k`, `top_p`, `stop_ids`,
     `vocab_limit`, `generator`. Raises ValueError for values out of range and when prompt plus
-    `max_new_tokens` exceed the model's `max_seq_len`.
+    `max_new_tokens` exceed the model's `max_seq_len`. What DDP wrapped is unwrapped.
     """
     prompts, single = _as_prompts(prompt_ids)
     rows: list[list[int]] = [[] for _ in prompts]
@@ -186,6 +187,8 @@ def _decode(
 ) -> Iterator[tuple[list[int | None], Tensor]]:
     """Check the arguments now; then each step's new token per row, None for a row that has
     stopped, and its logits [B, V]."""
+    if not hasattr(model, "config"):  # DDP's wrapper; that of torch.compile has its model's
+        model = unwrapped(model)
     config = model.config
     _check_sampling(temperature, top_k, top_p)
     if not _is_integer(max_new_tokens) or max_new_tokens < 0:
