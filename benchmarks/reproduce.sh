@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # The figures of docs/RESULTS.md and docs/ABLATIONS.md that need a GPU, by stages:
 #
-#   benchmarks/reproduce.sh data table rates ablate hero frontier evaluate minutes
+#   benchmarks/reproduce.sh data table rates ablate options hero frontier evaluate minutes
 #
 #   data      83/17 mixture of the corpus' prose and code, and what of the questions is in it
 #   table     a training step of every config and back end, beside its peers
 #   rates     learning rates, weight decay and batch of the hero and of the ablations' model
 #   ablate    one change a row, three seeds
+#   options   changes to the hero at the batch of `minutes`, one seed: what frontier_152m is made of
 #   hero      0.54 billion tokens with base_152m_v2, killed once by SIGKILL and resumed
 #   frontier  the same with frontier_152m, where that config is
 #   evaluate  every question set, beside Pythia after as many tokens
@@ -139,6 +140,22 @@ ablate() {
     one_change "${rows[@]}" "${more[@]}" "${asked[@]}" "${options[@]}" "${adamw_rates[@]}"
 }
 
+options() {
+    if [ -n "$quick" ]; then
+        study options quickstart --variants mha --seeds 1 \
+            --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
+        return
+    fi
+    local untied=model.tie_embeddings=false
+    study options base_152m_v2 --seeds 1 --jobs-per-gpu 3 --take-turns \
+        --variants mha swiglu zero_init_outputs value_embeddings head_dim_128 depth_12 \
+        untied "untied_0.03:$untied,optim.embedding_lr=0.03" softcap_15 logit_scale \
+        "embedding_0.0015:optim.embedding_lr=0.0015" "decay_40:optim.decay_fraction=0.4" \
+        --set optim.lr=0.002 train.total_steps=640 train.tokens_per_step=32768 \
+        train.micro_batch_size=16 optim.warmup_steps=80 eval.every_steps=640 \
+        eval.tokens=524288 eval.sample_tokens=0 log.autopsies=0
+}
+
 family() { # a process and all that came of it: torchrun's workers are in sessions of their own
     local child
     echo "$1"
@@ -240,9 +257,9 @@ if [ $# -eq 0 ]; then
 fi
 for stage in "$@"; do
     case $stage in
-        data | table | rates | ablate | hero | frontier | evaluate | minutes) ;;
+        data | table | rates | ablate | options | hero | frontier | evaluate | minutes) ;;
         *)
-            echo "no stage '$stage': data, table, rates, ablate, hero, frontier, evaluate, minutes" >&2
+            echo "no stage '$stage': data, table, rates, ablate, options, hero, frontier, evaluate, minutes" >&2
             exit 2
             ;;
     esac

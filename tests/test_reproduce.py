@@ -62,7 +62,7 @@ def test_every_stage_in_its_quick_form(tmp_path: Path) -> None:
         (corpus / "evals" / f"{task}_val.jsonl").write_text(json.dumps(item) + "\n")
     runs, pages = tmp_path / "runs", tmp_path / "pages"
     done = reproduce(
-        *("data", "table", "rates", "ablate", "hero", "frontier", "evaluate", "minutes"),
+        *("data", "table", "rates", "ablate", "options", "hero", "frontier", "evaluate", "minutes"),
         QUICK="1", GPUS="2", CORPUS=str(corpus), RUNS=str(runs), PAGES=str(pages),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
