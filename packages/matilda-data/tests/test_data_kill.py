@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import os
 import random
 import shutil
@@ -13,6 +14,7 @@ import sys
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -168,24 +170,16 @@ def test_killed_worker_is_replaced(
     monkeypatch.setattr(inputs_module, "UNIT_BYTES", 8000)
     prepare(corpus, tmp_path / "whole")
     started = watch_workers(monkeypatch)
-    killed: list[int] = []
+    original, asked = worker_module._ask, itertools.count()
 
-    def progress(row: object) -> None:
-        if len(killed) < 2 and started:
-            started[-1].kill()
-            killed.append(started[-1].pid)
+    def ask(process: subprocess.Popen[str], *unit: Any) -> dict[str, Any] | None:
+        if next(asked) in (0, 3):  # one that has just begun, and one that has worked
+            process.kill()
+        return original(process, *unit)
 
-    prepare_text(
-        corpus,
-        tmp_path / "out",
-        tokenizer="byte",
-        shard_tokens=4000,
-        val_fraction=0.2,
-        workers=2,
-        progress=progress,
-    )
-    assert len(killed) == 2
-    assert len(started) > 2
+    monkeypatch.setattr(worker_module, "_ask", ask)
+    prepare(corpus, tmp_path / "out", workers=2)
+    assert len(started) == 4, "two, and one for each that was killed"
     assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
