@@ -232,7 +232,9 @@ minutes() {
     local common=(--data-dir "$data_dir" --out "$measured/minutes" --work "$runs/minutes"
         --peer-dir "$peers" --gpus "$((gpus > 1 ? gpus : 1))" --evaluate-every 15
         --write "$pages/RESULTS.md")
-    local ours=("train.micro_batch_size=$((short_batch / 2048))" optim.lr=0.002 log.autopsies=0)
+    # Rates from `rates`: the best falls with the batch.
+    local ours=("train.micro_batch_size=$((short_batch / 2048))" log.autopsies=0
+        "optim.lr=$((short_batch < 32768 ? 1 : 2))e-3")
     local frontier=() code=0
     systems() { # what fails or has no time keeps nothing else from it
         local stop=() ended=0
