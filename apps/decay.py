@@ -72,8 +72,9 @@ def main() -> int:
         raise ValueError(f"`--tokens`: {error}") from None
     RunDir.read(args.run)  # a mistake is named before torch loads, for seconds
     from matilda_train import open_decay
+    from matilda_train.decay import decay_dir
 
-    target = args.run_dir or args.run.with_name(f"{args.run.name}-decay-{args.from_step}-{tokens}")
+    target = args.run_dir or decay_dir(args.run, from_step=args.from_step, tokens=tokens)
     while int(os.environ.get("RANK", "0")) > 0 and not (target / "run.json").is_file():
         time.sleep(0.2)  # the first rank makes it; should that fail, torchrun ends this one
     decay = open_decay(

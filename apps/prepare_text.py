@@ -7,6 +7,7 @@ from matilda_train.stop_signals import end_on_signals
 
 end_on_signals()  # in the first line, until `run_preparation` handles them
 
+import shlex
 import sys
 
 from matilda_data import (
@@ -60,7 +61,8 @@ def main() -> int:
         prepare_text,
         options,
         following=f"uv run apps/train.py --config configs/{config}.json "
-        f"--data-dir {options.out_dir} --run-dir runs/{options.out_dir.name}",
+        f"--data-dir {shlex.quote(str(options.out_dir))} "
+        f"--run-dir {shlex.quote(f'runs/{options.out_dir.name}')}",
         inputs=inputs,
         exclude=options.exclude,
         text_field=options.text_field,

@@ -123,6 +123,22 @@ def test_quickstart_trains_stops_resumes_finishes_and_generates(
     assert found["step"] == 4
 
 
+def test_the_next_command_takes_names_with_spaces(
+    server: TrainServer, tiny_config: Path, tmp_path: Path
+) -> None:
+    texts = (json.dumps({"text": f"Line {i} of it."}) + "\n" for i in range(500))
+    (tmp_path / "text.jsonl").write_text("".join(texts))
+    prepare = "apps/prepare_text.py --input text.jsonl --out-dir 'my text' --tokenizer byte"
+    said = app(f"{prepare} --val-fraction 0.2", tmp_path).stdout
+    following = shlex.split(said.rpartition("Next: uv run ")[2])
+    assert following[3:] == ["--data-dir", "my text", "--run-dir", "runs/my text"]
+    train = shlex.join(["apps/train.py", "--config", str(tiny_config), *following[3:]])
+    done = loaded_app(server, train, tmp_path)
+    assert done.returncode == 0, done.stderr
+    following = shlex.split(done.stdout.rpartition("Next: uv run ")[2])
+    assert following == ["apps/generate.py", "--run", "runs/my text", "--prompt", "def "]
+
+
 def test_prepare_text_writes_shards_that_verify_and_is_idempotent(tmp_path: Path) -> None:
     for part in ("a", "b"):
         with (tmp_path / f"part-{part}.jsonl").open("w") as file:

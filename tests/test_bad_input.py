@@ -84,9 +84,10 @@ def test_missing_config(server: TrainServer, world: Path, corpus: Path) -> None:
 
 def test_missing_data_set(server: TrainServer, world: Path) -> None:
     said = refused(
-        server, [world], world / "tiny.json", run_dir=world / "run", data_dir=world / "nowhere"
+        server, [world], world / "tiny.json", run_dir=world / "run", data_dir=world / "no where"
     )
     assert "apps/prepare_text.py" in said
+    assert f"--out-dir '{world / 'no where'}'" in said  # or a shell would read two words
 
 
 def damage_flip(folder: Path) -> str:

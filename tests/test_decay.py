@@ -26,7 +26,7 @@ from matilda_train import (
     load_config,
     open_decay,
 )
-from matilda_train.decay import decay_config
+from matilda_train.decay import decay_config, decay_dir
 from matilda_train.metrics_log import read_rows
 from matilda_train.run_comparison import untimed_rows
 from matilda_train.schedules import Schedules
@@ -161,6 +161,21 @@ def test_other_phases_are_refused(
     with pytest.raises(ValueError, match=said) as raised:
         decay_config(config, from_step=step, tokens=100)
     assert "\n" not in str(raised.value)
+
+
+def test_beside_a_parent_named_by_where_one_stands(
+    parent: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = parent.parent / "run-decay-6-100"
+    monkeypatch.chdir(parent)
+    assert decay_dir(Path(), from_step=6, tokens=100) == beside
+    with pytest.raises(ValueError, match="it has: 3, 6, 7"):
+        open_decay(".", from_step=5, tokens=100)
+    monkeypatch.chdir(parent / "checkpoints")
+    assert decay_dir(Path(".."), from_step=6, tokens=100) == beside
+    assert open_decay("..", from_step=6, tokens=100).run_dir == beside
+    assert json.loads((beside / "run.json").read_text())["parent"]["run_dir"] == "run"
+    shutil.rmtree(beside)
 
 
 def test_what_is_missing_damaged_or_taken_is_refused_and_leaves_nothing(

@@ -78,6 +78,13 @@ def test_a_run_without_two_losses_is_told_of(losses: list[float | None], tmp_pat
     assert not (tmp_path / "loss.svg").exists()
 
 
+def test_a_picture_that_cannot_be_a_file_is_the_users_mistake(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [3.0, 2.5, 2.0], [])
+    for out in (tmp_path / "none" / "loss.svg", tmp_path):
+        with pytest.raises(ValueError, match=r"a file in a folder that is there.*`--svg`"):
+            draw_loss([run], out)
+
+
 def test_equal_losses_make_a_line_in_the_middle(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [2.0] * 5, [])
     root = ElementTree.fromstring(draw_loss([run], tmp_path / "loss.svg").read_text())

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import select
+import shlex
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -234,7 +235,8 @@ def _last_words(result: TrainResult, *, dry_run: bool) -> str:
         return f"Stopped at step {result.step:,}; run the same command again to go on."
     if dry_run:
         return f"Dry run of {result.step:,} steps passed; nothing was kept."
-    following = f"Next: uv run apps/generate.py --run {result.run_dir} --prompt 'def '"
+    run_dir = shlex.quote(str(result.run_dir))  # the line is there to be pasted into a shell
+    following = f"Next: uv run apps/generate.py --run {run_dir} --prompt 'def '"
     if result.status == "already_finished":
         if not any(Path(result.run_dir, "checkpoints").glob("step-*")):
             following = (

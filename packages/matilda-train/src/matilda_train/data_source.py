@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -128,7 +129,7 @@ def open_streams(config: RunConfig, data_dir: Path) -> tuple[BinStream, BinStrea
     if not data_dir.exists():
         raise ValueError(
             f"Data set {str(data_dir)!r} does not exist; prepare one with `uv run "
-            f"apps/prepare_text.py --input GLOB --out-dir {data_dir} --tokenizer "
+            f"apps/prepare_text.py --input GLOB --out-dir {shlex.quote(str(data_dir))} --tokenizer "
             f"{config.data.tokenizer}`, or try the config with `--dry-run`."
         )
     train, held_out = open_dataset(data_dir, split="train"), open_dataset(data_dir, split="val")

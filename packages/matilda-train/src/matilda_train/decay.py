@@ -34,7 +34,7 @@ from matilda_train.run_comparison import untimed_rows
 from matilda_train.run_dir import RunDir
 from matilda_train.trace import open_run_stream
 
-__all__ = ["DecayRun", "decay_config", "open_decay"]
+__all__ = ["DecayRun", "decay_config", "decay_dir", "open_decay"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def open_decay(
     """
     parent = Path(parent)
     described = RunDir.read(parent)
-    target = Path(run_dir or parent.with_name(f"{parent.name}-decay-{from_step}-{tokens}"))
+    target = Path(run_dir or decay_dir(parent, from_step=from_step, tokens=tokens))
     config = decay_config(
         RunDir.config(parent),
         from_step=from_step,
@@ -95,7 +95,7 @@ def open_decay(
         checkpoint = _find_checkpoint(parent, from_step)
         lineage = {
             "run_id": described["run_id"],
-            "run_dir": parent.name,
+            "run_dir": _with_a_name(parent).name,
             "step": from_step,
             "checkpoint": checkpoint.name,
             "manifest_sha256": checkpoint.manifest_sha256,
@@ -108,6 +108,17 @@ def open_decay(
             f"{from_step}; choose another `--run-dir`."
         )
     return DecayRun(target, chosen, is_new)
+
+
+def decay_dir(parent: Path, *, from_step: int, tokens: int) -> Path:
+    """Where the decay of `parent` lies unless its directory is named: beside it."""
+    parent = _with_a_name(parent)
+    return parent.with_name(f"{parent.name}-decay-{from_step}-{tokens}")
+
+
+def _with_a_name(path: Path) -> Path:
+    """`path`, or what it stands for: nothing can be named beside `.` or `..`."""
+    return path.resolve() if path.name in ("", "..") else path
 
 
 def decay_config(

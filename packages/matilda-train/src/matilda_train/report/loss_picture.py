@@ -55,14 +55,20 @@ def draw_loss(runs: Sequence[str | Path], out: str | Path) -> Path:
 
     Against tokens: training loss, thin and smoothed, held-out loss as rings, and a cross where a
     process ended before the run did. Equal runs give equal bytes. Raises `ValueError` for a
-    directory that holds no run, and for runs without two logged steps.
+    directory that holds no run, for an `out` that cannot be a file, and for runs without two
+    logged steps.
     """
     if not runs:
         raise ValueError("A picture needs at least one run directory.")
     paths = [Path(run) for run in runs]
     records = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
-    write_output(Path(out), loss_picture(records))
-    return Path(out)
+    out = Path(out)
+    if out.is_dir() or not out.parent.is_dir():
+        raise ValueError(
+            f"{str(out)!r} must be a file in a folder that is there; name it by `--svg`."
+        )
+    write_output(out, loss_picture(records))
+    return out
 
 
 def loss_picture(records: Sequence[RunRecord]) -> str:
