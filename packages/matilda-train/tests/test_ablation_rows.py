@@ -93,7 +93,7 @@ def test_compensated_rows_have_the_parameters_of_the_baseline(name: str, row: st
         ("mine:train.seq_len=512", "could not be paired"),
         ("mine:train.total_steps=5000", "could not be paired"),
         ("m/ne:model.qk_norm=false", "no name of a row"),
-        ("baseline:model.qk_norm=false", "no row 'baseline'"),
+        ("baseline:model.qk_norm=false", "'baseline' is always a row"),
         ("mha,mha", "given twice"),
     ],
 )
@@ -267,7 +267,8 @@ def test_points_and_rows_that_have_not_begun_are_named_and_not_judged(tmp_path: 
         end(job, [9.0, 3.0], diverged=False)
     found = read_study(study)
     assert "mqa" not in describe_study(found)
-    assert "1 run not ended yet" in describe_study(found)
+    # Not "the same command again": with --report that would say so for ever.
+    assert "1 run not ended yet; the same command without `--report`" in describe_study(found)
     write_document(found, tmp_path / "page.md", name="study", command="that made it")
     page = (tmp_path / "page.md").read_text()
     assert "| mha |" in page
@@ -309,6 +310,21 @@ def test_a_second_call_stays_out_of_a_study_in_training(tmp_path: Path) -> None:
                 call(**where)
         assert call(where=()) == "stopped"  # looking on is free
     assert call(in_process=True) == "stopped"
+
+
+def test_looking_makes_no_folder_and_a_run_is_no_place_for_a_study(tmp_path: Path) -> None:
+    def look(out: Path) -> str:
+        study = Study(rows=resolve_rows(load("ablation_48m"), ["mha"]), seeds=1, out=out)
+        display = StudyTerminal(interval=60.0)
+        return run_study(study, data_dir=None, where=(), stop=lambda: True, display=display)
+
+    assert look(tmp_path / "mistyped") == "stopped"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"holds a run .* `--out` a folder of its own"):
+        look(run)
+    assert [path.name for path in tmp_path.rglob("*")] == ["run", "run.json"]
 
 
 def test_a_disk_too_small_for_all_checkpoints_is_named_before_the_first_run(

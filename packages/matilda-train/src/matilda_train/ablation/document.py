@@ -37,7 +37,7 @@ def describe_study(result: StudyResult) -> str:
     lines = [*plain_table(_table(result), left=LEFT), "", *_noise_lines(result)]
     if result.missing:
         runs = _count(len(result.missing), "run")
-        lines.append(f"{runs} not ended yet; run the same command again.")
+        lines.append(f"{runs} not ended yet; the same command without `--report` goes on.")
     return "\n".join(lines)
 
 

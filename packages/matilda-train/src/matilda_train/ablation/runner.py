@@ -115,9 +115,14 @@ def run_study(
     that would not end by then, going by those before it: `stopped`. Nor does any without a place in
     `where`. A run that fails is named and left out, `failed` in the end: the rest goes on, and the
     next call tries it again. With `take_turns`, of the runs that share a place one trains at a time
-    while the others start. Raises `ValueError` while another process trains the study, or where
-    runs of other machines read other data.
+    while the others start. Raises `ValueError` while another process trains the study, where
+    runs of other machines read other data, or where `study.out` is the directory of a run.
     """
+    if (study.out / "run.json").exists():
+        raise ValueError(
+            f"{str(study.out)!r} holds a run (`run.json`), no study; "
+            "give `--out` a folder of its own."
+        )
     jobs = study.jobs()
     progress = Progress([row.name for row in study.rows], study.seeds)
     waiting: deque[Job] = deque()
@@ -130,7 +135,6 @@ def run_study(
         else:
             loss = known.loss_nats
             progress.done[job.key] = known.outcome if loss is None else f"{loss:.4f}"
-    study.out.mkdir(parents=True, exist_ok=True)
     call = _Call(
         study=study,
         waiting=waiting,
@@ -146,6 +150,7 @@ def run_study(
     )
     display.show(progress)
     if waiting and (in_process or where):
+        study.out.mkdir(parents=True, exist_ok=True)
         if keep_checkpoints:
             _look_at_disk(study, waiting, display)
         with _held(study.out):

@@ -202,7 +202,9 @@ def _resolve(config: RunConfig, spec: str) -> Row:
     name, colon, text = spec.partition(":")
     if not name or not name.replace("_", "").replace("-", "").replace(".", "").isalnum():
         raise ValueError(f"{name!r} is no name of a row; use letters, digits, '_', '-' and '.'.")
-    if name == BASELINE or (not colon and name not in VARIANTS):
+    if name == BASELINE:
+        raise ValueError(f"{name!r} is always a row, and is the config; give others beside it.")
+    if not colon and name not in VARIANTS:
         close = difflib.get_close_matches(name, VARIANTS, n=3, cutoff=0.4)
         close.sort(key=lambda known: sorted(known) != sorted(name))  # two letters exchanged first
         hint = f" Did you mean {close[0]!r}?" if close else ""
