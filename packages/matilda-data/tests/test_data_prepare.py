@@ -90,6 +90,18 @@ def test_all_input_kinds_give_the_same_documents(
     assert len(shas) == 1
 
 
+def test_a_mark_before_json_is_no_text_and_one_within_it_is(tmp_path: Path) -> None:
+    texts = ["first", "\ufeffsecond", "third"]
+    lines = "\n".join(json.dumps({"text": text}, ensure_ascii=False) for text in texts)
+    source = tmp_path / "marked.jsonl"
+    source.write_text(lines, encoding="utf-8-sig")
+    prepare(source, tmp_path / "out", val_fraction=0)
+    assert sorted(documents(tmp_path / "out", "train")) == sorted(texts)
+    source.write_bytes(lines.encode() + b"\n" + source.read_bytes())  # one file after another
+    with pytest.raises(DataError, match=r"line 4 .*is not JSON"):
+        prepare(source, tmp_path / "refused")
+
+
 def test_zstd_window_of_128_mib_is_read(tmp_path: Path) -> None:
     line = json.dumps({"text": "long window"}).encode() + b"\n"
     parameters = zstandard.ZstdCompressionParameters.from_level(3, window_log=27)

@@ -1,12 +1,14 @@
 """Units of work to documents. The text policy is here and is recorded in the manifest.
 
 UTF-8 is required (or, if asked for, undecodable bytes become U+FFFD); text is otherwise kept to the
-byte: no normalization, no newline translation, NUL and byte-order marks kept. Empty documents are
-dropped and counted. One document may be as large as memory allows.
+byte: no normalization, no newline translation, NUL and byte-order marks kept, but for one before a
+file's first line of JSON, which is not text. Empty documents are dropped and counted. One document
+may be as large as memory allows.
 """
 
 from __future__ import annotations
 
+import codecs
 import json
 import logging
 from collections.abc import Iterator
@@ -113,6 +115,8 @@ def _read_lines(unit: Unit, options: ReadOptions) -> Iterator[Document]:
     number = unit.first_line - 1
     for line in _lines_between(file, unit.start, unit.stop):
         number += 1
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with a mark
         if not line.strip():
             continue
         where = f"line {number} of {file.path!r}"
