@@ -7,7 +7,7 @@
 #   table     a training step of every config and back end, beside its peers
 #   rates     learning rates, weight decay and batch of the hero and of the ablations' model
 #   ablate    one change a row, three seeds
-#   options   changes to the hero at the batch of `minutes`, one seed: what frontier_152m is made of
+#   options   changes to the hero at 32768 tokens a step, one seed: what frontier_152m is made of
 #   hero      0.54 billion tokens with base_152m_v2, killed once by SIGKILL and resumed
 #   frontier  the same with frontier_152m, where that config is
 #   evaluate  every question set, beside Pythia after as many tokens
@@ -20,7 +20,7 @@
 #             JSON, and from there a study goes on where the machine that began it is gone
 # LR          the hero's rate, from `rates` (what its config says)
 # BATCH       tokens of a step of `hero` and `frontier`: 32768 to 262144 (65536)
-# SHORT_BATCH tokens of a step of ours in `minutes` (32768)
+# SHORT_BATCH tokens of a step of ours in `minutes`: 16384 to 131072 (32768)
 # GPUS        GPUs to use, 1, 2, 4 or 8 (default: those that nvidia-smi lists)
 # PYTHON      interpreter (default: the environment that `uv sync --all-packages` makes)
 # CASES       of benchmarks/step.py (all)
@@ -146,10 +146,9 @@ options() {
             --set train.total_steps=6 optim.warmup_steps=2 eval.every_steps=6 eval.tokens=4096
         return
     fi
-    local untied=model.tie_embeddings=false
     study options base_152m_v2 --seeds 1 --jobs-per-gpu 3 --take-turns \
         --variants mha swiglu zero_init_outputs value_embeddings head_dim_128 depth_12 \
-        untied "untied_0.03:$untied,optim.embedding_lr=0.03" softcap_15 logit_scale \
+        untied "untied_0.03:model.tie_embeddings=false,optim.embedding_lr=0.03" softcap_15 logit_scale \
         "embedding_0.0015:optim.embedding_lr=0.0015" "decay_40:optim.decay_fraction=0.4" \
         --set optim.lr=0.002 train.total_steps=640 train.tokens_per_step=32768 \
         train.micro_batch_size=16 optim.warmup_steps=80 eval.every_steps=640 \

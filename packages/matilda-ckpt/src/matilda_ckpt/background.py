@@ -10,13 +10,13 @@ import os
 import sys
 import threading
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from matilda_ckpt.catalog import CheckpointInfo
 from matilda_ckpt.errors import SaveError
+from matilda_ckpt.forked import call_in_forked_child
 
 
 @dataclass
@@ -86,8 +86,7 @@ class Background:
     def __init__(self) -> None:
         self._current: SaveHandle | None = None
         self._abandoned = threading.Event()
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_forgetter(self))
+        call_in_forked_child(self.forget)
 
     def start(
         self, handle: SaveHandle, copy: Callable[[], None], job: Callable[[], CheckpointInfo]
@@ -178,14 +177,3 @@ class Background:
                 )
         self.poll()
         return handle._info
-
-
-def _forgetter(background: Background) -> Callable[[], None]:
-    ref = weakref.ref(background)
-
-    def forget_in_child() -> None:
-        alive = ref()
-        if alive is not None:
-            alive.forget()
-
-    return forget_in_child

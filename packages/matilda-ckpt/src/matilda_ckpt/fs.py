@@ -13,9 +13,10 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from matilda_ckpt import system_calls
+from matilda_ckpt.forked import call_in_forked_child
 
 WRITEBACK_BYTES = 8 << 20
 """The disk is set to work each time that this many bytes have been written."""
@@ -160,7 +161,7 @@ class _OsLock:
         self._path = path
         self._fd = fd
         # A forked child (a data worker) must not keep the lock alive after this process dies.
-        os.register_at_fork(after_in_child=_closer(self))
+        call_in_forked_child(self.release)
 
     def read(self) -> bytes:
         try:
@@ -183,19 +184,6 @@ class _OsLock:
 
     def __del__(self) -> None:
         self.release()
-
-
-def _closer(lock: _OsLock) -> Any:
-    import weakref
-
-    ref = weakref.ref(lock)
-
-    def close_in_child() -> None:
-        alive = ref()
-        if alive is not None:
-            alive.release()
-
-    return close_in_child
 
 
 class OsFs:

@@ -35,7 +35,7 @@ from matilda_train.config_load import (
 )
 from matilda_train.errors import naming
 
-__all__ = ["RunDir", "check_run_dir", "write_durably", "write_output"]
+__all__ = ["RunDir", "check_output", "check_run_dir", "write_durably", "write_output"]
 
 
 class RunDir:
@@ -265,6 +265,14 @@ def write_durably(target: Path, content: str | bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def check_output(target: Path, option: str) -> None:
+    """Raise `ValueError`, naming the option that gives it, where no file can be written."""
+    if target.is_dir() or not target.parent.is_dir():
+        raise ValueError(
+            f"{str(target)!r} must be a file in a folder that is there; name it by `{option}`."
+        )
 
 
 def write_output(target: Path, text: str) -> None:

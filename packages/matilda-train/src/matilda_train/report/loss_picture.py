@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from matilda_train.report.run_record import RunRecord, name_runs, read_run
-from matilda_train.run_dir import write_output
+from matilda_train.run_dir import check_output, write_output
 
 __all__ = ["draw_loss", "loss_picture"]
 
@@ -63,10 +63,7 @@ def draw_loss(runs: Sequence[str | Path], out: str | Path) -> Path:
     paths = [Path(run) for run in runs]
     records = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(
-            f"{str(out)!r} must be a file in a folder that is there; name it by `--svg`."
-        )
+    check_output(out, "--svg")
     write_output(out, loss_picture(records))
     return out
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from matilda_train.config_load import flatten_sections
 from matilda_train.report.run_record import RunRecord, name_runs, read_run
-from matilda_train.run_dir import write_output
+from matilda_train.run_dir import check_output, write_output
 from matilda_train.time_account import BUCKETS, format_seconds
 
 __all__ = ["plotly_source", "write_report"]
@@ -32,10 +32,7 @@ def write_report(runs: Sequence[str | Path], out: str | Path) -> Path:
     paths = [Path(run) for run in runs]
     records = [read_run(path, name) for path, name in zip(paths, name_runs(paths), strict=True)]
     out = Path(out)
-    if out.is_dir() or not out.parent.is_dir():
-        raise ValueError(
-            f"{str(out)!r} must be a file in a folder that is there; name it by `--out`."
-        )
+    check_output(out, "--out")
     write_output(out, render(records, script))
     return out
 
