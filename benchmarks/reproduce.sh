@@ -246,7 +246,7 @@ minutes() {
     fi
     # nanoGPT's own batch is half a million tokens, of which minutes make few steps: smaller ones
     # are its best chance. What is no part of the target comes last.
-    systems "nanogpt@$short_batch:8" "hero@$short_batch:4" nanogpt@65536:8 \
+    systems nanogpt@32768:8 "hero@$short_batch:4" nanogpt@65536:8 \
         "hero@$short_batch:2.7" --set "${ours[@]}"
     systems "${frontier[@]}" nanochat:8 nanogpt@131072:8 nanogpt:8 --set "${ours[@]}"
     return "$code"
